@@ -1,0 +1,63 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test check proto test-gpu baseline clean
+
+PYTHON ?= python3
+# Where pip finds a CPU build of torch, if the default index has only CUDA builds,
+# for example https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+SITE_PACKAGES = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+PROTOC = $(BIN)/python -m grpc_tools.protoc --proto_path=proto --proto_path=$(SITE_PACKAGES)
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "lorry needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		--editable '.[router,adapter-store,worker,client,dev]'
+	touch $@
+
+demo: $(READY) ## serve eight adapters on this machine and check every answer
+	$(BIN)/python demo/run.py
+
+test: $(READY) ## all tests that need neither a GPU nor root
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: ## the tests of tests/gpu with this machine's own torch; fails without a GPU
+	PYTHONPATH=adapter_store:client:kernels:proto/python:router:worker \
+		$(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
+
+check: $(READY) .cache/third_party/google/rpc/status.proto ## linters, type checkers, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/buf lint
+	$(BIN)/buf format -d --exit-code
+	$(BIN)/buf breaking proto --against proto/baseline.binpb
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	rm -rf .cache/proto && mkdir -p .cache/proto
+	$(PROTOC) --python_out=.cache/proto --grpc_python_out=.cache/proto \
+		--mypy_out=.cache/proto --mypy_grpc_out=.cache/proto proto/lorry/v1/*.proto
+	diff -r --exclude=__pycache__ --exclude=py.typed .cache/proto/lorry/v1 proto/python/lorry/v1
+
+proto: $(READY) ## regenerate proto/python/lorry/v1
+	rm -f proto/python/lorry/v1/*_pb2*
+	$(PROTOC) --python_out=proto/python --grpc_python_out=proto/python \
+		--mypy_out=proto/python --mypy_grpc_out=proto/python proto/lorry/v1/*.proto
+
+baseline: .cache/third_party/google/rpc/status.proto ## at a release only: what buf breaking compares with
+	$(BIN)/buf build proto -o proto/baseline.binpb
+
+.cache/third_party/google/rpc/status.proto: $(READY)
+	mkdir -p $(@D) && cp $(SITE_PACKAGES)/google/rpc/status.proto $@
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) .cache

@@ -1,0 +1,84 @@
+"""The interceptor that stands before every method: who may call, and what failures look like."""
+
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from grpc_status import rpc_status
+
+from lorry.rpc.errors import LorryError, to_status
+from lorry.rpc.identity import Authenticator
+
+HEALTH_PREFIX = "/grpc.health.v1.Health/"  # open to probes, which carry no credentials
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = grpc.RpcMethodHandler[Any, Any]
+
+log = logging.getLogger(__name__)
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Authenticates each call, then ends it with the status of what its method raises."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(HEALTH_PREFIX):
+            return handler
+        return self._wrapped(handler, method)
+
+    def _wrapped(self, handler: Handler, method: str) -> Handler:
+        kind = "stream" if handler.request_streaming else "unary"
+        kind += "_stream" if handler.response_streaming else "_unary"
+        behavior = getattr(handler, kind)
+        wrap = self._streaming if handler.response_streaming else self._unary
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        wrapped: Handler = make(
+            wrap(behavior, method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        return wrapped
+
+    def _unary(self, behavior: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Any]:
+        async def call(request: Any, context: Context) -> Any:
+            try:
+                self._authenticator.admit(method, context)
+                return await behavior(request, context)
+            except Exception as error:
+                await _end(context, method, error)
+
+        return call
+
+    def _streaming(
+        self, behavior: Callable[..., AsyncIterator[Any]], method: str
+    ) -> Callable[..., Any]:
+        assert inspect.isasyncgenfunction(behavior), f"{method} must be an async generator"
+
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            try:
+                self._authenticator.admit(method, context)
+                async for response in behavior(request, context):
+                    yield response
+            except Exception as error:
+                await _end(context, method, error)
+
+        return call
+
+
+async def _end(context: Context, method: str, error: Exception) -> NoReturn:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, LorryError):
+        log.error("unexpected error in %s", method, exc_info=error)
+    status = rpc_status.to_status(to_status(error))
+    await context.abort(status.code, status.details or "", status.trailing_metadata or ())

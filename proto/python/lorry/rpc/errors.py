@@ -1,0 +1,290 @@
+"""Failures that may cross a service boundary, and the one table of their codes and reasons.
+
+Each class is a status code and an ErrorInfo reason. What a client can act on beside them is in
+`metadata`, `violations` and `retry_after_s`. `to_status` and `from_status` are inverses, so that a
+caller catches the class that the callee raised. Any other exception is a defect: it is logged where
+it happened and reaches the peer as INTERNAL, without its text.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, NamedTuple, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "lorry.dev"
+MAX_MESSAGE_CHARS = 1024  # all details of a status travel as trailers, which end at 8 KiB
+Code = grpc.StatusCode
+M = TypeVar("M", bound=Message)
+
+
+class Violation(NamedTuple):
+    """A field of a request and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+class LorryError(Exception):
+    """Base of every error that a client can cause or observe.
+
+    `metadata` holds the dynamic values of the message, with lowerCamel keys and units in the key.
+    """
+
+    code: ClassVar[grpc.StatusCode] = Code.INTERNAL
+    reason: ClassVar[str] = "ENGINE_FAILURE"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        violations: Sequence[Violation] = (),
+        retry_after_s: float | None = None,
+        **metadata: str | float,
+    ) -> None:
+        super().__init__(message[:MAX_MESSAGE_CHARS])
+        self.violations = tuple(violations)
+        self.retry_after_s = retry_after_s
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+
+class InvalidRequest(LorryError):
+    """A field of the request is malformed or out of range."""
+
+    code, reason = Code.INVALID_ARGUMENT, "INVALID_REQUEST"
+
+    @classmethod
+    def of(cls, field: str, description: str) -> "InvalidRequest":
+        """One field, named in the message and as a violation."""
+        return cls(f"{field}: {description}", violations=[Violation(field, description)])
+
+
+class InvalidSampling(InvalidRequest):
+    reason = "INVALID_SAMPLING"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    reason = "CONTEXT_LENGTH_EXCEEDED"
+
+
+class AdapterInvalid(InvalidRequest):
+    """An uploaded adapter cannot be served on the base model."""
+
+    reason = "ADAPTER_INCOMPATIBLE"
+
+
+class AdapterIncompatible(LorryError):
+    """A registered adapter cannot be served by this worker."""
+
+    code, reason = Code.FAILED_PRECONDITION, "ADAPTER_INCOMPATIBLE"
+
+
+class AdapterNotFound(LorryError):
+    code, reason = Code.NOT_FOUND, "ADAPTER_NOT_FOUND"
+
+
+class VersionNotFound(LorryError):
+    code, reason = Code.NOT_FOUND, "VERSION_NOT_FOUND"
+
+
+class UploadNotFound(LorryError):
+    code, reason = Code.NOT_FOUND, "UPLOAD_NOT_FOUND"
+
+
+class ModelNotFound(LorryError):
+    code, reason = Code.NOT_FOUND, "MODEL_NOT_FOUND"
+
+
+class AdapterExists(LorryError):
+    code, reason = Code.ALREADY_EXISTS, "ADAPTER_EXISTS"
+
+
+class DuplicateRequest(LorryError):
+    code, reason = Code.ALREADY_EXISTS, "DUPLICATE_REQUEST"
+
+
+class AdapterInUse(LorryError):
+    code, reason = Code.FAILED_PRECONDITION, "ADAPTER_IN_USE"
+
+
+class LayoutUnsupported(LorryError):
+    code, reason = Code.FAILED_PRECONDITION, "LAYOUT_UNSUPPORTED"
+
+
+class ModelMismatch(LorryError):
+    """The peer serves another base model or speaks another protocol revision."""
+
+    code, reason = Code.FAILED_PRECONDITION, "MODEL_MISMATCH"
+
+
+class OffsetMismatch(LorryError):
+    """An upload does not continue where the store's bytes end."""
+
+    code, reason = Code.OUT_OF_RANGE, "OFFSET_MISMATCH"
+
+
+class RevisionCompacted(LorryError):
+    """The watcher must list again."""
+
+    code, reason = Code.OUT_OF_RANGE, "REVISION_COMPACTED"
+
+
+class EtagMismatch(LorryError):
+    code, reason = Code.ABORTED, "ETAG_MISMATCH"
+
+
+class WorkerLost(LorryError):
+    """The worker died in mid-stream; metadata `sentTokens` tells how far it came."""
+
+    code, reason = Code.ABORTED, "WORKER_LOST"
+
+
+class Superseded(LorryError):
+    """A newer stream or session of the same peer took this one's place."""
+
+    code, reason = Code.ABORTED, "SUPERSEDED"
+
+
+class DigestMismatch(LorryError):
+    code, reason = Code.DATA_LOSS, "DIGEST_MISMATCH"
+
+
+class QueueFull(LorryError):
+    code, reason = Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"
+
+
+class TenantLimit(LorryError):
+    code, reason = Code.RESOURCE_EXHAUSTED, "TENANT_LIMIT"
+
+
+class StoreFull(LorryError):
+    code, reason = Code.RESOURCE_EXHAUSTED, "STORE_FULL"
+
+
+class PoolTooSmall(LorryError):
+    """The request can never fit into the worker's pool, or a pin not beside what is pinned."""
+
+    code, reason = Code.RESOURCE_EXHAUSTED, "POOL_TOO_SMALL"
+
+
+class SlowReader(LorryError):
+    """The peer left too much unread."""
+
+    code, reason = Code.RESOURCE_EXHAUSTED, "SLOW_READER"
+
+
+class DeadlineExpired(LorryError):
+    code, reason = Code.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"
+
+
+class NoWorker(LorryError):
+    code, reason = Code.UNAVAILABLE, "NO_WORKER"
+
+
+class Draining(LorryError):
+    code, reason = Code.UNAVAILABLE, "DRAINING"
+
+
+class StoreUnavailable(LorryError):
+    code, reason = Code.UNAVAILABLE, "STORE_UNAVAILABLE"
+
+
+class Unauthenticated(LorryError):
+    code, reason = Code.UNAUTHENTICATED, "UNAUTHENTICATED"
+
+
+class PermissionDenied(LorryError):
+    code, reason = Code.PERMISSION_DENIED, "PERMISSION_DENIED"
+
+
+class FeatureUnsupported(LorryError):
+    code, reason = Code.UNIMPLEMENTED, "FEATURE_UNSUPPORTED"
+
+
+class RemoteError(LorryError):
+    """A status that is in no row of this table, such as one of gRPC's own."""
+
+    def __init__(self, message: str, *, status_code: grpc.StatusCode, status_reason: str) -> None:
+        super().__init__(message)
+        self.code = status_code  # type: ignore[misc]
+        self.reason = status_reason  # type: ignore[misc]
+
+
+def _descendants(cls: type[LorryError]) -> Iterator[type[LorryError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _descendants(child)
+
+
+CODES = {code.value[0]: code for code in Code}
+ERRORS = {(e.code, e.reason): e for e in _descendants(LorryError) if e is not RemoteError}
+
+
+def to_status(error: Exception) -> status_pb2.Status:
+    """The status that a peer receives; of a defect, only that there was one."""
+    if not isinstance(error, LorryError):
+        error = LorryError("internal error")
+    code: int = error.code.value[0]
+    status = status_pb2.Status(code=code, message=str(error))
+    for detail in _details(error):
+        status.details.append(_packed(detail))
+    return status
+
+
+def from_status(status: status_pb2.Status) -> LorryError:
+    """The error that `to_status` described."""
+    code = CODES.get(status.code, Code.UNKNOWN)
+    info = _unpacked(status, error_details_pb2.ErrorInfo())
+    cls = ERRORS.get((code, info.reason))
+    if cls is None:
+        return RemoteError(status.message, status_code=code, status_reason=info.reason)
+    fields = _unpacked(status, error_details_pb2.BadRequest()).field_violations
+    retry = _unpacked(status, error_details_pb2.RetryInfo())
+    return cls(
+        status.message,
+        violations=[Violation(v.field, v.description) for v in fields],
+        retry_after_s=retry.retry_delay.ToTimedelta().total_seconds()
+        if retry.HasField("retry_delay")
+        else None,
+        **info.metadata,
+    )
+
+
+def from_rpc(error: grpc.RpcError) -> LorryError:
+    """The error behind a failed call, whether the peer or gRPC itself ended it."""
+    status = rpc_status.from_call(error)
+    if status is not None:
+        return from_status(status)
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
+    return RemoteError(error.details() or "", status_code=error.code(), status_reason="")
+
+
+def _details(error: LorryError) -> Iterator[Message]:
+    yield error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    if error.violations:
+        fields = [
+            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+            for v in error.violations[:16]
+        ]
+        yield error_details_pb2.BadRequest(field_violations=fields)
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        yield error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _packed(detail: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
+
+
+def _unpacked(status: status_pb2.Status, detail: M) -> M:
+    for packed in status.details:
+        if packed.Unpack(detail):
+            break
+    return detail

@@ -1,0 +1,131 @@
+"""Lifetime of a gRPC server with health and reflection: up while the block runs, then drained."""
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import _async as reflection
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from lorry.rpc.boundary import Boundary
+from lorry.rpc.identity import Authenticator
+
+MIB = 1 << 20
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server."""
+
+    port: int
+    _services: Sequence[str]
+    _health: health.aio.HealthServicer
+
+    async def set_ready(self, ready: bool) -> None:
+        """Tell health checks of every service and of `readiness` whether to send requests here."""
+        status = SERVING if ready else NOT_SERVING
+        for service in ("readiness", *self._services):
+            await self._health.set(service, status)
+
+    async def start_draining(self) -> None:
+        """Answer NOT_SERVING to every health check from now on."""
+        await self._health.enter_graceful_shutdown()
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    register: Callable[[grpc.aio.Server], None],
+    *,
+    services: Sequence[str],
+    address: str,
+    authenticator: Authenticator,
+    insecure: bool = False,
+    grace_s: float = 5.0,
+    max_receive_bytes: int = 4 * MIB,
+) -> AsyncIterator[Server]:
+    """Serve what `register` adds; on exit drain for `grace_s` seconds.
+
+    `services` are the full names of the registered services. They start NOT_SERVING: the owner
+    calls `Server.set_ready`. Raises ValueError for an address beyond loopback unless `insecure`.
+    """
+    check_address(address, insecure=insecure)
+    server = grpc.aio.server(
+        interceptors=[Boundary(authenticator)],
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", max_receive_bytes),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ],
+    )
+    register(server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    _add_reflection([*services, health.SERVICE_NAME], server)
+    running = Server(_bind(server, address), services, health_servicer)
+    for name in ("", "liveness"):
+        await health_servicer.set(name, SERVING)
+    await running.set_ready(False)
+    await server.start()
+    try:
+        yield running
+    finally:
+        await running.start_draining()
+        await server.stop(grace_s)
+
+
+async def stop_requested() -> None:
+    """Return once the process receives SIGINT or SIGTERM."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+def check_address(address: str, *, insecure: bool) -> None:
+    """Raise ValueError unless `address` is host:port on loopback, or `insecure` allows any host."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"address must be HOST:PORT, got {address!r}")
+    if not insecure and not _is_loopback(host.strip("[]")):
+        raise ValueError(
+            f"address {address!r} is reachable from other machines; "
+            "use 127.0.0.1, or --insecure to serve plain text there"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _bind(server: grpc.aio.Server, address: str) -> int:
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ValueError(f"address {address!r} cannot be bound; is it in use?") from error
+
+
+def _add_reflection(services: Sequence[str], server: grpc.aio.Server) -> None:
+    """Serve reflection v1alpha and v1, whose messages are the same."""
+    servicer = reflection.ReflectionServicer([*services, REFLECTION_V1])
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
+    method = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers = grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method})
+    server.add_generic_rpc_handlers((handlers,))
