@@ -498,6 +498,8 @@ class WorkerStatus(_message.Message):
     STEP_TIMES_FIELD_NUMBER: _builtins.int
     ADAPTER_LOAD_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTERS_IN_STEP_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTERS_BESIDE_BASE_IN_STEP_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Requests with pages."""
     waiting: _builtins.int
@@ -516,6 +518,10 @@ class WorkerStatus(_message.Message):
     """Measured, host to GPU; 0 = not measured yet."""
     draining: _builtins.bool
     """New Submits end UNAVAILABLE DRAINING."""
+    max_adapters_in_step: _builtins.int
+    """Most distinct adapters that one step of this epoch has batched; the base model is not counted."""
+    max_adapters_beside_base_in_step: _builtins.int
+    """The same, over the steps that also held rows of the base model."""
     @_builtins.property
     def step_times(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]: ...
     def __init__(
@@ -532,10 +538,12 @@ class WorkerStatus(_message.Message):
         step_times: _abc.Iterable[Global___StepTime] | None = ...,
         adapter_load_bytes_per_s: _builtins.float = ...,
         draining: _builtins.bool = ...,
+        max_adapters_in_step: _builtins.int = ...,
+        max_adapters_beside_base_in_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_load_bytes_per_s", b"adapter_load_bytes_per_s", "draining", b"draining", "pages_adapter", b"pages_adapter", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_total", b"pages_total", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_prompt_tokens", b"queued_prompt_tokens", "running", b"running", "step_times", b"step_times", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_load_bytes_per_s", b"adapter_load_bytes_per_s", "draining", b"draining", "max_adapters_beside_base_in_step", b"max_adapters_beside_base_in_step", "max_adapters_in_step", b"max_adapters_in_step", "pages_adapter", b"pages_adapter", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_total", b"pages_total", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_prompt_tokens", b"queued_prompt_tokens", "running", b"running", "step_times", b"step_times", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
