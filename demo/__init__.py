@@ -1,0 +1,1 @@
+"""A small trained model and its adapters, with answers that can be checked exactly."""
