@@ -1,0 +1,55 @@
+"""Causal attention of a step's rows over the KV pages of their sequences.
+
+Shape suffixes: T = rows of the step, Q = query heads, K = KV heads, D = head dimension,
+G = query heads of a KV head, S = sequences, P = pages of a sequence, N = tiles, M = rows of a tile,
+C = cached tokens.
+"""
+
+import math
+
+import torch
+
+from lorry.kernels.pool_view import PoolView
+from lorry.kernels.tiles import RowTiles, gather_rows, scatter_rows
+
+
+def paged_attention_reference(
+    q_TQD: torch.Tensor,
+    pool: PoolView,
+    layer: int,
+    position_T: torch.Tensor,
+    block_table_SP: torch.Tensor,
+    tiles: RowTiles,
+) -> torch.Tensor:
+    """Return ``softmax(q k / sqrt(D)) v`` over tokens 0 to ``position_T[t]`` of row t's sequence.
+
+    Every row stands in one tile; a tile's owner is its sequence, a row of `block_table_SP`.
+    """
+    k_NKCD, v_NKCD = _cached(pool, layer, block_table_SP[tiles.owner_N])
+    position_NM = gather_rows(position_T, tiles.row_NM)
+    visible_NMC = torch.arange(k_NKCD.shape[2]) <= position_NM[..., None]
+    unread_NC = ~visible_NMC.any(dim=1)
+    # Stale bytes of a page may be anything: 0 * NaN would carry them into the sum.
+    v_NKCD = v_NKCD.masked_fill(unread_NC[:, None, :, None], 0)
+    q_NKGMD = _grouped_by_kv_head(gather_rows(q_TQD, tiles.row_NM), k_NKCD.shape[1])
+    score = (q_NKGMD @ k_NKCD[:, :, None].transpose(-1, -2)).float() / math.sqrt(q_TQD.shape[-1])
+    score = score.masked_fill(~visible_NMC[:, None, None], -torch.inf)
+    o_NKGMD = score.softmax(dim=-1).to(v_NKCD.dtype) @ v_NKCD[:, :, None]
+    o_TQD = torch.empty_like(q_TQD)
+    scatter_rows(o_TQD, tiles.row_NM, o_NKGMD.permute(0, 3, 1, 2, 4).flatten(2, 3))
+    return o_TQD
+
+
+def _cached(
+    pool: PoolView, layer: int, table_NP: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of each tile's sequence, ``[N, K, C, D]``."""
+    num_tiles, num_pages = table_NP.shape
+    slices = pool.slices.index_select(0, (table_NP * pool.layers + layer).flatten())
+    kv = slices.view(num_tiles, num_pages, *pool.kv_shape).permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+    return kv[0], kv[1]
+
+
+def _grouped_by_kv_head(q_NMQD: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    tiles, rows, heads, dim = q_NMQD.shape
+    return q_NMQD.view(tiles, rows, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
