@@ -1,0 +1,230 @@
+"""What the worker's front and its engine process tell each other, as MessagePack by msgspec.
+
+The front speaks gRPC and fetches page images; the engine owns the GPU. Each sends lists of these
+messages over a ring. A request is known by a number that the front chooses and never reuses.
+"""
+
+import enum
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all messages."""
+
+
+class Failure(Message):
+    """An error of lorry.rpc.errors by its reason; the front makes the status."""
+
+    reason: str
+    message: str
+    metadata: dict[str, str] = {}
+
+
+# From the front to the engine
+
+
+class Submit(Message):
+    """One request; every one ends in exactly one Finished."""
+
+    request: int
+    tenant: str
+    version: bytes  # empty: the base model
+    token_ids: list[int]  # the prompt, then what was already output
+    generated_tokens: int  # how many of token_ids were already output
+    max_tokens: int  # of output, generated_tokens included
+    min_tokens: int
+    stop_token_ids: list[int]
+    temperature: float
+    seed: int  # unsigned 64 bits
+    remaining_s: float | None  # of the deadline
+
+
+class Cancel(Message):
+    requests: list[int]
+
+
+class Prefetch(Message):
+    """The versions wanted next, most urgent first; replaces the last set."""
+
+    versions: list[bytes]
+
+
+class ImageModule(Message):
+    name: str
+    row_offset: int
+    b_row_offset: int
+    scale_per_layer: list[float]
+
+
+class ImageReady(Message):
+    """A version's page image is in a shared-memory file that the engine may map."""
+
+    version: bytes
+    path: str
+    offset: int
+    image_bytes: int
+    pages: int
+    rank: int
+    modules: list[ImageModule]
+
+
+class ImageFailed(Message):
+    version: bytes
+    failure: Failure
+
+
+class ReclaimImage(Message):
+    """The store needs the image's memory: unmap as soon as no copy runs, then ReleaseImage."""
+
+    version: bytes
+
+
+class PinAdapter(Message):
+    """Load a version if need be and keep it; answered by an AdminResult once it is resident."""
+
+    call: int
+    version: bytes
+
+
+class UnpinAdapter(Message):
+    call: int
+    version: bytes
+
+
+class EvictAdapter(Message):
+    call: int
+    version: bytes
+
+
+class Stop(Message):
+    """End the engine process."""
+
+
+Command = (
+    Submit
+    | Cancel
+    | Prefetch
+    | ImageReady
+    | ImageFailed
+    | ReclaimImage
+    | PinAdapter
+    | UnpinAdapter
+    | EvictAdapter
+    | Stop
+)
+
+# From the engine to the front
+
+
+class Started(Message):
+    """The first event: the engine can take requests."""
+
+    pages_total: int
+    max_running: int
+    max_rank: int
+    max_context_tokens: int
+
+
+class StepTokens(Message):
+    """Tokens that a step drew: requests[i] got token_ids[i]."""
+
+    step: int
+    requests: list[int]
+    token_ids: list[int]
+
+
+class FinishReason(enum.IntEnum):
+    """As in the protocol."""
+
+    STOP = 1
+    LENGTH = 2
+    ABORTED = 3
+    CANCELLED = 4
+
+
+class Finished(Message):
+    request: int
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    failure: Failure | None = None  # of ABORTED
+    adapter_load_s: float = 0.0
+    prefill_s: float = 0.0
+
+
+class FetchImage(Message):
+    """Fetch a version's page image; answered by ImageReady or ImageFailed."""
+
+    version: bytes
+
+
+class ReleaseImage(Message):
+    """The engine no longer needs the image or the fetch of it."""
+
+    version: bytes
+
+
+class ResidencyChange(Message):
+    """Versions that became usable on the GPU or in host memory, and that no longer are."""
+
+    gpu_added: list[bytes]
+    gpu_removed: list[bytes]
+    host_added: list[bytes]
+    host_removed: list[bytes]
+
+
+class Status(Message):
+    """The engine's state; also its heartbeat, sent every second."""
+
+    running: int
+    waiting: int
+    queued_prompt_tokens: int
+    pages_total: int
+    pages_free: int
+    pages_kv: int
+    pages_adapter: int
+    prefill_tokens_per_s: float
+    step_times_ms: dict[int, float]  # by rows, of steps of decodes only
+    adapter_load_bytes_per_s: float
+    steps: int
+    preemptions: int
+    adapter_loads: int
+    adapter_evictions: int
+    max_adapters_in_step: int
+    max_segments_in_step: int  # distinct adapters and, if it had rows, the base model
+
+
+class AdminResult(Message):
+    call: int
+    failure: Failure | None = None
+
+
+Event = (
+    Started
+    | StepTokens
+    | Finished
+    | FetchImage
+    | ReleaseImage
+    | ResidencyChange
+    | Status
+    | AdminResult
+)
+
+
+class Codec:
+    """Encodes lists of messages; decodes what the other side sent."""
+
+    def __init__(self) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._commands = msgspec.msgpack.Decoder(list[Command])
+        self._events = msgspec.msgpack.Decoder(list[Event])
+
+    def encode(self, messages: "list[Command] | list[Event]") -> bytes:
+        return self._encoder.encode(messages)
+
+    def decode_commands(self, data: bytes) -> list[Command]:
+        return self._commands.decode(data)
+
+    def decode_events(self, data: bytes) -> list[Event]:
+        return self._events.decode(data)
