@@ -72,7 +72,8 @@ class _WeightReader:
         self._b_offset_N = tables.b_offset_SX[slot_N, index].long()
         present_N = self._a_offset_N != ABSENT
         rank_N = tables.rank_S[slot_N] * present_N
-        self._in_rank_NR = torch.arange(int(rank_N.max())) < rank_N[:, None]
+        rank_R = torch.arange(int(rank_N.max()), device=rank_N.device)
+        self._in_rank_NR = rank_R < rank_N[:, None]
         self.scale_N = tables.scale_SLX[slot_N, layer, index]
 
     def rows_of_a(self, width: int) -> torch.Tensor:
@@ -87,7 +88,8 @@ class _WeightReader:
         layout = self._pool.layout
         row_units = -(-width // layout.row_unit)
         num_rows = self._in_rank_NR.shape[1]
-        unit_NRU = offset_N[:, None, None] + torch.arange(num_rows * row_units).view(-1, row_units)
+        unit_RU = torch.arange(num_rows * row_units, device=offset_N.device).view(-1, row_units)
+        unit_NRU = offset_N[:, None, None] + unit_RU
         unit_NRU = unit_NRU.masked_fill(~self._in_rank_NR[..., None], 0)
         page_NRU = unit_NRU // layout.slice_units
         page_NRU = self._page_NP.gather(1, page_NRU.flatten(1)).view_as(page_NRU)

@@ -27,7 +27,8 @@ def paged_attention_reference(
     """
     k_NKCD, v_NKCD = _cached(pool, layer, block_table_SP[tiles.owner_N])
     position_NM = gather_rows(position_T, tiles.row_NM)
-    visible_NMC = torch.arange(k_NKCD.shape[2]) <= position_NM[..., None]
+    cached_C = torch.arange(k_NKCD.shape[2], device=q_TQD.device)
+    visible_NMC = cached_C <= position_NM[..., None]
     unread_NC = ~visible_NMC.any(dim=1)
     # Stale bytes of a page may be anything: 0 * NaN would carry them into the sum.
     v_NKCD = v_NKCD.masked_fill(unread_NC[:, None, :, None], 0)

@@ -38,15 +38,15 @@ def gumbel_noise(
 ) -> torch.Tensor:
     """Gumbel(0, 1) noise in float32, ``[T, V]``."""
     bits_TV = philox_word(seed_T, output_position_T, vocabulary)
-    # 24 bits fill a float32's significand; the half keeps 0 and 1 out.
-    uniform_TV = ((bits_TV >> 8).float() + 0.5) * 2.0**-24
+    # 23 bits and the half are exact in float32, so that 0 and 1 never come out.
+    uniform_TV = ((bits_TV >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform_TV))
 
 
 def philox_word(
     seed_T: torch.Tensor, output_position_T: torch.Tensor, vocabulary: int
 ) -> torch.Tensor:
-    """First output word of Philox with counter (id, position, 0, 0), an unsigned 32-bit in int64."""
+    """First output word of Philox with counter (id, position, 0, 0): 32 bits in an int64."""
     ids = torch.arange(vocabulary, device=seed_T.device)
     c0 = ids.expand(seed_T.shape[0], -1)
     c1 = output_position_T.long()[:, None].expand_as(c0)

@@ -13,7 +13,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Base of all messages."""
 
 
-class Failure(Message):
+class Failure(Message, frozen=True):
     """An error of lorry.rpc.errors by its reason; the front makes the status."""
 
     reason: str
@@ -24,7 +24,7 @@ class Failure(Message):
 # From the front to the engine
 
 
-class Submit(Message):
+class Submit(Message, frozen=True):
     """One request; every one ends in exactly one Finished."""
 
     request: int
@@ -40,24 +40,24 @@ class Submit(Message):
     remaining_s: float | None  # of the deadline
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     requests: list[int]
 
 
-class Prefetch(Message):
+class Prefetch(Message, frozen=True):
     """The versions wanted next, most urgent first; replaces the last set."""
 
     versions: list[bytes]
 
 
-class ImageModule(Message):
+class ImageModule(Message, frozen=True):
     name: str
     row_offset: int
     b_row_offset: int
     scale_per_layer: list[float]
 
 
-class ImageReady(Message):
+class ImageReady(Message, frozen=True):
     """A version's page image is in a shared-memory file that the engine may map."""
 
     version: bytes
@@ -69,35 +69,35 @@ class ImageReady(Message):
     modules: list[ImageModule]
 
 
-class ImageFailed(Message):
+class ImageFailed(Message, frozen=True):
     version: bytes
     failure: Failure
 
 
-class ReclaimImage(Message):
+class ReclaimImage(Message, frozen=True):
     """The store needs the image's memory: unmap as soon as no copy runs, then ReleaseImage."""
 
     version: bytes
 
 
-class PinAdapter(Message):
+class PinAdapter(Message, frozen=True):
     """Load a version if need be and keep it; answered by an AdminResult once it is resident."""
 
     call: int
     version: bytes
 
 
-class UnpinAdapter(Message):
+class UnpinAdapter(Message, frozen=True):
     call: int
     version: bytes
 
 
-class EvictAdapter(Message):
+class EvictAdapter(Message, frozen=True):
     call: int
     version: bytes
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """End the engine process."""
 
 
@@ -117,7 +117,7 @@ Command = (
 # From the engine to the front
 
 
-class Started(Message):
+class Started(Message, frozen=True):
     """The first event: the engine can take requests."""
 
     pages_total: int
@@ -126,7 +126,7 @@ class Started(Message):
     max_context_tokens: int
 
 
-class StepTokens(Message):
+class StepTokens(Message, frozen=True):
     """Tokens that a step drew: requests[i] got token_ids[i]."""
 
     step: int
@@ -143,7 +143,7 @@ class FinishReason(enum.IntEnum):
     CANCELLED = 4
 
 
-class Finished(Message):
+class Finished(Message, frozen=True):
     request: int
     reason: FinishReason
     prompt_tokens: int
@@ -153,19 +153,19 @@ class Finished(Message):
     prefill_s: float = 0.0
 
 
-class FetchImage(Message):
+class FetchImage(Message, frozen=True):
     """Fetch a version's page image; answered by ImageReady or ImageFailed."""
 
     version: bytes
 
 
-class ReleaseImage(Message):
+class ReleaseImage(Message, frozen=True):
     """The engine no longer needs the image or the fetch of it."""
 
     version: bytes
 
 
-class ResidencyChange(Message):
+class ResidencyChange(Message, frozen=True):
     """Versions that became usable on the GPU or in host memory, and that no longer are."""
 
     gpu_added: list[bytes]
@@ -174,7 +174,7 @@ class ResidencyChange(Message):
     host_removed: list[bytes]
 
 
-class Status(Message):
+class Status(Message, frozen=True):
     """The engine's state; also its heartbeat, sent every second."""
 
     running: int
@@ -195,7 +195,7 @@ class Status(Message):
     max_segments_in_step: int  # distinct adapters and, if it had rows, the base model
 
 
-class AdminResult(Message):
+class AdminResult(Message, frozen=True):
     call: int
     failure: Failure | None = None
 
