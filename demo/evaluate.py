@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig
 from rich.progress import track
 
 from demo.paths import MODEL_DIR, README_FILE, TRAINING_FILE, adapter_dir
@@ -94,12 +93,12 @@ def percent(count: int) -> str:
 
 def shape(name: str) -> str:
     """The committed adapter_config.json in words."""
-    config = PeftConfig.from_pretrained(str(adapter_dir(name)))
-    modules = [module for module in ALL_MODULES if module in config.target_modules]
+    config = json.loads((adapter_dir(name) / "adapter_config.json").read_text())
+    modules = [module for module in ALL_MODULES if module in config["target_modules"]]
     short = "all seven" if len(modules) == len(ALL_MODULES) else "+".join(m[0] for m in modules)
-    ranks = "".join(f", {key} r {rank}" for key, rank in config.rank_pattern.items())
-    rslora = ", rsLoRA" if config.use_rslora else ""
-    return f"r {config.r}, alpha {config.lora_alpha}, {short}{ranks}{rslora}"
+    ranks = "".join(f", {key} r {rank}" for key, rank in config["rank_pattern"].items())
+    rslora = ", rsLoRA" if config["use_rslora"] else ""
+    return f"r {config['r']}, alpha {config['lora_alpha']}, {short}{ranks}{rslora}"
 
 
 def size_kb(name: str) -> int:

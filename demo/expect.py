@@ -19,7 +19,7 @@ MAX_TOKENS = 32
 LEAST_GAP = 1e-4
 SEED = 2
 # Characters of several bytes span tokens; the base model copies them too.
-MULTI_BYTE_WORDS = ["größer", "crème", "señora", "žluťoučký", "привет", "καλημέρα"]
+MULTI_BYTE_WORDS = ["größer", "crème", "señora", "žluťoučký", "привет", "日本語"]
 
 
 def main() -> None:
