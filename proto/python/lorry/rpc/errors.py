@@ -7,7 +7,7 @@ it happened and reaches the peer as INTERNAL, without its text.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -58,7 +58,7 @@ class InvalidRequest(LorryError):
     code, reason = Code.INVALID_ARGUMENT, "INVALID_REQUEST"
 
     @classmethod
-    def of(cls, field: str, description: str) -> "InvalidRequest":
+    def of(cls, field: str, description: str) -> Self:
         """One field, named in the message and as a violation."""
         return cls(f"{field}: {description}", violations=[Violation(field, description)])
 

@@ -1,0 +1,126 @@
+"""Page images: an adapter's weights packed as the GPU pool wants them.
+
+The bytes are ``[page][layer][slice]`` by `lorry.kernels.page_layout`; whatever holds no weight
+is zero. Pure numpy, so that tests and benchmarks make images without a store.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from crc32c import crc32c
+from numpy.typing import NDArray
+
+from lorry.adapter_store.lora import LoraSpec, tensor_names
+from lorry.adapter_store.peft_config import resolve
+from lorry.kernels.page_layout import Dtype, ModuleOffsets, PageLayout
+from lorry.rpc.errors import AdapterIncompatible, LayoutUnsupported
+
+Array = NDArray[Any]
+NUMPY_DTYPES: Mapping[Dtype, np.dtype[Any]] = {
+    Dtype.BF16: np.dtype(ml_dtypes.bfloat16),
+    Dtype.FP16: np.dtype(np.float16),
+    Dtype.FP32: np.dtype(np.float32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageModule:
+    """Where a module's A and transposed B begin in a layer's virtual space, in row units."""
+
+    name: str
+    row_offset: int
+    b_row_offset: int
+    scale_per_layer: tuple[float, ...]  # 0 where the layer has none
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What a reader must know of an image beside its layout."""
+
+    rank: int
+    pages: int
+    image_bytes: int
+    crc32c: int
+    modules: tuple[ImageModule, ...]
+
+
+def build_image(
+    config: Mapping[str, Any], tensors: Mapping[str, Array], layout: PageLayout
+) -> tuple[ImageHeader, bytearray]:
+    """Pack an adapter as PEFT saves it: the fields of adapter_config.json and the named tensors.
+
+    Shapes are not checked here; registration does. Raises AdapterInvalid for the config.
+    """
+    spec = resolve(config, layout.geometry)
+    image = bytearray(image_bytes(spec, layout))
+    checksum = pack(spec, tensors, layout, memoryview(image))
+    return image_header(spec, layout, checksum), image
+
+
+def image_bytes(spec: LoraSpec, layout: PageLayout) -> int:
+    return layout.pages(spec.modules, spec.max_rank) * layout.page_bytes
+
+
+def image_header(spec: LoraSpec, layout: PageLayout, checksum: int) -> ImageHeader:
+    offsets = layout.offsets(spec.modules, spec.max_rank)
+    return ImageHeader(
+        rank=spec.max_rank,
+        pages=layout.pages(spec.modules, spec.max_rank),
+        image_bytes=image_bytes(spec, layout),
+        crc32c=checksum,
+        modules=tuple(
+            ImageModule(name, offsets[name].a, offsets[name].b, lora.scales)
+            for name, lora in spec.modules.items()
+        ),
+    )
+
+
+def pack(
+    spec: LoraSpec, tensors: Mapping[str, Array], layout: PageLayout, buffer: memoryview
+) -> int:
+    """Fill a zeroed buffer of `image_bytes` and return its CRC-32C.
+
+    Raises AdapterIncompatible if a value is not finite in the layout's dtype.
+    """
+    if layout.tp_size != 1:
+        raise LayoutUnsupported(f"layout.tp_size must be 1, got {layout.tp_size}")
+    dtype = NUMPY_DTYPES[layout.dtype]
+    pages = layout.pages(spec.modules, spec.max_rank)
+    image_PLE = np.frombuffer(buffer, dtype).reshape(pages, layout.geometry.layers, -1)
+    offsets = layout.offsets(spec.modules, spec.max_rank)
+    for layer in range(layout.geometry.layers):
+        virtual_V = np.zeros(pages * layout.slice_elements, dtype)
+        for name, lora in spec.modules.items():
+            if rank := lora.ranks[layer]:
+                a_name, b_name = tensor_names(layer, name)
+                rows = _rows(virtual_V, layout, name, offsets[name], rank)
+                for tensor, values, target in zip(
+                    (a_name, b_name), (tensors[a_name], tensors[b_name].T), rows, strict=True
+                ):
+                    target[:] = cast_finite(tensor, values, dtype)
+        image_PLE[:, layer] = virtual_V.reshape(pages, -1)
+    return crc32c(buffer)
+
+
+def cast_finite(name: str, values: Array, dtype: np.dtype[Any]) -> Array:
+    """`values` as `dtype`; raises AdapterIncompatible if one of them is not finite then."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = values.astype(dtype, copy=False)
+    if not np.isfinite(cast).all():
+        raise AdapterIncompatible(f"{name} holds values that are not finite in {dtype.name}")
+    return cast
+
+
+def _rows(
+    virtual_V: Array, layout: PageLayout, module: str, offsets: ModuleOffsets, rank: int
+) -> tuple[Array, Array]:
+    """The first `rank` rows of A and of transposed B, without their padding."""
+    widths = layout.geometry.module_shape(module)
+    rows = []
+    for start, padded, width in zip(offsets, layout.row_widths(module), widths, strict=True):
+        first = start * layout.row_unit
+        rows.append(virtual_V[first : first + rank * padded].reshape(rank, padded)[:, :width])
+    return rows[0], rows[1]
