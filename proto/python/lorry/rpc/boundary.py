@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -14,7 +14,10 @@ from lorry.rpc.identity import Authenticator
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"  # open to probes, which carry no credentials
 Context = grpc.aio.ServicerContext[Any, Any]
-Handler = grpc.RpcMethodHandler[Any, Any]
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]
+else:
+    Handler = grpc.RpcMethodHandler  # generic in its stubs only
 
 log = logging.getLogger(__name__)
 
