@@ -1,0 +1,138 @@
+"""The asynchronous client of a router and its adapter store."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+
+from lorry.client.adapters import Adapters
+from lorry.client.generation import Chunk, Completion, Generation, Request
+from lorry.client.retry import RetryPolicy, retrying, typed
+from lorry.rpc.channel import bearer, open_channel
+from lorry.v1 import inference_service_pb2 as pb
+from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
+from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
+
+DEFAULT_ROUTER = "127.0.0.1:50051"
+DEFAULT_STORE = "127.0.0.1:50052"
+StreamCall = grpc.aio.UnaryStreamCall[Any, pb.StreamGenerateResponse]
+
+
+class Client:
+    """Generates text and manages adapters; use it as an asynchronous context manager.
+
+    Failures are the classes of `lorry.rpc.errors`. UNAVAILABLE is retried, but never after a
+    generation's first token, so no token comes twice.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: str = DEFAULT_ROUTER,
+        store: str = DEFAULT_STORE,
+        token: str | None = None,
+        timeout_s: float = 300.0,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        """`router` and `store` are HOST:PORT; `timeout_s` bounds each call with its retries."""
+        self._router = open_channel(router)
+        self._store = open_channel(store)
+        self._metadata = bearer(token)
+        self._timeout_s = timeout_s
+        self._retry = retry or RetryPolicy()
+        self._inference = InferenceServiceStub(self._router)
+        self.adapters = Adapters(
+            AdapterServiceStub(self._store),
+            metadata=self._metadata,
+            timeout_s=timeout_s,
+            retry=self._retry,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End what still runs and close the connections."""
+        await self._router.close()
+        await self._store.close()
+
+    async def generate(self, request: Request, *, timeout_s: float | None = None) -> Generation:
+        """The whole answer at once."""
+        message = pb.GenerateRequest(spec=request.to_proto())
+
+        async def call(attempt: int, remaining_s: float) -> pb.GenerateResponse:
+            return await self._inference.Generate(
+                message, timeout=remaining_s, metadata=self._metadata
+            )
+
+        response = await retrying(call, policy=self._retry, timeout_s=timeout_s or self._timeout_s)
+        return Generation.from_proto(response)
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, request: Request, *, timeout_s: float | None = None
+    ) -> AsyncIterator["GenerationStream"]:
+        """The answer as it comes; entering waits for its beginning, leaving cancels the rest."""
+        message = pb.StreamGenerateRequest(spec=request.to_proto())
+
+        async def call(attempt: int, remaining_s: float) -> GenerationStream:
+            stream = GenerationStream(
+                self._inference.StreamGenerate(
+                    message, timeout=remaining_s, metadata=self._metadata
+                )
+            )
+            await stream.begin()
+            return stream
+
+        stream = await retrying(call, policy=self._retry, timeout_s=timeout_s or self._timeout_s)
+        try:
+            yield stream
+        finally:
+            stream.cancel()
+
+
+class GenerationStream:
+    """Chunks of one generation; `completion` is set when they have all come."""
+
+    def __init__(self, call: StreamCall) -> None:
+        self._call = call
+        self._first: pb.StreamGenerateResponse | None = None
+        self.completion: Completion | None = None
+
+    async def begin(self) -> None:
+        """Wait for the first message; raises grpc.RpcError, and then nothing is left running."""
+        try:
+            self._first = await self._read()
+        except BaseException:
+            self._call.cancel()
+            raise
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        try:
+            message, self._first = self._first, None
+            while message is not None:
+                if message.HasField("chunk"):
+                    yield Chunk(tuple(message.chunk.token_ids), message.chunk.text)
+                elif message.HasField("completed"):
+                    self.completion = Completion.from_proto(message.completed)
+                message = await self._read()
+        except grpc.RpcError as error:
+            raise typed(error) from error
+
+    async def _read(self) -> pb.StreamGenerateResponse | None:
+        message = await self._call.read()
+        return message if isinstance(message, pb.StreamGenerateResponse) else None  # else EOF

@@ -1,0 +1,61 @@
+"""The options of every command that calls a service."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+from lorry.client.client import Client
+from lorry.client.endpoints import (
+    DEFAULT_STATE_FILE,
+    STATE_FILE_VARIABLE,
+    Endpoints,
+    find_endpoints,
+)
+from lorry.rpc.channel import read_token
+
+CONNECTION = Group.create_ordered("Connection")
+
+
+@Parameter(name="*", group=CONNECTION)
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """Which services to call, and as whom."""
+
+    router: Annotated[str | None, Parameter(env_var="LORRY_ROUTER")] = None
+    """HOST:PORT of the router; default: of the running `lorry up`, else 127.0.0.1:50051."""
+
+    store: Annotated[str | None, Parameter(env_var="LORRY_STORE")] = None
+    """HOST:PORT of the adapter store; default: of the running `lorry up`, else 127.0.0.1:50052."""
+
+    token_file: Annotated[Path | None, Parameter(env_var="LORRY_TOKEN_FILE")] = None
+    """File that holds the bearer token; default: none is sent."""
+
+    timeout_s: Annotated[float, Parameter(env_var="LORRY_TIMEOUT_S")] = 300.0
+    """Seconds that a call may take, with its retries."""
+
+    state_file: Annotated[Path, Parameter(env_var=STATE_FILE_VARIABLE)] = DEFAULT_STATE_FILE
+    """Where `lorry up` wrote down the addresses of its services."""
+
+    def __post_init__(self) -> None:
+        if self.timeout_s <= 0:
+            raise ValueError(f"--timeout-s must be positive, got {self.timeout_s}")
+
+    def endpoints(self, *, worker: str | None = None) -> Endpoints:
+        return find_endpoints(self.state_file, router=self.router, store=self.store, worker=worker)
+
+    def token(self) -> str | None:
+        return read_token(self.token_file)
+
+    def client(self) -> Client:
+        endpoints = self.endpoints()
+        return Client(
+            router=endpoints.router,
+            store=endpoints.store,
+            token=self.token(),
+            timeout_s=self.timeout_s,
+        )
+
+
+DEFAULT = Connection()

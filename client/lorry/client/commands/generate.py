@@ -1,0 +1,81 @@
+"""`lorry generate`: stream the answer to one prompt."""
+
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lorry.client.commands.connection import DEFAULT, Connection
+from lorry.client.console import make_console
+from lorry.client.generation import ChatMessage, Completion, Request
+
+
+async def generate(
+    prompt: str,
+    *,
+    adapter: str = "",
+    model: str = "",
+    max_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    chat: Annotated[bool, Parameter(negative="")] = False,
+    stats: Annotated[bool, Parameter(negative="")] = False,
+    connection: Connection = DEFAULT,
+) -> None:
+    """Print the answer to a prompt while it is being generated.
+
+    Parameters
+    ----------
+    prompt
+        Text to continue; `-` reads it from standard input.
+    adapter
+        Id or full name of the adapter; default: the base model alone.
+    model
+        Name of the base model; default: the one that is served.
+    max_tokens
+        Most tokens to generate; default: to the end of the model's context.
+    temperature
+        Randomness, 0 to 10; 0 always takes the most likely token.
+    top_p
+        Draw from the most likely tokens of this total probability only; default: from all.
+    top_k
+        Draw from this many most likely tokens only; 0 is all.
+    seed
+        Makes random answers repeatable; default: another one each time.
+    stop
+        The text ends before this string. May be given up to 16 times.
+    chat
+        Send the prompt as a user's chat message, through the model's chat template.
+    stats
+        Print token counts and times to standard error at the end.
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    request = Request(
+        prompt=[ChatMessage("user", text)] if chat else text,
+        adapter=adapter,
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop_strings=stop,
+    )
+    async with connection.client() as client, client.stream(request) as stream:
+        async for chunk in stream:
+            print(chunk.text, end="", flush=True)
+    print()
+    if stats and stream.completion is not None:
+        make_console(stderr=True).print(_summary(stream.completion), style="dim")
+
+
+def _summary(completion: Completion) -> str:
+    return (
+        f"{completion.adapter or 'base model'}: {completion.prompt_tokens} prompt tokens, "
+        f"{completion.completion_tokens} tokens, first after {completion.ttft_s * 1e3:.0f} ms "
+        f"({completion.queue_s * 1e3:.0f} ms queued, adapter {completion.adapter_load_s * 1e3:.0f} "
+        f"ms), ended by {completion.finish_reason.name.lower()}"
+    )

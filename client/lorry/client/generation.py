@@ -1,0 +1,161 @@
+"""What a client asks to be generated and what it gets, and their translation to messages."""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from google.protobuf.duration_pb2 import Duration
+
+from lorry.v1 import common_pb2, inference_service_pb2
+
+
+class FinishReason(enum.Enum):
+    STOP = common_pb2.FINISH_REASON_STOP  # end of sequence, stop token or stop string
+    LENGTH = common_pb2.FINISH_REASON_LENGTH  # max_tokens or the end of the context
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One generation. A field that is None takes the server's default."""
+
+    prompt: str | Sequence[int] | Sequence[ChatMessage]  # text, token ids or a chat
+    adapter: str = ""  # an id, adapters/ID or tenants/ID/adapters/ID; empty = the base model
+    model: str = ""  # empty = the one that is served
+    request_id: str = ""
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float | None = None  # 0 = greedy
+    top_p: float | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop_strings: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def to_proto(self) -> inference_service_pb2.GenerationSpec:
+        spec = inference_service_pb2.GenerationSpec(
+            request_id=self.request_id,
+            model=self.model,
+            adapter=adapter_name(self.adapter) if self.adapter else "",
+            sampling=self._sampling(),
+            stopping=self._stopping(),
+            labels=self.labels,
+        )
+        _set_prompt(spec, self.prompt)
+        return spec
+
+    def _sampling(self) -> common_pb2.SamplingParams:
+        return common_pb2.SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+        )
+
+    def _stopping(self) -> common_pb2.StoppingOptions:
+        return common_pb2.StoppingOptions(
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            stop_strings=self.stop_strings,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What is new since the last chunk; either part may be empty."""
+
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """How a generation ended and what it took."""
+
+    request_id: str
+    finish_reason: FinishReason
+    matched_stop: str | int | None  # the stop string or token id that ended it
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # of the prompt, from the prefix cache
+    adapter: str  # tenants/ID/adapters/ID; empty = the base model
+    version: str  # of the adapter that served the request, in hex
+    queue_s: float
+    adapter_load_s: float
+    prefill_s: float
+    ttft_s: float  # from arrival at the router to the first token
+
+    @classmethod
+    def from_proto(cls, message: inference_service_pb2.Completed) -> "Completion":
+        stop = message.WhichOneof("matched_stop")
+        timings = message.timings
+        return cls(
+            request_id=message.request_id,
+            finish_reason=FinishReason(message.finish_reason),
+            matched_stop=getattr(message, stop) if stop else None,
+            prompt_tokens=message.usage.prompt_tokens,
+            completion_tokens=message.usage.completion_tokens,
+            cached_tokens=message.usage.cached_tokens,
+            adapter=message.adapter,
+            version=message.version.hex(),
+            queue_s=_seconds(timings.queue),
+            adapter_load_s=_seconds(timings.adapter_load),
+            prefill_s=_seconds(timings.prefill),
+            ttft_s=_seconds(timings.ttft),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    text: str
+    token_ids: tuple[int, ...]  # with an end-of-sequence or stop token, which text leaves out
+    completion: Completion
+
+    @classmethod
+    def from_proto(cls, message: inference_service_pb2.GenerateResponse) -> "Generation":
+        return cls(
+            text=message.text,
+            token_ids=tuple(message.token_ids),
+            completion=Completion.from_proto(message.completed),
+        )
+
+
+def adapter_name(text: str) -> str:
+    """The resource name that an adapter's id, or name, stands for."""
+    return text if "/" in text else f"adapters/{text}"
+
+
+def _set_prompt(
+    spec: inference_service_pb2.GenerationSpec,
+    prompt: str | Sequence[int] | Sequence[ChatMessage],
+) -> None:
+    if isinstance(prompt, str):
+        spec.prompt = prompt
+        return
+    spec.token_ids.SetInParent()
+    for part in prompt:
+        if isinstance(part, ChatMessage):
+            spec.chat.messages.add(role=part.role, content=part.content)
+        else:
+            spec.token_ids.ids.append(part)
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToTimedelta().total_seconds()

@@ -1,0 +1,1 @@
+"""The services of lorry as child processes on this machine."""

@@ -1,0 +1,51 @@
+"""What a service says of itself: its health, and a worker's status."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lorry.client.retry import typed
+from lorry.rpc.channel import Metadata, open_channel
+from lorry.v1 import worker_service_pb2 as pb
+from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
+
+READINESS = "readiness"
+ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
+
+
+async def is_ready(address: str, *, timeout_s: float) -> bool:
+    """Whether the service takes requests; raises LorryError if it does not answer."""
+    async with open_channel(address) as channel:
+        try:
+            response = await health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=READINESS), timeout=timeout_s
+            )
+        except grpc.RpcError as error:
+            raise typed(error) from error
+    return bool(response.status == ServingStatus.Value("SERVING"))
+
+
+async def readiness(address: str) -> AsyncIterator[bool]:
+    """Whether the service takes requests: now, and after each change; ends with the service."""
+    async with open_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            async for response in stub.Watch(health_pb2.HealthCheckRequest(service=READINESS)):
+                yield bool(response.status == ServingStatus.Value("SERVING"))
+        except grpc.RpcError as error:
+            raise typed(error) from error
+
+
+async def worker_status(
+    address: str, *, metadata: Metadata = (), timeout_s: float
+) -> pb.GetWorkerStatusResponse:
+    """A worker's own account of its pool and what it runs."""
+    async with open_channel(address) as channel:
+        try:
+            response: pb.GetWorkerStatusResponse = await WorkerServiceStub(channel).GetWorkerStatus(
+                pb.GetWorkerStatusRequest(), timeout=timeout_s, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            raise typed(error) from error
+    return response

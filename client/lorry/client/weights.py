@@ -1,0 +1,56 @@
+"""An adapter's directory as PEFT saves it, read for an upload."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+
+from crc32c import crc32c
+
+from lorry.v1.common_pb2 import WeightChunk
+
+CHUNK_BYTES = 1 << 20
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterFiles:
+    """The two files of an adapter; the weights are read in pieces, never whole."""
+
+    config_json: str
+    weights: Path
+    weights_bytes: int
+    weights_sha256: bytes
+
+    @classmethod
+    async def read(cls, directory: Path) -> "AdapterFiles":
+        """Raises ValueError that names the file that is missing."""
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (directory / name).is_file():
+                raise ValueError(
+                    f"{directory} holds no {name}; push a directory that peft's "
+                    "save_pretrained wrote with safe_serialization"
+                )
+        return await asyncio.to_thread(cls._read, directory)
+
+    @classmethod
+    def _read(cls, directory: Path) -> "AdapterFiles":
+        weights = directory / WEIGHTS_NAME
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+            return cls(
+                config_json=(directory / CONFIG_NAME).read_text(),
+                weights=weights,
+                weights_bytes=file.tell(),
+                weights_sha256=digest,
+            )
+
+    async def chunks(self, offset: int) -> AsyncGenerator[WeightChunk, None]:
+        """The weights from `offset` on."""
+        with self.weights.open("rb") as file:
+            file.seek(offset)
+            while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield WeightChunk(offset=offset, data=data, crc32c=crc32c(data))
+                offset += len(data)
