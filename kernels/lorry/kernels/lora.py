@@ -15,7 +15,6 @@ from lorry.kernels.page_layout import MODULES
 from lorry.kernels.pool_view import PoolView
 from lorry.kernels.tiles import RowTiles, gather_rows, scatter_add_rows
 
-BASE_MODEL = -1  # the slot of rows that use no adapter
 ABSENT = -1  # the offset of a module that the adapter does not have
 
 

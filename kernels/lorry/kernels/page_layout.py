@@ -24,6 +24,7 @@ LAYOUT_REVISION = 1
 MAX_ROW_UNIT = 256
 MIN_ROW_UNIT = 64
 MAX_RANK = 256
+BASE_MODEL = -1  # the slot of rows that use no adapter
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Modules of a group read the same input, so that one pass over their stacked A serves them all.

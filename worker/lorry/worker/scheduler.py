@@ -1,0 +1,312 @@
+"""Iteration-level scheduling with chunked prompts, as pure bookkeeping: no clock, torch or I/O.
+
+Each step is planned in stages: expire, decode, continue prompts, admit, prefetch. Only growth of a
+running sequence preempts: the newest goes and is recomputed. Admission takes requests in arrival
+order and skips one that does not fit, until it has been passed over too often: then it is waited
+for. The scheduler does not know when a request will end.
+"""
+
+import bisect
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from lorry.kernels.page_layout import BASE_MODEL
+from lorry.worker.adapter_loader import AdapterLoader
+from lorry.worker.messages import Failure, Finished, FinishReason, StepTokens, Submit
+from lorry.worker.plan import Batch, BatchBuilder, Plan
+from lorry.worker.pool import PagePool
+from lorry.worker.request import NO_ROW, Request, RequestState
+from lorry.worker.residency import Adapter, AdapterState, Residency
+from lorry.worker.sequences import SequenceTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    step_tokens: int  # rows of a step; at least max_running
+    max_running: int
+    max_context_tokens: int
+    max_fetches: int = 32  # under way at once
+    max_passed_over: int = 64  # admissions of younger requests that an older one puts up with
+    max_considered: int = 256  # waiting requests looked at in a step
+
+
+class Scheduler:
+    """Requests, sequences, pages and adapters of one engine, and what to do next with them."""
+
+    def __init__(self, limits: SchedulerLimits, pool: PagePool, table: SequenceTable) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.table = table
+        self.residency = Residency(pool)
+        self.requests: dict[int, Request] = {}
+        self.steps = 0
+        self.preemptions = 0
+        self._waiting: list[Request] = []  # by number
+        self._prefilling: list[Request] = []  # by number
+        self._deadlines: list[tuple[float, int]] = []
+        self._prefetch: list[bytes] = []
+
+    @property
+    def num_running(self) -> int:
+        return len(self.requests) - len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, submit: Submit, now_s: float) -> Finished | None:
+        """Take a request; returns its end at once if it can never be served here."""
+        request = Request.of(submit, now_s)
+        if failure := self._impossible(request):
+            request.move_to(RequestState.FINISHED)
+            return _finished(request, FinishReason.ABORTED, failure)
+        self.requests[request.number] = request
+        bisect.insort(self._waiting, request, key=_number)
+        if request.deadline_s is not None:
+            heapq.heappush(self._deadlines, (request.deadline_s, request.number))
+        return None
+
+    def cancel(self, numbers: list[int]) -> list[Finished]:
+        """End requests; unknown and finished numbers are ignored."""
+        found = [self.requests[number] for number in numbers if number in self.requests]
+        return [self._end(request, FinishReason.CANCELLED) for request in found]
+
+    def fail_adapter(self, adapter: Adapter, failure: Failure) -> list[Finished]:
+        """The image of `adapter` cannot be had: end the requests that wait for it."""
+        self.residency.fail_fetch(adapter)
+        waiting = [r for r in self._waiting if r.version == adapter.version]
+        return [self._end(request, FinishReason.ABORTED, failure) for request in waiting]
+
+    def set_prefetch(self, versions: list[bytes]) -> None:
+        """Replace the versions that will be wanted next, most urgent first."""
+        self._prefetch = versions
+
+    def plan(self, now_s: float, pins: list[bytes]) -> Plan:
+        """Decide the next step; `pins` are versions that operators wait for."""
+        plan = Plan()
+        loader = AdapterLoader(self.pool, self.residency, plan, max_fetches=self.limits.max_fetches)
+        self._expire(plan, now_s)
+        for version in pins:
+            loader.want(version, watermark=self.num_running)
+        rows = BatchBuilder(self.table, self.limits.step_tokens)
+        self._decode(plan, rows, loader)
+        self._continue_prompts(rows)
+        self._admit(plan, rows, loader, now_s)
+        self._load_ahead(loader)
+        plan.batch = rows.build()
+        self.steps += plan.batch is not None
+        return plan
+
+    def commit(
+        self, batch: Batch, token_ids: np.ndarray, now_s: float
+    ) -> tuple[StepTokens, list[Finished]]:
+        """Take the tokens that a step drew (int32, one for each sampling sequence)."""
+        table = self.table
+        sampled = batch.samples_S
+        alive = table.admission_R[batch.row_S[sampled]] == batch.admission_S[sampled]
+        rows, token_ids = batch.row_S[sampled][alive], token_ids[alive]
+        position = table.num_prompt_R[rows] + batch.output_position_S[sampled][alive]
+        table.token_ids_RC[rows, position] = token_ids
+        table.num_read_R[rows] = position + 1
+        tokens = StepTokens(self.steps, table.number_R[rows].tolist(), token_ids.tolist())
+        self._note_first_tokens(rows, now_s)
+        stopped = table.is_stop(rows, token_ids)
+        ended = stopped | (table.num_read_R[rows] >= table.most_tokens_R[rows])
+        finished = [
+            self._end(self._at(row), FinishReason.STOP if is_stop else FinishReason.LENGTH)
+            for row, is_stop in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True)
+        ]
+        return tokens, finished
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless pages, slots and references agree with their owners."""
+        running = [r for r in self.requests.values() if r.state is not RequestState.WAITING]
+        kv_pages = [page for request in running for page in self.table.pages(request.row)]
+        adapter_pages = [page for adapter in self.residency for page in adapter.pages]
+        self.pool.check_integrity(kv_pages, adapter_pages)
+        self.residency.check_integrity()
+        for adapter in self.residency:
+            users = sum(request.version == adapter.version for request in running)
+            assert adapter.references == users, f"{adapter.references} references, {users} users"
+        assert len(running) == self.num_running
+        assert all(request.row == NO_ROW for request in self._waiting)
+
+    def _impossible(self, request: Request) -> Failure | None:
+        limit = self.limits.max_context_tokens
+        if request.most_tokens > limit:
+            return Failure(
+                "CONTEXT_LENGTH_EXCEEDED",
+                f"prompt ({request.prompt_tokens}) and max_tokens ({request.submit.max_tokens}) "
+                f"exceed the context of {limit} tokens",
+            )
+        adapter = self.residency.find(request.version)
+        own_pages = adapter.num_pages if adapter else 0
+        pinned = self.residency.pinned_pages - (own_pages if adapter and adapter.pinned else 0)
+        needed = own_pages + -(-request.most_tokens // self.table.page_tokens)
+        if needed + pinned > self.pool.total:
+            return Failure(
+                "POOL_TOO_SMALL",
+                f"adapter ({own_pages} pages), prompt and max_tokens need {needed} pages "
+                f"of {self.pool.total}, of which {pinned} are pinned",
+            )
+        return None
+
+    def _expire(self, plan: Plan, now_s: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, number = heapq.heappop(self._deadlines)
+            if request := self.requests.get(number):
+                failure = Failure("DEADLINE_EXPIRED", "the deadline passed")
+                plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
+
+    def _decode(self, plan: Plan, rows: BatchBuilder, loader: AdapterLoader) -> None:
+        """One row for each sequence that can still draw a token."""
+        table = self.table
+        decoding = self._decoding_rows()
+        full = table.num_computed_R[decoding] >= table.num_pages_R[decoding] * table.page_tokens
+        stalled = set[int]()
+        for row in sorted(decoding[full].tolist(), key=table.number_R.__getitem__):
+            if table.is_decoding_R[row] and not self._grow(row, plan, loader):
+                stalled.add(row)
+        ready = self._decoding_rows()
+        rows.add_decodes(ready[~np.isin(ready, list(stalled))] if stalled else ready)
+
+    def _decoding_rows(self) -> np.ndarray:
+        table = self.table
+        return np.flatnonzero(table.is_decoding_R & (table.num_tokens_R < table.most_tokens_R))
+
+    def _grow(self, row: int, plan: Plan, loader: AdapterLoader) -> bool:
+        """Give the row a page, if need be a newer sequence's; False if it must wait for one."""
+        while not loader.make_room(1):
+            newest = max(self._running(), key=_number)
+            own = newest.row == row
+            if own and any(a.state is AdapterState.LOADING for a in self.residency):
+                return False  # its pages can be had as soon as the copy is done
+            self._preempt(newest, plan)
+            if own:
+                return False
+        self.table.append_pages(row, self.pool.allocate_kv(1))
+        return True
+
+    def _continue_prompts(self, rows: BatchBuilder) -> None:
+        for request in list(self._prefilling):
+            if rows.left:
+                self._compute_chunk(request, rows)
+
+    def _admit(self, plan: Plan, rows: BatchBuilder, loader: AdapterLoader, now_s: float) -> None:
+        """Start waiting requests that fit, oldest first, and bring the others' adapters nearer."""
+        passed_over: list[Request] = []
+        for request in self._waiting[: self.limits.max_considered]:
+            if failure := self._impossible(request):
+                plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
+                continue
+            fits = self._fits(request, loader)
+            if fits and rows.left and self.num_running < self.limits.max_running:
+                self._start(request, rows, now_s)
+                for older in passed_over:
+                    older.times_passed_over += 1
+            elif not fits and not self._is_fetching(request):
+                passed_over.append(request)
+                if request.times_passed_over >= self.limits.max_passed_over:
+                    break
+
+    def _fits(self, request: Request, loader: AdapterLoader) -> bool:
+        """Whether its adapter is resident and there are pages for all its known tokens."""
+        watermark = self.num_running
+        if request.version and loader.want(request.version, watermark=watermark) is None:
+            return False
+        pages = -(-len(request.token_ids) // self.table.page_tokens)
+        return loader.make_room(pages + watermark)
+
+    def _is_fetching(self, request: Request) -> bool:
+        adapter = self.residency.find(request.version)
+        return bool(request.version) and (
+            adapter is None or adapter.state in (AdapterState.FETCHING, AdapterState.LOADING)
+        )
+
+    def _start(self, request: Request, rows: BatchBuilder, now_s: float) -> None:
+        slot = BASE_MODEL
+        if adapter := self.residency.find(request.version):
+            adapter.references += 1
+            slot = adapter.slot
+            if request.prefill_started_s is None:
+                request.adapter_load_s = max(0.0, adapter.resident_since_s - request.arrival_s)
+        if request.prefill_started_s is None:
+            request.prefill_started_s = now_s
+        self._waiting.remove(request)
+        request.move_to(RequestState.PREFILL)
+        bisect.insort(self._prefilling, request, key=_number)
+        self.table.add(request, slot)
+        pages = self.table.pages_short(request.row, len(request.token_ids))
+        self.table.append_pages(request.row, self.pool.allocate_kv(pages))
+        self._compute_chunk(request, rows)
+
+    def _compute_chunk(self, request: Request, rows: BatchBuilder) -> None:
+        """Plan as much of the known tokens as the step has room for; the last chunk samples."""
+        if rows.add_chunk(request.row):
+            request.move_to(RequestState.DECODE)
+            self._prefilling.remove(request)
+
+    def _load_ahead(self, loader: AdapterLoader) -> None:
+        for version in self._prefetch:
+            loader.want(version, watermark=self.num_running)
+
+    def _preempt(self, request: Request, plan: Plan) -> None:
+        self._leave_row(request)
+        request.move_to(RequestState.WAITING)
+        bisect.insort(self._waiting, request, key=_number)
+        plan.preempted.append(request.number)
+        self.preemptions += 1
+
+    def _end(
+        self, request: Request, reason: FinishReason, failure: Failure | None = None
+    ) -> Finished:
+        """Free everything that `request` holds."""
+        if request.state is RequestState.WAITING:
+            self._waiting.remove(request)
+        else:
+            self._leave_row(request)
+        request.move_to(RequestState.FINISHED)
+        del self.requests[request.number]
+        return _finished(request, reason, failure)
+
+    def _leave_row(self, request: Request) -> None:
+        if request.state is RequestState.PREFILL:
+            self._prefilling.remove(request)
+        self.pool.release(self.table.remove(request))
+        if adapter := self.residency.find(request.version):
+            adapter.references -= 1
+            adapter.last_use = self.steps
+
+    def _at(self, row: int) -> Request:
+        request = self.table.requests[row]
+        assert request is not None, f"row {row} is free"
+        return request
+
+    def _running(self) -> list[Request]:
+        return [request for request in self.table.requests if request is not None]
+
+    def _note_first_tokens(self, rows: np.ndarray, now_s: float) -> None:
+        first = rows[self.table.awaits_first_R[rows]]
+        self.table.awaits_first_R[first] = False
+        for row in first.tolist():
+            request = self._at(row)
+            if request.prefill_started_s is not None and not request.prefill_s:
+                request.prefill_s = now_s - request.prefill_started_s
+
+
+def _number(request: Request) -> int:
+    return request.number
+
+
+def _finished(request: Request, reason: FinishReason, failure: Failure | None = None) -> Finished:
+    return Finished(
+        request=request.number,
+        reason=reason,
+        prompt_tokens=request.prompt_tokens,
+        completion_tokens=len(request.token_ids) - request.prompt_tokens,
+        failure=failure,
+        adapter_load_s=request.adapter_load_s,
+        prefill_s=request.prefill_s,
+    )
