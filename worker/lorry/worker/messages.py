@@ -5,6 +5,7 @@ messages over a ring. A request is known by a number that the front chooses and 
 """
 
 import enum
+from collections.abc import Sequence
 
 import msgspec
 
@@ -191,8 +192,8 @@ class Status(Message, frozen=True):
     preemptions: int
     adapter_loads: int
     adapter_evictions: int
-    max_adapters_in_step: int
-    max_segments_in_step: int  # distinct adapters and, if it had rows, the base model
+    max_adapters_in_step: int  # distinct ones, the base model not counted
+    max_adapters_beside_base_in_step: int  # the same, of steps that also had rows of the base model
 
 
 class AdminResult(Message, frozen=True):
@@ -220,7 +221,7 @@ class Codec:
         self._commands = msgspec.msgpack.Decoder(list[Command])
         self._events = msgspec.msgpack.Decoder(list[Event])
 
-    def encode(self, messages: "list[Command] | list[Event]") -> bytes:
+    def encode(self, messages: Sequence[Command] | Sequence[Event]) -> bytes:
         return self._encoder.encode(messages)
 
     def decode_commands(self, data: bytes) -> list[Command]:

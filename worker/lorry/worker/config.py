@@ -1,0 +1,176 @@
+"""Options of the worker, and what of them the engine process needs."""
+
+import dataclasses
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+
+import cyclopts
+
+from lorry.kernels.page_layout import MAX_RANK, Dtype, PageLayout
+from lorry.rpc.base_model import BaseModel
+
+Device = Literal["cpu", "cuda"]
+DtypeName = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[DtypeName, Dtype] = {"fp32": Dtype.FP32, "bf16": Dtype.BF16, "fp16": Dtype.FP16}
+NATIVE_DTYPE: dict[Device, DtypeName] = {"cpu": "fp32", "cuda": "bf16"}
+STEP_TOKENS: dict[Device, int] = {"cpu": 256, "cuda": 1024}
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine process is told, every choice made; `Config` explains the fields."""
+
+    model: Path
+    device: Device = "cpu"
+    dtype: DtypeName = "fp32"
+    pool_pages: int  # the dummy page not counted
+    max_running: int = 512
+    step_tokens: int = STEP_TOKENS["cpu"]
+    max_rank: int = MAX_RANK
+    max_context_tokens: int | None = None  # None: the model's
+    threads: int | None = None  # None: torch decides
+
+    @property
+    def page_dtype(self) -> Dtype:
+        return DTYPES[self.dtype]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "EngineConfig":
+        fields = json.loads(text)
+        return cls(**fields | {"model": Path(fields["model"])})
+
+
+@cyclopts.Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of the worker."""
+
+    model: Path
+    """Directory of the base model: config.json and .safetensors files."""
+
+    address: str = "127.0.0.1:50053"
+    """HOST:PORT to listen on; port 0 takes a free one."""
+
+    store: str = "127.0.0.1:50052"
+    """HOST:PORT of the adapter store."""
+
+    shm_dir: Path = Path(f"/dev/shm/lorry-{os.getuid()}")
+    """Where the adapter store of this machine keeps page images, as this process sees it."""
+
+    worker_id: str = dataclasses.field(default_factory=socket.gethostname)
+    """Name of this worker in the routers' logs."""
+
+    tokens: Path | None = None
+    """JSON file of the callers' bearer tokens; without one, this machine's callers are served."""
+
+    token_file: Path | None = None
+    """File with the bearer token that this worker shows to the adapter store."""
+
+    insecure: bool = False
+    """Serve plain text beyond this machine."""
+
+    device: Device = "cpu"
+    """Where the engine computes."""
+
+    dtype: DtypeName | None = None
+    """Type of weights, KV cache and adapters; by default fp32 on the CPU and bf16 on a GPU."""
+
+    pool_bytes: int = 512 * MIB
+    """Memory for KV cache and adapters together."""
+
+    pool_pages: int | None = None
+    """The same as a number of pages, of 16 tokens of KV each; instead of pool_bytes."""
+
+    max_running: int = 512
+    """Sequences that may run at the same time."""
+
+    max_waiting: int = 64
+    """Requests that a router may have sent beyond max_running."""
+
+    step_tokens: int | None = None
+    """Tokens that one step computes at most; by default 256 on the CPU and 1024 on a GPU."""
+
+    max_rank: int = MAX_RANK
+    """Largest rank of an adapter."""
+
+    max_context_tokens: int | None = None
+    """Tokens of prompt and output together; by default, and at most, what the model allows."""
+
+    threads: int | None = None
+    """CPU threads of the engine; by default torch decides."""
+
+    max_fetches: int = 8
+    """Page images that are fetched from the adapter store at the same time."""
+
+    fetch_timeout_s: float = 30.0
+    """Seconds that the fetch of a page image may take, attempts and pauses together."""
+
+    start_timeout_s: float = 600.0
+    """Seconds that the engine may take to load the model."""
+
+    engine_silence_s: float = 30.0
+    """Seconds without a sign of life after which the engine is killed, and this worker ends."""
+
+    grace_s: float = 30.0
+    """Seconds that running requests get to finish on SIGTERM."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "pool_bytes",
+            "pool_pages",
+            "max_running",
+            "step_tokens",
+            "max_context_tokens",
+            "threads",
+            "max_fetches",
+            "fetch_timeout_s",
+            "start_timeout_s",
+            "engine_silence_s",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("max_waiting", "grace_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 1 <= self.max_rank <= MAX_RANK:
+            raise ValueError(f"max_rank must be in [1, {MAX_RANK}], got {self.max_rank}")
+        if not self.worker_id:
+            raise ValueError("worker_id must not be empty")
+
+    @property
+    def submit_window(self) -> int:
+        """Submits of one router that may be unfinished at the same time."""
+        return self.max_running + self.max_waiting
+
+    def page_layout(self, base_model: BaseModel) -> PageLayout:
+        dtype = DTYPES[self.dtype or NATIVE_DTYPE[self.device]]
+        return PageLayout(geometry=base_model.geometry, dtype=dtype)
+
+    def engine(self, base_model: BaseModel) -> EngineConfig:
+        """What to tell the engine; raises ValueError for a pool without a page."""
+        page_bytes = self.page_layout(base_model).page_bytes
+        pool_pages = self.pool_pages or self.pool_bytes // page_bytes
+        if not pool_pages:
+            raise ValueError(f"pool_bytes {self.pool_bytes} holds no page of {page_bytes} bytes")
+        context = min(
+            self.max_context_tokens or base_model.max_context_tokens, base_model.max_context_tokens
+        )
+        return EngineConfig(
+            model=self.model,
+            device=self.device,
+            dtype=self.dtype or NATIVE_DTYPE[self.device],
+            pool_pages=pool_pages,
+            max_running=self.max_running,
+            step_tokens=self.step_tokens or STEP_TOKENS[self.device],
+            max_rank=self.max_rank,
+            max_context_tokens=context,
+            threads=self.threads,
+        )
