@@ -143,6 +143,12 @@ class WorkerLost(LorryError):
     code, reason = Code.ABORTED, "WORKER_LOST"
 
 
+class Interrupted(LorryError):
+    """The service shut down in mid-stream; metadata `sentTokens` tells how far it came."""
+
+    code, reason = Code.ABORTED, "INTERRUPTED"
+
+
 class Superseded(LorryError):
     """A newer stream or session of the same peer took this one's place."""
 
