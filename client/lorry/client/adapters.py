@@ -5,21 +5,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+import grpc.aio
 
 from lorry.client.generation import adapter_name
 from lorry.client.retry import RetryPolicy, retrying
+from lorry.client.upload import Progress, send
 from lorry.client.weights import AdapterFiles
-from lorry.rpc.channel import Metadata
+from lorry.rpc.channel import Metadata, open_blocking_channel
 from lorry.rpc.errors import AdapterNotFound
 from lorry.rpc.names import check_id
 from lorry.v1 import adapter_service_pb2 as pb
-
-if TYPE_CHECKING:
-    from lorry.v1.adapter_service_pb2_grpc import AdapterServiceAsyncStub
+from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
 
 UPLOAD_TIMEOUT_S = 3600.0
-Progress = Callable[[int, int], None]  # bytes sent, bytes in all
 Response = TypeVar("Response")
 
 
@@ -59,13 +59,15 @@ class Adapters:
 
     def __init__(
         self,
-        stub: "AdapterServiceAsyncStub",
+        address: str,
+        channel: grpc.aio.Channel,
         *,
         metadata: Metadata,
         timeout_s: float,
         retry: RetryPolicy,
     ) -> None:
-        self._stub = stub
+        self._address = address
+        self._stub = AdapterServiceStub(channel)
         self._metadata = metadata
         self._timeout_s = timeout_s
         self._retry = retry
@@ -167,29 +169,23 @@ class Adapters:
         remaining_s: float,
     ) -> pb.UploadAdapterResponse:
         """One attempt; all but the first continue where the store's bytes end."""
-        offset = await self._received_bytes(upload_id, remaining_s) if attempt else 0
-        progress(offset, files.weights_bytes)
-        call = self._stub.UploadAdapter(timeout=remaining_s, metadata=self._metadata)
-        try:
-            start = pb.UploadStart(upload_id=upload_id, offset=offset)
-            await call.write(pb.UploadAdapterRequest(start=start))
-            async with contextlib.aclosing(files.chunks(offset)) as chunks:
-                async for chunk in chunks:
-                    if call.done():  # the store refused; awaiting the call tells why
-                        break
-                    await call.write(pb.UploadAdapterRequest(chunk=chunk))
-                    progress(chunk.offset + len(chunk.data), files.weights_bytes)
-            if not call.done():
-                await call.done_writing()
-            return await call
-        finally:
-            call.cancel()
-
-    async def _received_bytes(self, upload_id: str, timeout_s: float) -> int:
-        response = await self._stub.GetUpload(
-            pb.GetUploadRequest(upload_id=upload_id), timeout=timeout_s, metadata=self._metadata
-        )
-        return response.received_bytes
+        start = pb.UploadStart(upload_id=upload_id)
+        if attempt:
+            state = await self._stub.GetUpload(
+                pb.GetUploadRequest(upload_id=upload_id),
+                timeout=remaining_s,
+                metadata=self._metadata,
+            )
+            start.offset = state.received_bytes
+        with open_blocking_channel(self._address) as channel:
+            return await send(
+                AdapterServiceStub(channel),
+                start,
+                files,
+                progress=progress,
+                timeout_s=remaining_s,
+                metadata=self._metadata,
+            )
 
     async def _retrying(self, call: Callable[[int, float], Awaitable[Response]]) -> Response:
         return await retrying(call, policy=self._retry, timeout_s=self._timeout_s)

@@ -13,7 +13,6 @@ from lorry.client.generation import Chunk, Completion, Generation, Request
 from lorry.client.retry import RetryPolicy, retrying, typed
 from lorry.rpc.channel import bearer, open_channel
 from lorry.v1 import inference_service_pb2 as pb
-from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 DEFAULT_ROUTER = "127.0.0.1:50051"
@@ -45,7 +44,8 @@ class Client:
         self._retry = retry or RetryPolicy()
         self._inference = InferenceServiceStub(self._router)
         self.adapters = Adapters(
-            AdapterServiceStub(self._store),
+            store,
+            self._store,
             metadata=self._metadata,
             timeout_s=timeout_s,
             retry=self._retry,

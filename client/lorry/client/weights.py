@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,10 +47,10 @@ class AdapterFiles:
                 weights_sha256=digest,
             )
 
-    async def chunks(self, offset: int) -> AsyncGenerator[WeightChunk, None]:
-        """The weights from `offset` on."""
+    def chunks(self, offset: int) -> Iterator[WeightChunk]:
+        """The weights from `offset` on; blocks while it reads."""
         with self.weights.open("rb") as file:
             file.seek(offset)
-            while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            while data := file.read(CHUNK_BYTES):
                 yield WeightChunk(offset=offset, data=data, crc32c=crc32c(data))
                 offset += len(data)

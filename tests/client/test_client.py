@@ -1,0 +1,201 @@
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from tests.support.scripted import ScriptedInference, serving_scripted
+
+from lorry.client import ChatMessage, Client, Request
+from lorry.client.generation import FinishReason
+from lorry.client.retry import RetryPolicy
+from lorry.rpc.errors import (
+    AdapterNotFound,
+    DeadlineExpired,
+    Draining,
+    LorryError,
+    NoWorker,
+    QueueFull,
+    RemoteError,
+    Unauthenticated,
+)
+from lorry.rpc.identity import Authenticator, Caller, Role
+
+IMPATIENT = RetryPolicy(attempts=3, first_delay_s=0.001, max_delay_s=0.002)
+PROMPT = Request(prompt="a b c", max_tokens=3)
+
+
+@asynccontextmanager
+async def client_of(inference: ScriptedInference) -> AsyncIterator[Client]:
+    async with (
+        serving_scripted(inference=inference) as router,
+        Client(router=router, retry=IMPATIENT) as client,
+    ):
+        yield client
+
+
+async def collect(client: Client, request: Request, texts: list[str], **options: float) -> None:
+    async with client.stream(request, **options) as stream:
+        async for chunk in stream:
+            texts.append(chunk.text)
+
+
+async def test_generate_returns_text_tokens_and_completion() -> None:
+    async with client_of(ScriptedInference()) as client:
+        generation = await client.generate(Request(prompt="a b c", adapter="reverse"))
+    assert (generation.text, generation.token_ids) == ("abc", (0, 1, 2))
+    assert generation.completion.finish_reason is FinishReason.STOP
+    assert generation.completion.matched_stop == 2
+    assert generation.completion.completion_tokens == 3
+    assert generation.completion.adapter == "tenants/default/adapters/reverse"
+
+
+async def test_stream_yields_chunks_and_then_the_completion() -> None:
+    async with client_of(ScriptedInference()) as client, client.stream(PROMPT) as stream:
+        assert stream.completion is None
+        chunks = [chunk async for chunk in stream]
+    assert [(chunk.token_ids, chunk.text) for chunk in chunks] == [
+        ((0,), "a"),
+        ((1,), "b"),
+        ((2,), "c"),
+    ]
+    assert stream.completion is not None
+    assert stream.completion.finish_reason is FinishReason.STOP
+
+
+async def test_leaving_a_stream_early_cancels_its_generation() -> None:
+    inference = ScriptedInference()
+    async with client_of(inference) as client:
+        async with client.stream(Request(prompt="word " * 100_000)) as stream:
+            async for _ in stream:
+                break
+        await inference.ended.wait()
+
+
+async def test_options_reach_the_router_as_given() -> None:
+    inference = ScriptedInference()
+    request = Request(
+        prompt=[5, 6],
+        adapter="tenants/acme/adapters/x",
+        temperature=0,
+        seed=0,
+        top_k=4,
+        max_tokens=7,
+        stop_strings=["\n"],
+        stop_token_ids=[9],
+    )
+    async with client_of(inference) as client:
+        await client.generate(request)
+    (spec,) = inference.specs
+    assert list(spec.token_ids.ids) == [5, 6]
+    assert spec.adapter == "tenants/acme/adapters/x"
+    assert spec.sampling.HasField("temperature")
+    assert spec.sampling.HasField("seed")
+    assert spec.sampling.top_k == 4
+    assert spec.stopping.max_tokens == 7
+    assert list(spec.stopping.stop_strings) == ["\n"]
+    assert list(spec.stopping.stop_token_ids) == [9]
+
+
+def test_options_that_are_not_given_are_left_to_the_router() -> None:
+    spec = Request(prompt="a").to_proto()
+    assert not spec.adapter
+    for field in ("temperature", "top_p", "repetition_penalty", "seed"):
+        assert not spec.sampling.HasField(field)
+    assert not spec.stopping.HasField("max_tokens")
+
+
+def test_a_chat_is_sent_as_messages() -> None:
+    spec = Request(prompt=[ChatMessage("system", "be brief"), ChatMessage("user", "hi")]).to_proto()
+    assert spec.WhichOneof("input") == "chat"
+    assert [(m.role, m.content) for m in spec.chat.messages] == [
+        ("system", "be brief"),
+        ("user", "hi"),
+    ]
+
+
+async def test_unavailable_is_retried() -> None:
+    inference = ScriptedInference(NoWorker("none yet"), Draining("going"))
+    async with client_of(inference) as client:
+        assert (await client.generate(PROMPT)).text == "abc"
+    assert inference.script.calls == 3
+
+
+async def test_unavailable_is_retried_before_the_first_token_of_a_stream() -> None:
+    inference = ScriptedInference(NoWorker("none yet"))
+    async with client_of(inference) as client, client.stream(PROMPT) as stream:
+        assert "".join([chunk.text async for chunk in stream]) == "abc"
+    assert inference.script.calls == 2
+
+
+async def test_unavailable_after_the_first_token_is_never_retried() -> None:
+    inference = ScriptedInference(break_after=1)
+    texts: list[str] = []
+    async with client_of(inference) as client:
+        with pytest.raises(LorryError) as failure:
+            await collect(client, PROMPT, texts)
+    assert failure.value.code is grpc.StatusCode.UNAVAILABLE
+    assert texts == ["a"]
+    assert inference.script.calls == 1
+
+
+async def test_attempts_are_bounded() -> None:
+    inference = ScriptedInference(*[NoWorker("none")] * 10)
+    async with client_of(inference) as client:
+        with pytest.raises(NoWorker):
+            await client.generate(PROMPT)
+    assert inference.script.calls == IMPATIENT.attempts
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AdapterNotFound("adapter 'x' is not registered", adapter="x"),
+        QueueFull("the queue is full", retry_after_s=0.25),
+    ],
+    ids=lambda error: error.reason,
+)
+async def test_other_errors_arrive_as_their_class_at_once(error: LorryError) -> None:
+    inference = ScriptedInference(error)
+    async with client_of(inference) as client:
+        with pytest.raises(type(error), match=str(error)) as failure:
+            await collect(client, PROMPT, [])
+    assert failure.value.metadata == error.metadata
+    assert failure.value.retry_after_s == error.retry_after_s
+    assert inference.script.calls == 1
+
+
+async def test_retries_stop_when_the_next_would_be_past_the_deadline() -> None:
+    inference = ScriptedInference(*[NoWorker("none", retry_after_s=60)] * 3)
+    async with client_of(inference) as client:
+        with pytest.raises(NoWorker):
+            await client.generate(PROMPT, timeout_s=5)
+    assert inference.script.calls == 1
+
+
+async def test_a_deadline_ends_a_stream_and_its_generation() -> None:
+    inference = ScriptedInference()
+    async with client_of(inference) as client:
+        with pytest.raises(DeadlineExpired):
+            await collect(client, Request(prompt="w " * 1_000_000), [], timeout_s=0.3)
+        await inference.ended.wait()
+
+
+async def test_no_service_is_a_typed_error() -> None:
+    async with Client(router="127.0.0.1:1", retry=RetryPolicy(attempts=1)) as client:
+        with pytest.raises(RemoteError) as failure:
+            await client.generate(PROMPT)
+    assert failure.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_the_token_is_sent_with_each_call() -> None:
+    caller = Caller("acme", frozenset({Role.INFER}))
+    authenticator = Authenticator({hashlib.sha256(b"secret").digest(): caller})
+    async with (
+        serving_scripted(inference=ScriptedInference(), authenticator=authenticator) as router,
+        Client(router=router, token="secret") as client,
+        Client(router=router) as stranger,
+    ):
+        assert (await client.generate(PROMPT)).text == "abc"
+        with pytest.raises(Unauthenticated):
+            await stranger.generate(PROMPT)
