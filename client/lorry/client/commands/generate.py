@@ -11,7 +11,7 @@ from lorry.client.generation import ChatMessage, Completion, Request
 
 
 async def generate(
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     *,
     adapter: str = "",
     model: str = "",

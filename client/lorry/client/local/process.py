@@ -21,6 +21,7 @@ from lorry.rpc.errors import LorryError
 
 LISTENING_LINE = re.compile(rb"lorry\.\w+ listening on (\S+:\d+)\s*")
 PROBE_AGAIN_S = 0.5
+LAST_OUTPUT_S = 1.0
 TAIL_BYTES = 16 << 10
 
 
@@ -92,7 +93,8 @@ class ServiceProcess:
 
     async def start(self) -> str:
         """Start the child and return the HOST:PORT that it says it listens on."""
-        with self.log.open("wb") as log:
+        self.log.write_bytes(b"")
+        with self.log.open("ab") as log:  # appending, as two processes write it
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -128,9 +130,7 @@ class ServiceProcess:
             self._write_log(f"killed: still running {grace_s:g} s after SIGTERM\n".encode())
         finally:
             self.kill()
-            for task in self._background:
-                task.cancel()
-            await asyncio.gather(*self._background, return_exceptions=True)
+            await self._end_background()
         await self._process.wait()
         self.move_to(State.EXITED)
 
@@ -155,6 +155,14 @@ class ServiceProcess:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
             return file.read().decode(errors="replace").splitlines()[-num_lines:]
+
+    async def _end_background(self) -> None:
+        """Let the output be copied to its end, which comes unless some daemon holds it open."""
+        if self._background:
+            await asyncio.wait(self._background[:1], timeout=LAST_OUTPUT_S)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
 
     async def _follow_readiness(self) -> None:
         while True:

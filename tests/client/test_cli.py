@@ -1,0 +1,209 @@
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from tests.support.command import Result, child_environment, lorry
+from tests.support.scripted import ScriptedAdapters, ScriptedInference, serving_scripted
+
+from lorry.client.cli import app
+from lorry.rpc.errors import AdapterNotFound, NoWorker, QueueFull
+
+LONGEST_ID = "a" * 63
+COMMANDS = [
+    ["up"],
+    ["generate"],
+    ["adapters", "push"],
+    ["adapters", "list"],
+    ["adapters", "show"],
+    ["adapters", "delete"],
+    ["status"],
+]
+
+
+class Services:
+    """A scripted router and store in one server, and the command pointed at it."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.inference = ScriptedInference()
+        self.adapters = ScriptedAdapters()
+        self.environment = child_environment(XDG_RUNTIME_DIR=str(state_dir))
+
+    async def lorry(self, *arguments: str, stdin: str = "") -> Result:
+        return await lorry(*arguments, environment=self.environment, stdin=stdin)
+
+
+@pytest.fixture
+async def services(tmp_path: Path) -> AsyncIterator[Services]:
+    services = Services(tmp_path)
+    async with serving_scripted(
+        inference=services.inference, adapters=services.adapters
+    ) as address:
+        services.environment |= {"LORRY_ROUTER": address, "LORRY_STORE": address}
+        yield services
+
+
+@pytest.fixture
+def adapter_directory(tmp_path: Path) -> str:
+    directory = tmp_path / "reverse"
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_bytes(bytes(100_000))
+    return str(directory)
+
+
+async def test_generate_prints_the_answer(services: Services) -> None:
+    result = await services.lorry("generate", "one two", "--adapter", "x", "--max-tokens", "5")
+    assert result == Result(0, "onetwo\n", "")
+    (spec,) = services.inference.specs
+    assert (spec.adapter, spec.stopping.max_tokens) == ("adapters/x", 5)
+
+
+async def test_generate_is_greedy_unless_asked_otherwise(services: Services) -> None:
+    await services.lorry("generate", "a")
+    await services.lorry("generate", "a", "--temperature", "0.5", "--seed", "7")
+    greedy, drawn = services.inference.specs
+    assert greedy.sampling.HasField("temperature")
+    assert greedy.sampling.temperature == 0
+    assert (drawn.sampling.temperature, drawn.sampling.seed) == (0.5, 7)
+
+
+async def test_generate_reads_a_dash_from_standard_input(services: Services) -> None:
+    result = await services.lorry("generate", "-", stdin="from a pipe")
+    assert result.stdout == "fromapipe\n"
+
+
+async def test_generate_shows_counts_and_times_on_stderr(services: Services) -> None:
+    result = await services.lorry("generate", "a b", "--stats")
+    assert result.stdout == "ab\n"
+    assert "2 prompt tokens, 2 tokens" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "next_step"),
+    [
+        (AdapterNotFound("adapter 'x' is not registered"), "lorry adapters list"),
+        (NoWorker("no worker is ready", retry_after_s=1000), "lorry status"),
+        (QueueFull("the queue is full", retry_after_s=1.5), "try again in 1.5 s"),
+    ],
+    ids=lambda value: getattr(value, "reason", None),
+)
+async def test_a_failure_is_one_line_with_the_next_step(
+    services: Services, error: Exception, next_step: str
+) -> None:
+    services.inference.script.fail_next(error)
+    result = await services.lorry("generate", "a")
+    assert (result.status, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert str(error) in line
+    assert next_step in line
+
+
+async def test_no_service_is_one_line_that_names_lorry_up(tmp_path: Path) -> None:
+    environment = child_environment(XDG_RUNTIME_DIR=str(tmp_path), LORRY_ROUTER="127.0.0.1:1")
+    result = await lorry("generate", "a", environment=environment)
+    assert result.status == 1
+    (line,) = result.stderr.splitlines()
+    assert "127.0.0.1:1" in line
+    assert "`lorry up`" in line
+
+
+async def test_adapters_are_pushed_listed_shown_and_deleted(
+    services: Services, adapter_directory: str
+) -> None:
+    pushed = await services.lorry("adapters", "push", adapter_directory, "--label", "team=a")
+    assert pushed.status == 0
+    assert pushed.stdout.startswith("tenants/default/adapters/reverse version ")
+    listed = await services.lorry("adapters", "list")
+    assert "tenants/default/adapters/reverse" in listed.stdout
+    assert "team=a" in listed.stdout
+    shown = await services.lorry("adapters", "show", "reverse")
+    (adapter,) = services.adapters.adapters.values()
+    assert adapter.version.hex() in shown.stdout
+    deleted = await services.lorry("adapters", "delete", "reverse")
+    assert deleted.status == 0
+    assert not services.adapters.adapters
+
+
+async def test_push_to_a_name_in_use_names_the_option_that_replaces(
+    services: Services, adapter_directory: str
+) -> None:
+    await services.lorry("adapters", "push", adapter_directory)
+    refused = await services.lorry("adapters", "push", adapter_directory)
+    assert refused.status == 1
+    assert "--replace" in refused.stderr
+    replaced = await services.lorry("adapters", "push", adapter_directory, "--replace")
+    assert replaced.status == 0
+
+
+async def test_a_pipe_gets_the_longest_name_uncut(
+    services: Services, adapter_directory: str
+) -> None:
+    await services.lorry("adapters", "push", adapter_directory, "--name", LONGEST_ID)
+    listed = await services.lorry("adapters", "list")
+    assert f"tenants/default/adapters/{LONGEST_ID} " in listed.stdout
+
+
+async def test_status_fails_unless_every_service_is_ready(services: Services) -> None:
+    result = await services.lorry("status", "--worker", "127.0.0.1:1")
+    assert result.status == 1
+    lines = {line.split("  ")[0]: line for line in result.stdout.splitlines()}
+    assert lines["router"].split()[-1] == "ready"
+    assert lines["adapter store"].split()[-1] == "ready"
+    assert "not reachable" in lines["worker"]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+async def test_the_state_file_is_used_only_while_its_lorry_up_lives(
+    services: Services, tmp_path: Path, alive: bool
+) -> None:
+    gone = await asyncio.create_subprocess_exec(sys.executable, "-c", "")
+    await gone.wait()
+    address = services.environment.pop("LORRY_ROUTER")
+    endpoints = {"router": address, "store": address, "worker": address}
+    state = {"pid": os.getpid() if alive else gone.pid, "endpoints": endpoints}
+    (tmp_path / "lorry-up.json").write_text(json.dumps(state))
+    result = await services.lorry("status")
+    assert (address in result.stdout) is True  # the store's, from LORRY_STORE
+    assert ("127.0.0.1:50051" in result.stdout) is not alive
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_tells_units_and_variables(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    app([*command, "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    variable = "LORRY_UP_GRACE_S" if command == ["up"] else "LORRY_TIMEOUT_S"
+    assert f"[env var: {variable}]" in text
+    assert "Seconds that" in text
+
+
+def test_a_missing_extra_is_named() -> None:
+    code = "import sys; sys.modules['rich'] = None; from lorry.client.main import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "status"],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "pip install 'lorry[client]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+async def test_a_reader_that_goes_away_ends_the_command_quietly(services: Services) -> None:
+    process = await asyncio.create_subprocess_shell(
+        f"{sys.executable} -m lorry.client.main generate '{'word ' * 20_000}' | head -c 8",
+        env=services.environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    stdout, stderr = await asyncio.wait_for(process.communicate(), 60)
+    assert (stdout, stderr) == (b"wordword", b"")
