@@ -95,5 +95,6 @@ class _WeightReader:
         slice_NRU = page_NRU * self._pool.layers + self._layer
         units = self._pool.slices.view(-1, layout.row_unit)
         flat = slice_NRU * layout.slice_units + unit_NRU % layout.slice_units
-        rows = units.index_select(0, flat.flatten()).view(*flat.shape[:2], -1)[..., :width]
+        rows = units.index_select(0, flat.flatten())
+        rows = rows.view(*flat.shape[:2], row_units * layout.row_unit)[..., :width]
         return rows.float().masked_fill(~self._in_rank_NR[..., None], 0)

@@ -1,0 +1,122 @@
+"""An engine in this process, with adapters from PEFT directories instead of a store."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from lorry.adapter_store.image import build_image
+from lorry.kernels.page_layout import PageLayout
+from lorry.rpc.base_model import read_base_model
+from lorry.worker import messages as m
+from lorry.worker.config import EngineConfig
+from lorry.worker.engine import build_engine
+
+
+class EngineHarness:
+    """Submits requests, serves the engine's fetches, and checks its integrity after each step."""
+
+    def __init__(self, model: Path, image_directory: Path, **config: Any) -> None:
+        self._base_model = read_base_model(model)
+        defaults = {"pool_pages": 2000, "max_running": 64, "threads": 1}
+        self.config = EngineConfig(model=model, **(defaults | config))
+        self.engine = build_engine(self.config, self._base_model)
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, m.Finished] = {}
+        self.events: list[m.Event] = []
+        self._images = image_directory
+        self._adapters: dict[bytes, Path] = {}
+        self._numbers = itertools.count(1)
+
+    def version_of(self, adapter: Path | None) -> bytes:
+        if adapter is None:
+            return b""
+        version = hashlib.sha256(str(adapter).encode()).digest()
+        self._adapters[version] = adapter
+        return version
+
+    def submit(
+        self, prompt: list[int], adapter: Path | None = None, max_tokens: int = 8, **fields: Any
+    ) -> int:
+        """Send a greedy request that stops at token 2; returns its number."""
+        number = next(self._numbers)
+        defaults: dict[str, Any] = {
+            "tenant": "default",
+            "generated_tokens": 0,
+            "min_tokens": 0,
+            "stop_token_ids": [2],
+            "temperature": 0.0,
+            "seed": number,
+            "remaining_s": None,
+        }
+        self.tokens[number] = []
+        self.engine.handle(
+            [
+                m.Submit(
+                    request=number,
+                    version=self.version_of(adapter),
+                    token_ids=prompt,
+                    max_tokens=max_tokens,
+                    **(defaults | fields),
+                )
+            ]
+        )
+        return number
+
+    def step(self) -> None:
+        """One step and what it causes."""
+        self.engine.step()
+        self.engine.scheduler.check_integrity()
+        for event in self.engine.take_events():
+            self._note(event)
+
+    def run(self, *, most_steps: int = 20_000) -> None:
+        """Step until every request has finished."""
+        for _ in range(most_steps):
+            if len(self.finished) == len(self.tokens):
+                return
+            self.step()
+        raise AssertionError(f"{len(self.tokens) - len(self.finished)} requests never finished")
+
+    def image_pages(self, adapter: Path) -> int:
+        return self.image(self.version_of(adapter)).pages
+
+    def image(self, version: bytes) -> m.ImageReady:
+        """Build an adapter's page image as the store does."""
+        directory = self._adapters[version]
+        layout = PageLayout(geometry=self._base_model.geometry, dtype=self.config.page_dtype)
+        config = json.loads((directory / "adapter_config.json").read_text())
+        header, data = build_image(
+            config, load_file(directory / "adapter_model.safetensors"), layout
+        )
+        path = self._images / version.hex()
+        path.write_bytes(data)
+        return m.ImageReady(
+            version=version,
+            path=str(path),
+            offset=0,
+            image_bytes=header.image_bytes,
+            pages=header.pages,
+            rank=header.rank,
+            modules=list(_modules(header)),
+        )
+
+    def _note(self, event: m.Event) -> None:
+        self.events.append(event)
+        if isinstance(event, m.StepTokens):
+            for number, token_id in zip(event.requests, event.token_ids, strict=True):
+                self.tokens[number].append(token_id)
+        elif isinstance(event, m.Finished):
+            assert event.request not in self.finished, "a request finished twice"
+            self.finished[event.request] = event
+        elif isinstance(event, m.FetchImage):
+            self.engine.handle([self.image(event.version)])
+
+
+def _modules(header: Any) -> Iterator[m.ImageModule]:
+    for module in header.modules:
+        yield m.ImageModule(*(getattr(module, field) for field in module.__slots__))

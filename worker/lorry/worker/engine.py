@@ -1,0 +1,197 @@
+"""The engine: takes commands, runs steps, reports what happened. It knows no gRPC and no ring."""
+
+import time
+from collections.abc import Callable, Iterable
+
+from lorry.kernels.page_layout import PageLayout
+from lorry.kernels.pool_view import allocate_pool
+from lorry.rpc.base_model import BaseModel
+from lorry.worker import messages as m
+from lorry.worker.adapter_memory import HostImages
+from lorry.worker.config import EngineConfig
+from lorry.worker.gauges import Gauges
+from lorry.worker.model import LlamaModel
+from lorry.worker.plan import Batch, Plan
+from lorry.worker.pool import PagePool
+from lorry.worker.residency import Adapter, AdapterState
+from lorry.worker.runner import Runner
+from lorry.worker.scheduler import Scheduler, SchedulerLimits
+from lorry.worker.sequences import SequenceTable
+
+Clock = Callable[[], float]
+
+
+class Engine:
+    """One pool, one model, one scheduler; every method returns at once but `step`."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, clock: Clock = time.monotonic) -> None:
+        self.scheduler = scheduler
+        self.gauges = Gauges()
+        self._runner = runner
+        self._clock = clock
+        self._images = HostImages()
+        self._pin_calls: dict[int, bytes] = {}
+        self._events: list[m.Event] = []
+        self._handlers: dict[type[m.Message], Callable[..., None]] = {
+            m.Submit: self._submit,
+            m.Cancel: self._cancel,
+            m.Prefetch: self._prefetch,
+            m.ImageReady: self._image_ready,
+            m.ImageFailed: self._image_failed,
+            m.ReclaimImage: self._reclaim_image,
+            m.PinAdapter: self._pin,
+            m.UnpinAdapter: self._unpin,
+            m.EvictAdapter: self._evict,
+        }
+
+    def handle(self, commands: Iterable[m.Command]) -> None:
+        """Apply commands; what they cause is in the next `take_events`."""
+        for command in commands:
+            self._handlers[type(command)](command)
+
+    def step(self) -> bool:
+        """Plan and run one step; False if there was nothing to compute or to load."""
+        started_s = self._clock()
+        plan = self.scheduler.plan(started_s, list(self._pin_calls.values()))
+        self._report(plan)
+        for adapter in plan.loads:
+            self._load(adapter)
+        self._answer_pins()
+        if plan.batch is not None:
+            self._compute(plan.batch)
+        if changes := self.scheduler.residency.take_changes():
+            self._events.append(changes)
+        return plan.batch is not None or bool(plan.loads)
+
+    def take_events(self) -> list[m.Event]:
+        """What happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def status(self) -> m.Status:
+        return self.gauges.status(self.scheduler)
+
+    def _report(self, plan: Plan) -> None:
+        self._events.extend(plan.finished)
+        self._events.extend(m.FetchImage(version) for version in plan.fetches)
+        self.gauges.adapter_evictions += len(plan.evicted)
+
+    def _load(self, adapter: Adapter) -> None:
+        assert adapter.image is not None
+        started_s = self._clock()
+        self._runner.adapters.load(adapter, self._images.bytes_of(adapter.image))
+        finished_s = self._clock()
+        self.scheduler.residency.finish_load(adapter, finished_s)
+        self.gauges.note_load(adapter.image.image_bytes, max(finished_s - started_s, 1e-9))
+
+    def _compute(self, batch: Batch) -> None:
+        started_s = self._clock()
+        token_ids = self._runner.run(batch, self.scheduler.table)
+        finished_s = self._clock()
+        tokens, finished = self.scheduler.commit(batch, token_ids, finished_s)
+        self.gauges.note_step(batch, max(finished_s - started_s, 1e-9))
+        if tokens.requests:
+            self._events.append(tokens)
+        self._events.extend(finished)
+
+    # Commands
+
+    def _submit(self, submit: m.Submit) -> None:
+        if refused := self.scheduler.submit(submit, self._clock()):
+            self._events.append(refused)
+
+    def _cancel(self, cancel: m.Cancel) -> None:
+        self._events.extend(self.scheduler.cancel(cancel.requests))
+
+    def _prefetch(self, prefetch: m.Prefetch) -> None:
+        self.scheduler.set_prefetch(prefetch.versions)
+
+    def _image_ready(self, image: m.ImageReady) -> None:
+        adapter = self.scheduler.residency.find(image.version)
+        if adapter is None or adapter.state is not AdapterState.FETCHING:
+            self._events.append(m.ReleaseImage(image.version))
+            return
+        try:
+            self._images.map(image)
+        except (OSError, ValueError) as error:
+            failure = m.Failure("STORE_UNAVAILABLE", f"the page image cannot be mapped: {error}")
+            self._fail(adapter, failure)
+            self._events.append(m.ReleaseImage(image.version))
+            return
+        self.scheduler.residency.finish_fetch(adapter, image)
+
+    def _image_failed(self, failed: m.ImageFailed) -> None:
+        adapter = self.scheduler.residency.find(failed.version)
+        if adapter is not None and adapter.state is AdapterState.FETCHING:
+            self._fail(adapter, failed.failure)
+
+    def _reclaim_image(self, reclaim: m.ReclaimImage) -> None:
+        adapter = self.scheduler.residency.find(reclaim.version)
+        if adapter is not None and adapter.image is not None:
+            self._images.unmap(reclaim.version)
+            self.scheduler.residency.drop_image(adapter)
+            self._events.append(m.ReleaseImage(reclaim.version))
+
+    def _pin(self, pin: m.PinAdapter) -> None:
+        self._pin_calls[pin.call] = pin.version
+
+    def _unpin(self, unpin: m.UnpinAdapter) -> None:
+        adapter = self.scheduler.residency.find(unpin.version)
+        if adapter is not None and adapter.pinned:
+            self.scheduler.residency.set_pinned(adapter, False)
+        self._events.append(m.AdminResult(unpin.call))
+
+    def _evict(self, evict: m.EvictAdapter) -> None:
+        adapter = self.scheduler.residency.find(evict.version)
+        if adapter is None or adapter.state in (AdapterState.FETCHING, AdapterState.LOADING):
+            self._events.append(m.AdminResult(evict.call))
+        elif adapter.pinned or adapter.references:
+            failure = m.Failure("ADAPTER_IN_USE", f"version {evict.version.hex()} is in use")
+            self._events.append(m.AdminResult(evict.call, failure))
+        else:
+            if adapter.state is AdapterState.RESIDENT:
+                self.scheduler.residency.evict(adapter)
+                self.gauges.adapter_evictions += 1
+            self._reclaim_image(m.ReclaimImage(evict.version))
+            self._events.append(m.AdminResult(evict.call))
+
+    def _fail(self, adapter: Adapter, failure: m.Failure) -> None:
+        self._events.extend(self.scheduler.fail_adapter(adapter, failure))
+        for call, version in list(self._pin_calls.items()):
+            if version == adapter.version:
+                del self._pin_calls[call]
+                self._events.append(m.AdminResult(call, failure))
+
+    def _answer_pins(self) -> None:
+        """A pin is kept once its adapter is resident, and refused if a load found no room."""
+        for call, version in list(self._pin_calls.items()):
+            adapter = self.scheduler.residency.find(version)
+            if adapter is None or adapter.state in (AdapterState.FETCHING, AdapterState.LOADING):
+                continue
+            del self._pin_calls[call]
+            if adapter.state is AdapterState.RESIDENT:
+                self.scheduler.residency.set_pinned(adapter, True)
+                self._events.append(m.AdminResult(call))
+            else:
+                text = f"the pool has no room for {adapter.num_pages} pages beside what is in use"
+                self._events.append(m.AdminResult(call, m.Failure("POOL_TOO_SMALL", text)))
+
+
+def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
+    """Load the model and allocate the pool; the dummy page comes on top of `pool_pages`."""
+    import torch
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    layout = PageLayout(geometry=base_model.geometry, dtype=config.page_dtype)
+    num_pages = config.pool_pages + 1
+    view = allocate_pool(num_pages, layout, torch.device(config.device))
+    context = config.max_context_tokens or base_model.max_context_tokens
+    limits = SchedulerLimits(
+        step_tokens=max(config.step_tokens, config.max_running),
+        max_running=config.max_running,
+        max_context_tokens=context,
+    )
+    table = SequenceTable(config.max_running, context, layout.page_tokens)
+    scheduler = Scheduler(limits, PagePool(num_pages), table)
+    return Engine(Runner(LlamaModel(base_model, view), view), scheduler)
