@@ -19,11 +19,11 @@ MAX_TOKENS = 32
 LEAST_GAP = 1e-4
 SEED = 2
 # Characters of several bytes span tokens; the base model copies them too.
-MULTI_BYTE_WORDS = ["größer", "crème", "señora", "žluťoučký", "привет", "日本語"]
+MULTI_BYTE_WORDS = ["größer", "crème", "señora", "žluťoučký", "привет", "日本語です"]
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # threads only wait for each other on a model this small
     reference = Reference.load(list(TASKS))
     records = [
         expect(reference, adapter, prompt)
@@ -59,7 +59,7 @@ def expect(reference: Reference, adapter: str, prompt: str) -> dict[str, Any]:
         "max_tokens": MAX_TOKENS,
         "token_ids": completion.token_ids,
         "text": completion.text,
-        "smallest_gap": round(completion.smallest_gap, 4),
+        "smallest_gap": round(completion.smallest_gap, 3),
     }
 
 
