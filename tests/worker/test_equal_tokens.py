@@ -55,9 +55,11 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return World(tmp_path_factory.mktemp(request.param), MODELS[request.param])
 
 
-def check_answers(world: World, harness: EngineHarness, *, copies: int = 1) -> None:
-    """Send every request `copies` times at once and compare all answers."""
-    requests = world.requests * copies
+def check_answers(
+    world: World, harness: EngineHarness, *, copies: int = 1, longest: int = max(LENGTHS)
+) -> None:
+    """Send each request with a prompt up to `longest` `copies` times at once; compare answers."""
+    requests = [request for request in world.requests if len(request[0]) <= longest] * copies
     numbers = [harness.submit(prompt, adapter, MAX_TOKENS) for prompt, adapter, _ in requests]
     harness.run()
     for number, (prompt, adapter, expected) in zip(numbers, requests, strict=True):
@@ -93,24 +95,27 @@ def test_one_request_at_a_time(world: World, tmp_path: Path) -> None:
         assert first_difference(expected, harness.tokens[number]) is None
 
 
-def test_small_pool_evicts_and_preempts_without_a_trace_in_the_tokens(
-    world: World, tmp_path: Path
-) -> None:
-    largest = max(
-        EngineHarness(world.model, tmp_path, pool_pages=4).image_pages(adapter)
-        for adapter in world.adapters
-        if adapter
-    )
+def test_eviction_and_reload_leave_no_trace_in_the_tokens(world: World, tmp_path: Path) -> None:
     longest = -(-(max(LENGTHS) + MAX_TOKENS) // 16)
-    harness = EngineHarness(
-        world.model, tmp_path, step_tokens=64, pool_pages=largest + longest, max_running=32
-    )
+    pages = largest_adapter_pages(world, tmp_path) + longest
+    harness = EngineHarness(world.model, tmp_path, step_tokens=64, pool_pages=pages)
     for _ in range(2):
-        check_answers(world, harness, copies=2)
+        check_answers(world, harness)
     status = harness.engine.status()
-    assert status.adapter_evictions > 0
+    assert status.adapter_evictions >= len(ADAPTERS)
     assert status.adapter_loads > len(ADAPTERS)
-    assert status.preemptions > 0
+
+
+def test_preemption_leaves_no_trace_in_the_tokens(world: World, tmp_path: Path) -> None:
+    pages = largest_adapter_pages(world, tmp_path) + 8
+    harness = EngineHarness(world.model, tmp_path, step_tokens=64, pool_pages=pages)
+    check_answers(world, harness, copies=12, longest=17)
+    assert harness.engine.status().preemptions > 0
+
+
+def largest_adapter_pages(world: World, tmp_path: Path) -> int:
+    harness = EngineHarness(world.model, tmp_path, pool_pages=1)
+    return max(harness.image_pages(adapter) for adapter in world.adapters if adapter)
 
 
 def test_stop_token_ends_the_output(world: World, tmp_path: Path) -> None:
