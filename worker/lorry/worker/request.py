@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorry.worker.messages import Submit
+from lorry.worker.messages import Failure, Finished, FinishReason, Submit
 
 NO_ROW = -1
 
@@ -84,3 +84,15 @@ class Request:
         if target not in TRANSITIONS[self.state]:
             raise IllegalTransition(self.number, self.state, target)
         self.state = target
+
+    def finished(self, reason: FinishReason, failure: Failure | None = None) -> Finished:
+        """The message of its end; its tokens are in `token_ids` again by now."""
+        return Finished(
+            request=self.number,
+            reason=reason,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=len(self.token_ids) - self.prompt_tokens,
+            failure=failure,
+            adapter_load_s=self.adapter_load_s,
+            prefill_s=self.prefill_s,
+        )

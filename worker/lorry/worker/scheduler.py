@@ -14,6 +14,7 @@ import numpy as np
 
 from lorry.kernels.page_layout import BASE_MODEL
 from lorry.worker.adapter_loader import AdapterLoader
+from lorry.worker.feasibility import refusal
 from lorry.worker.messages import Failure, Finished, FinishReason, StepTokens, Submit
 from lorry.worker.plan import Batch, BatchBuilder, Plan
 from lorry.worker.pool import PagePool
@@ -59,9 +60,9 @@ class Scheduler:
     def submit(self, submit: Submit, now_s: float) -> Finished | None:
         """Take a request; returns its end at once if it can never be served here."""
         request = Request.of(submit, now_s)
-        if failure := self._impossible(request):
+        if failure := self._refusal(request):
             request.move_to(RequestState.FINISHED)
-            return _finished(request, FinishReason.ABORTED, failure)
+            return request.finished(FinishReason.ABORTED, failure)
         self.requests[request.number] = request
         bisect.insort(self._waiting, request, key=_number)
         if request.deadline_s is not None:
@@ -70,7 +71,7 @@ class Scheduler:
 
     def cancel(self, numbers: list[int]) -> list[Finished]:
         """End requests; unknown and finished numbers are ignored."""
-        found = [self.requests[number] for number in numbers if number in self.requests]
+        found = [self.requests[n] for n in dict.fromkeys(numbers) if n in self.requests]
         return [self._end(request, FinishReason.CANCELLED) for request in found]
 
     def fail_adapter(self, adapter: Adapter, failure: Failure) -> list[Finished]:
@@ -133,25 +134,9 @@ class Scheduler:
         assert len(running) == self.num_running
         assert all(request.row == NO_ROW for request in self._waiting)
 
-    def _impossible(self, request: Request) -> Failure | None:
-        limit = self.limits.max_context_tokens
-        if request.most_tokens > limit:
-            return Failure(
-                "CONTEXT_LENGTH_EXCEEDED",
-                f"prompt ({request.prompt_tokens}) and max_tokens ({request.submit.max_tokens}) "
-                f"exceed the context of {limit} tokens",
-            )
-        adapter = self.residency.find(request.version)
-        own_pages = adapter.num_pages if adapter else 0
-        pinned = self.residency.pinned_pages - (own_pages if adapter and adapter.pinned else 0)
-        needed = own_pages + -(-request.most_tokens // self.table.page_tokens)
-        if needed + pinned > self.pool.total:
-            return Failure(
-                "POOL_TOO_SMALL",
-                f"adapter ({own_pages} pages), prompt and max_tokens need {needed} pages "
-                f"of {self.pool.total}, of which {pinned} are pinned",
-            )
-        return None
+    def _refusal(self, request: Request) -> Failure | None:
+        context = self.limits.max_context_tokens
+        return refusal(request, context, self.pool, self.residency, self.table.page_tokens)
 
     def _expire(self, plan: Plan, now_s: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now_s:
@@ -198,7 +183,7 @@ class Scheduler:
         """Start waiting requests that fit, oldest first, and bring the others' adapters nearer."""
         passed_over: list[Request] = []
         for request in self._waiting[: self.limits.max_considered]:
-            if failure := self._impossible(request):
+            if failure := self._refusal(request):
                 plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
                 continue
             fits = self._fits(request, loader)
@@ -269,7 +254,7 @@ class Scheduler:
             self._leave_row(request)
         request.move_to(RequestState.FINISHED)
         del self.requests[request.number]
-        return _finished(request, reason, failure)
+        return request.finished(reason, failure)
 
     def _leave_row(self, request: Request) -> None:
         if request.state is RequestState.PREFILL:
@@ -298,15 +283,3 @@ class Scheduler:
 
 def _number(request: Request) -> int:
     return request.number
-
-
-def _finished(request: Request, reason: FinishReason, failure: Failure | None = None) -> Finished:
-    return Finished(
-        request=request.number,
-        reason=reason,
-        prompt_tokens=request.prompt_tokens,
-        completion_tokens=len(request.token_ids) - request.prompt_tokens,
-        failure=failure,
-        adapter_load_s=request.adapter_load_s,
-        prefill_s=request.prefill_s,
-    )

@@ -1,0 +1,352 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorry.worker import messages as m
+from lorry.worker.plan import Plan
+from lorry.worker.pool import PagePool
+from lorry.worker.residency import AdapterState
+from lorry.worker.scheduler import Scheduler, SchedulerLimits
+from lorry.worker.sequences import SequenceTable
+
+PAGE_TOKENS = 4
+STOP = 99
+
+
+class Driver:
+    """Carries out plans without a model: every token is 1 until told otherwise."""
+
+    def __init__(
+        self,
+        *,
+        pages: int = 64,
+        adapter_pages: dict[bytes, int] | None = None,
+        instant_fetch: bool = True,
+        **limits: int,
+    ) -> None:
+        defaults = {"step_tokens": 16, "max_running": 8, "max_context_tokens": 128}
+        merged = defaults | limits
+        self.scheduler = Scheduler(
+            SchedulerLimits(**merged),
+            PagePool(pages + 1),
+            SequenceTable(merged["max_running"], merged["max_context_tokens"], PAGE_TOKENS),
+        )
+        self.adapter_pages = adapter_pages or {}
+        self.instant_fetch = instant_fetch
+        self.now_s = 0.0
+        self.next_token = 1
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, m.Finished] = {}
+        self.plans: list[Plan] = []
+
+    def submit(self, number: int, prompt: int, max_tokens: int, version: bytes = b"") -> None:
+        self.send(number, prompt, max_tokens, version=version)
+
+    def send(
+        self,
+        number: int,
+        prompt: int,
+        max_tokens: int,
+        *,
+        version: bytes = b"",
+        remaining_s: float | None = None,
+    ) -> None:
+        submit = m.Submit(
+            request=number,
+            tenant="default",
+            version=version,
+            token_ids=[3] * prompt,
+            generated_tokens=0,
+            max_tokens=max_tokens,
+            min_tokens=0,
+            stop_token_ids=[STOP],
+            temperature=0.0,
+            seed=0,
+            remaining_s=remaining_s,
+        )
+        self.tokens[number] = []
+        self.note(self.scheduler.submit(submit, self.now_s))
+
+    def note(self, *finished: m.Finished | None) -> None:
+        for end in finished:
+            if end is not None:
+                assert end.request not in self.finished
+                self.finished[end.request] = end
+
+    def step(self) -> Plan:
+        scheduler = self.scheduler
+        plan = scheduler.plan(self.now_s, [])
+        self.plans.append(plan)
+        self.note(*plan.finished)
+        scheduler.check_integrity()
+        if self.instant_fetch:
+            for version in plan.fetches:
+                self.finish_fetch(version)
+        for adapter in plan.loads:
+            scheduler.residency.finish_load(adapter, self.now_s)
+        if plan.batch is not None:
+            drawn = np.full(int(plan.batch.samples_S.sum()), self.next_token, dtype=np.int32)
+            tokens, finished = scheduler.commit(plan.batch, drawn, self.now_s)
+            for number, token_id in zip(tokens.requests, tokens.token_ids, strict=True):
+                self.tokens[number].append(token_id)
+            self.note(*finished)
+        scheduler.check_integrity()
+        self.now_s += 1.0
+        return plan
+
+    def finish_fetch(self, version: bytes) -> None:
+        adapter = self.scheduler.residency.find(version)
+        assert adapter is not None
+        image = m.ImageReady(version, "", 0, 0, self.adapter_pages[version], 8, [])
+        self.scheduler.residency.finish_fetch(adapter, image)
+
+    def run(self, most_steps: int = 3000) -> None:
+        for _ in range(most_steps):
+            if not self.scheduler.requests:
+                return
+            self.step()
+        raise AssertionError(f"never finished: {sorted(self.scheduler.requests)}")
+
+    def rows_of(self, plan: Plan) -> dict[int, int]:
+        """Rows of each request in the step."""
+        batch = plan.batch
+        assert batch is not None
+        numbers = self.scheduler.table.number_R[batch.row_S].tolist()
+        return dict(zip(numbers, batch.length_S.tolist(), strict=True))
+
+
+def test_prompt_is_computed_in_chunks_beside_decodes() -> None:
+    driver = Driver(step_tokens=8)
+    driver.submit(1, prompt=3, max_tokens=20)
+    driver.step()
+    driver.submit(2, prompt=18, max_tokens=2)
+    assert [driver.rows_of(driver.step()) for _ in range(4)] == [
+        {1: 1, 2: 7},
+        {1: 1, 2: 7},
+        {1: 1, 2: 4},
+        {1: 1, 2: 1},
+    ]
+    assert len(driver.tokens[2]) == 2
+
+
+def test_rows_of_one_adapter_are_consecutive() -> None:
+    driver = Driver(adapter_pages={b"a": 1, b"b": 1})
+    for number in range(1, 7):
+        driver.submit(number, 2, 4, version=[b"a", b"b", b""][number % 3])
+    for _ in range(3):
+        plan = driver.step()
+    assert plan.batch is not None
+    slots = plan.batch.slot_S.tolist()
+    assert slots == sorted(slots)
+    assert len(set(slots)) == 3
+
+
+def test_output_ends_at_a_stop_token_or_at_max_tokens() -> None:
+    driver = Driver()
+    driver.submit(1, 2, max_tokens=3)
+    driver.submit(2, 2, max_tokens=30)
+    for _ in range(3):
+        driver.step()
+    driver.next_token = STOP
+    driver.run()
+    assert driver.finished[1].reason is m.FinishReason.LENGTH
+    assert driver.tokens[1] == [1, 1, 1]
+    assert driver.finished[2].reason is m.FinishReason.STOP
+    assert driver.tokens[2] == [1, 1, 1, STOP]
+    assert driver.finished[2].completion_tokens == 4
+
+
+def test_nothing_waits_for_a_fetch_but_the_requests_that_need_it() -> None:
+    driver = Driver(adapter_pages={b"slow": 2}, instant_fetch=False)
+    driver.submit(1, 2, 4, version=b"slow")
+    driver.submit(2, 2, 4)
+    for _ in range(6):
+        driver.step()
+    assert 2 in driver.finished
+    assert driver.tokens[1] == []
+    driver.finish_fetch(b"slow")
+    driver.run()
+    assert len(driver.tokens[1]) == 4
+    assert driver.finished[1].adapter_load_s > 0
+
+
+def test_prefetch_loads_an_adapter_that_no_request_needs_yet() -> None:
+    driver = Driver(adapter_pages={b"next": 3})
+    driver.scheduler.set_prefetch([b"next"])
+    for _ in range(3):
+        driver.step()
+    adapter = driver.scheduler.residency.find(b"next")
+    assert adapter is not None
+    assert adapter.state is AdapterState.RESIDENT
+
+
+def test_prefetch_never_takes_what_running_requests_need() -> None:
+    driver = Driver(pages=8, adapter_pages={b"used": 2, b"next": 4})
+    driver.submit(1, 4, 16, version=b"used")
+    driver.scheduler.set_prefetch([b"next"])
+    driver.run()
+    assert len(driver.tokens[1]) == 16
+    assert driver.scheduler.preemptions == 0
+
+
+def test_only_growth_preempts_and_the_newest_goes() -> None:
+    driver = Driver(pages=6)
+    driver.submit(1, 4, 15)
+    driver.submit(2, 4, 15)
+    driver.run()
+    preempted = [number for plan in driver.plans for number in plan.preempted]
+    assert set(preempted) == {2}
+    assert [len(driver.tokens[number]) for number in (1, 2)] == [15, 15]
+
+
+def test_request_that_can_never_fit_is_refused_at_once() -> None:
+    driver = Driver(pages=4)
+    driver.submit(1, prompt=10, max_tokens=7)
+    assert driver.finished[1].failure is not None
+    assert driver.finished[1].failure.reason == "POOL_TOO_SMALL"
+    driver.submit(2, prompt=10, max_tokens=6)
+    driver.run()
+    assert len(driver.tokens[2]) == 6
+
+
+def test_adapter_that_leaves_no_room_for_the_request_ends_it() -> None:
+    driver = Driver(pages=6, adapter_pages={b"big": 4})
+    driver.submit(1, prompt=8, max_tokens=4, version=b"big")
+    driver.submit(2, prompt=4, max_tokens=4, version=b"big")
+    driver.run()
+    assert driver.finished[1].failure is not None
+    assert driver.finished[1].failure.reason == "POOL_TOO_SMALL"
+    assert len(driver.tokens[2]) == 4
+
+
+def test_context_limit_is_enforced() -> None:
+    driver = Driver(max_context_tokens=16)
+    driver.submit(1, prompt=10, max_tokens=7)
+    assert driver.finished[1].failure is not None
+    assert driver.finished[1].failure.reason == "CONTEXT_LENGTH_EXCEEDED"
+
+
+def test_large_request_is_skipped_but_not_for_ever() -> None:
+    driver = Driver(pages=12, max_passed_over=3, max_running=4)
+    driver.submit(1, 4, 12)
+    driver.submit(2, 36, 4)  # ten pages: it needs the pool nearly alone
+    for number in range(3, 40):
+        driver.submit(number, 4, 8)
+    driver.run()
+    order = list(driver.finished)
+    assert order.index(2) < order.index(12)
+
+
+def test_deadline_ends_waiting_and_running_requests() -> None:
+    driver = Driver(adapter_pages={b"slow": 1}, instant_fetch=False)
+    driver.send(1, 2, 100, remaining_s=4.0)
+    driver.send(2, 2, 8, version=b"slow", remaining_s=4.0)
+    for _ in range(6):
+        driver.step()
+    for number in (1, 2):
+        failure = driver.finished[number].failure
+        assert failure is not None
+        assert failure.reason == "DEADLINE_EXPIRED"
+    assert 0 < len(driver.tokens[1]) < 100
+    assert driver.scheduler.pool.free == driver.scheduler.pool.total
+
+
+def test_cancelled_requests_free_everything() -> None:
+    driver = Driver(adapter_pages={b"a": 2})
+    driver.submit(1, 9, 50, version=b"a")
+    driver.submit(2, 40, 50)
+    for _ in range(4):
+        driver.step()
+    driver.submit(3, 4, 50)
+    driver.note(*driver.scheduler.cancel([1, 2, 3, 3, 77]))
+    driver.scheduler.check_integrity()
+    assert {end.reason for end in driver.finished.values()} == {m.FinishReason.CANCELLED}
+    assert driver.scheduler.pool.kv == 0
+    assert not driver.scheduler.requests
+
+
+def test_failed_fetch_ends_the_requests_that_wait_for_it() -> None:
+    driver = Driver(instant_fetch=False)
+    driver.submit(1, 2, 4, version=b"gone")
+    driver.submit(2, 2, 4)
+    driver.step()
+    adapter = driver.scheduler.residency.find(b"gone")
+    assert adapter is not None
+    failure = m.Failure("VERSION_NOT_FOUND", "no such version")
+    driver.note(*driver.scheduler.fail_adapter(adapter, failure))
+    driver.run()
+    assert driver.finished[1].failure == failure
+    assert len(driver.tokens[2]) == 4
+
+
+def test_pinned_adapter_is_never_evicted() -> None:
+    driver = Driver(pages=8, adapter_pages={b"pinned": 3, b"a": 3, b"b": 3})
+    for _ in range(3):
+        plan = driver.scheduler.plan(driver.now_s, [b"pinned"])
+        for version in plan.fetches:
+            driver.finish_fetch(version)
+        for loaded in plan.loads:
+            driver.scheduler.residency.finish_load(loaded, driver.now_s)
+    adapter = driver.scheduler.residency.find(b"pinned")
+    assert adapter is not None
+    driver.scheduler.residency.set_pinned(adapter, True)
+    for number, version in enumerate([b"a", b"b", b"a", b"b"], start=1):
+        driver.submit(number, 4, 4, version=version)
+    driver.run()
+    assert adapter.state is AdapterState.RESIDENT
+    assert all(len(driver.tokens[number]) == 4 for number in range(1, 5))
+
+
+VERSIONS = {b"": 0, b"a": 1, b"b": 3, b"c": 7, b"d": 12}
+ACTIONS = st.one_of(
+    st.tuples(
+        st.just("submit"),
+        st.integers(1, 40),
+        st.integers(1, 30),
+        st.sampled_from(sorted(VERSIONS)),
+    ),
+    st.tuples(st.just("cancel"), st.integers(1, 40)),
+    st.tuples(st.just("step"), st.integers(1, 6)),
+    st.tuples(st.just("stop"), st.booleans()),
+    st.tuples(st.just("prefetch"), st.lists(st.sampled_from([b"a", b"b", b"c", b"d"]), max_size=3)),
+    st.tuples(st.just("reclaim"), st.sampled_from([b"a", b"b", b"c", b"d"])),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(ACTIONS, max_size=60), st.integers(20, 60), st.integers(8, 24))
+def test_any_schedule_keeps_its_books_and_finishes_every_request(
+    actions: list[tuple[object, ...]], pages: int, step_tokens: int
+) -> None:
+    driver = Driver(pages=pages, adapter_pages=VERSIONS, step_tokens=step_tokens)
+    for action, *arguments in actions:
+        _apply(driver, str(action), arguments)
+    driver.next_token = 1
+    driver.run()
+    for number in driver.tokens:
+        end = driver.finished[number]
+        assert end.completion_tokens == len(driver.tokens[number]) or end.failure is not None
+    for plan in driver.plans:
+        assert plan.batch is None or plan.batch.num_tokens <= step_tokens
+    assert driver.scheduler.pool.kv == 0
+
+
+def _apply(driver: Driver, action: str, arguments: list[object]) -> None:
+    scheduler = driver.scheduler
+    if action == "submit":
+        prompt, max_tokens, version = arguments
+        driver.submit(len(driver.tokens) + 1, prompt, max_tokens, version)  # type: ignore[arg-type]
+    elif action == "cancel":
+        driver.note(*scheduler.cancel(arguments))  # type: ignore[arg-type]
+    elif action == "step":
+        for _ in range(int(str(arguments[0]))):
+            driver.step()
+    elif action == "stop":
+        driver.next_token = STOP if arguments[0] else 1
+    elif action == "prefetch":
+        scheduler.set_prefetch(arguments[0])  # type: ignore[arg-type]
+    elif action == "reclaim":
+        adapter = scheduler.residency.find(arguments[0])  # type: ignore[arg-type]
+        if adapter is not None and adapter.image is not None:
+            scheduler.residency.drop_image(adapter)
+    scheduler.check_integrity()
