@@ -1,0 +1,31 @@
+"""Run the router: ``python -m lorry.router --model DIR --worker HOST:PORT --store HOST:PORT``."""
+
+import asyncio
+
+from lorry.rpc.command import extra, run_service
+from lorry.rpc.server import stop_requested
+
+with extra("router"):
+    from lorry.router.config import Config
+    from lorry.router.lifetime import running
+
+
+async def serve(config: Config) -> None:
+    async with running(config) as router:
+        host = config.address.rpartition(":")[0]
+        print(f"lorry.router listening on {host}:{router.server.port}", flush=True)
+        await stop_requested()
+        await router.drain()
+
+
+def main() -> None:
+    run_service(
+        Config,
+        lambda config: asyncio.run(serve(config)),
+        name="router",
+        help="Queue requests for each adapter, send them to workers and stream the answers.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What a client asks for and what it gets, in the router's own types."""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lorry.rpc.names import AdapterName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    role: str
+    content: str
+    tool_calls: Sequence[Any] = ()
+    tool_call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    messages: Sequence[ChatMessage]
+    tools: Sequence[Any] = ()
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+Prompt = str | Sequence[int] | Chat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A validated request for output. None takes the router's default."""
+
+    request_id: str
+    tenant: str
+    adapter: AdapterName | None  # None: the base model
+    prompt: Prompt
+    temperature: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop_strings: Sequence[str] = ()
+    stop_token_ids: frozenset[int] = frozenset()  # with the model's end-of-sequence tokens
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class FinishReason(enum.Enum):
+    STOP = enum.auto()
+    LENGTH = enum.auto()
+
+
+class Chunk(NamedTuple):
+    """What is new since the last one."""
+
+    token_ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """How an output ended well."""
+
+    request_id: str
+    reason: FinishReason
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    adapter: AdapterName | None
+    version: bytes
+    queue_s: float
+    adapter_load_s: float
+    prefill_s: float
+    ttft_s: float

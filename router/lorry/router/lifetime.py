@@ -1,0 +1,126 @@
+"""A whole router, wired up: it serves while a block runs."""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc.aio
+
+from lorry.router.config import Config
+from lorry.router.dispatcher import Dispatcher
+from lorry.router.policies import ArrivalOrder, ResidencyPlacement
+from lorry.router.queues import RequestQueues
+from lorry.router.readiness import Readiness
+from lorry.router.router import Router
+from lorry.router.service import SERVICE, InferenceService
+from lorry.router.store import Store
+from lorry.router.tokenizer import Tokenizer
+from lorry.router.translation import SpecReader
+from lorry.router.worker_link import WorkerLink
+from lorry.rpc.base_model import BaseModel, read_base_model
+from lorry.rpc.channel import Metadata, bearer, open_channel, read_token
+from lorry.rpc.identity import Authenticator
+from lorry.rpc.server import Server, serving
+from lorry.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+
+MAX_REQUEST_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    server: Server
+    router: Router
+
+    async def drain(self) -> None:
+        """Tell probes and clients to go elsewhere and let what runs finish, within the grace."""
+        await self.server.start_draining()
+        await self.router.drain()
+
+
+@contextlib.asynccontextmanager
+async def running(config: Config) -> AsyncIterator[Running]:
+    """Raises ValueError for a model, token file or address that cannot be served."""
+    base_model = await asyncio.to_thread(read_base_model, config.model)
+    metadata = bearer(read_token(config.token_file))
+    readiness = Readiness()
+    async with contextlib.AsyncExitStack() as stack:
+        tokenizer = await _tokenizer(config)
+        stack.callback(tokenizer.close)
+        store = Store(
+            await stack.enter_async_context(open_channel(config.store)),
+            metadata=metadata,
+            silence_s=config.catalogue_silence_s,
+            timeout_s=config.store_timeout_s,
+            on_synced=readiness.set_catalogue_synced,
+        )
+        router = Router(
+            config,
+            _dispatcher(config),
+            tokenizer,
+            store,
+            max_context_tokens=base_model.max_context_tokens,
+            on_workers=readiness.set_workers,
+        )
+        links = _links(config, router, base_model, metadata)
+        router.links.update(links)
+        reader = SpecReader(base_model, served_model=config.served_model)
+        server = await stack.enter_async_context(_serving(config, InferenceService(router, reader)))
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        works = [store.watch(), router.watch_clients(), readiness.report(server.set_ready)]
+        works += [link.run() for link in links.values()]
+        background = [tasks.create_task(work) for work in works]
+        try:
+            yield Running(server, router)
+        finally:
+            for task in background:
+                task.cancel()
+
+
+async def _tokenizer(config: Config) -> Tokenizer:
+    return await asyncio.to_thread(
+        Tokenizer.read, config.model, num_threads=config.tokenizer_threads
+    )
+
+
+def _dispatcher(config: Config) -> Dispatcher:
+    queues = RequestQueues(
+        max_requests=config.max_queued_requests,
+        max_requests_per_tenant=config.max_queued_requests_per_tenant,
+    )
+    placement = ResidencyPlacement(imbalance=config.placement_imbalance)
+    return Dispatcher(queues, ArrivalOrder(), placement, max_prefetch=config.prefetch_versions)
+
+
+def _links(
+    config: Config, router: Router, base_model: BaseModel, metadata: Metadata
+) -> dict[str, WorkerLink]:
+    router_id = uuid.uuid4().hex
+    return {
+        address: WorkerLink(
+            address,
+            router,
+            router_id=router_id,
+            model_digest=base_model.digest,
+            metadata=metadata,
+            silence_s=config.worker_silence_s,
+        )
+        for address in config.worker
+    }
+
+
+def _serving(
+    config: Config, service: InferenceService
+) -> contextlib.AbstractAsyncContextManager[Server]:
+    def register(server: grpc.aio.Server) -> None:
+        add_InferenceServiceServicer_to_server(service, server)
+
+    return serving(
+        register,
+        services=[SERVICE],
+        address=config.address,
+        authenticator=Authenticator.from_file(config.tokens, insecure=config.insecure),
+        insecure=config.insecure,
+        max_receive_bytes=MAX_REQUEST_BYTES,
+    )

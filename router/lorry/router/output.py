@@ -1,0 +1,109 @@
+"""The tokens of one request on their way to its client.
+
+What arrives while the client is busy with the last message waits here and goes out as one chunk, so
+a slow client gets fewer, larger messages. The router bounds how much and how long.
+"""
+
+import asyncio
+
+from lorry.router.generation import Chunk, Completion
+from lorry.router.text_stream import TextStream
+from lorry.rpc.errors import LorryError
+
+
+class Output:
+    """The router pushes, one client takes: chunks until None, then `completed`.
+
+    With `streaming` false the client gets everything in one chunk at the end.
+    """
+
+    __slots__ = (
+        "_completion",
+        "_ended",
+        "_error",
+        "_loop",
+        "_streaming",
+        "_text",
+        "_unsent_ids",
+        "_unsent_text",
+        "_waiter",
+        "num_sent",
+        "taken_s",
+    )
+
+    def __init__(self, text: TextStream, *, streaming: bool) -> None:
+        self._text = text
+        self._streaming = streaming
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._unsent_ids: list[int] = []
+        self._unsent_text = ""
+        self._ended = False
+        self._error: LorryError | None = None
+        self._completion: Completion | None = None
+        self.num_sent = 0  # tokens that the client has taken
+        self.taken_s: float | None = None  # when it took the chunk that is still being sent to it
+
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._text.matched
+
+    @property
+    def num_unsent(self) -> int:
+        """Tokens that wait for a client that takes them as they come."""
+        return len(self._unsent_ids) if self._streaming else 0
+
+    @property
+    def completed(self) -> Completion:
+        """How it ended well; only after the last chunk."""
+        assert self._completion is not None, "the output has not ended well"
+        return self._completion
+
+    def push(self, token_id: int) -> None:
+        """Add a token. After a stop string has matched nothing more may be pushed."""
+        self._unsent_ids.append(token_id)
+        self._unsent_text += self._text.push(token_id)
+        if self._waiter is not None and self._streaming:
+            self._wake()
+
+    def flush(self) -> None:
+        """No token follows: let out what was held back. It can still match a stop string."""
+        self._unsent_text += self._text.flush()
+
+    def complete(self, completion: Completion) -> None:
+        self._completion = completion
+        self._end()
+
+    def fail(self, error: LorryError) -> None:
+        """End with an error; tokens that the client has not taken are dropped."""
+        self._error = error
+        self._unsent_ids, self._unsent_text = [], ""
+        self._end()
+
+    async def next_chunk(self) -> Chunk | None:
+        """Wait for what is new; None after the last chunk. Raises the error that ended it."""
+        self.taken_s = None
+        while not (self._ended or (self._unsent_ids and self._streaming)):
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self._error is not None:
+            raise self._error
+        if not self._unsent_ids and not self._unsent_text:
+            return None
+        chunk = Chunk(self._unsent_ids, self._unsent_text)
+        self._unsent_ids, self._unsent_text = [], ""
+        self.num_sent += len(chunk.token_ids)
+        self.taken_s = self._loop.time()
+        return chunk
+
+    def _end(self) -> None:
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

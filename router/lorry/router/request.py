@@ -1,0 +1,102 @@
+"""Life of one request inside the router.
+
+    RECEIVED ──► QUEUED ──► SUBMITTED ──► STREAMING ──► STOPPING
+                   ▲            │             │            │
+                   └────────────┴─────────────┘            ▼
+                     (its worker was lost)             FINISHED
+
+RECEIVED has its place in the queue but is still tokenized and resolved. STOPPING has met a stop
+string and waits for the worker's last word. Every state but the final ones may also move to FAILED
+or CANCELLED.
+"""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lorry.router.generation import Generation
+
+
+class RequestState(enum.Enum):
+    RECEIVED = enum.auto()
+    QUEUED = enum.auto()
+    SUBMITTED = enum.auto()  # at a worker, which has sent no token yet
+    STREAMING = enum.auto()
+    STOPPING = enum.auto()
+    FINISHED = enum.auto()
+    FAILED = enum.auto()
+    CANCELLED = enum.auto()
+
+
+S = RequestState
+ENDS = frozenset({S.FAILED, S.CANCELLED})
+TRANSITIONS: Mapping[RequestState, frozenset[RequestState]] = {
+    S.RECEIVED: frozenset({S.QUEUED}) | ENDS,
+    S.QUEUED: frozenset({S.SUBMITTED}) | ENDS,
+    S.SUBMITTED: frozenset({S.QUEUED, S.STREAMING, S.FINISHED}) | ENDS,
+    S.STREAMING: frozenset({S.QUEUED, S.STOPPING, S.FINISHED}) | ENDS,
+    S.STOPPING: frozenset({S.FINISHED}) | ENDS,
+    S.FINISHED: frozenset(),
+    S.FAILED: frozenset(),
+    S.CANCELLED: frozenset(),
+}
+FINAL = frozenset(state for state, targets in TRANSITIONS.items() if not targets)
+WAITING = frozenset({S.RECEIVED, S.QUEUED})
+AT_WORKER = frozenset({S.SUBMITTED, S.STREAMING, S.STOPPING})
+
+
+class IllegalTransition(RuntimeError):
+    def __init__(self, request_id: str, source: RequestState, target: RequestState) -> None:
+        super().__init__(f"request {request_id}: {source.name} -> {target.name}")
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One generation. Times are of the event loop's clock."""
+
+    generation: Generation
+    seed: int
+    arrival_s: float
+    deadline_s: float
+    state: RequestState = RequestState.RECEIVED
+    number: int = 0  # in order of arrival; filled by the queues
+    # Filled before it is queued.
+    prompt_ids: Sequence[int] = ()
+    max_tokens: int = 0
+    version: bytes = b""  # empty: the base model
+    rank: int = 0
+    # Filled by the dispatcher while it is at a worker.
+    worker_name: str = ""
+    seq: int = 0
+    num_losses: int = 0
+    # Filled by the router as the worker's messages arrive.
+    output_ids: list[int] = field(default_factory=list)
+    submitted_s: float | None = None
+    first_token_s: float | None = None
+
+    def move_to(self, target: RequestState) -> None:
+        if target not in TRANSITIONS[self.state]:
+            raise IllegalTransition(self.generation.request_id, self.state, target)
+        self.state = target
+
+    @property
+    def tenant(self) -> str:
+        return self.generation.tenant
+
+    @property
+    def ended(self) -> bool:
+        return self.state in FINAL
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens of prompt and output at most."""
+        return len(self.prompt_ids) + self.max_tokens
+
+    @property
+    def output_complete(self) -> bool:
+        """Whether the output so far is all there will be."""
+        return len(self.output_ids) >= self.max_tokens or self.ended_by_token
+
+    @property
+    def ended_by_token(self) -> bool:
+        return bool(self.output_ids) and self.output_ids[-1] in self.generation.stop_token_ids

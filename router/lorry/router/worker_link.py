@@ -1,0 +1,224 @@
+"""The one `Attach` stream to a worker: translated, watched, and begun again when it ends."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+import grpc.aio
+from google.protobuf.duration_pb2 import Duration
+
+from lorry.router.backoff import Backoff
+from lorry.router.dispatcher import Place, Prefetch, Submit
+from lorry.router.generation import FinishReason
+from lorry.router.outbox import Outbox
+from lorry.router.request import Request
+from lorry.router.worker import Worker
+from lorry.rpc.channel import Metadata, open_channel
+from lorry.rpc.errors import LorryError, ModelMismatch, WorkerLost, from_rpc, from_status
+from lorry.rpc.protocol import PROTOCOL_REVISION
+from lorry.v1 import common_pb2
+from lorry.v1 import worker_service_pb2 as pb
+from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
+
+MIB = 1 << 20
+FINISH_REASONS = {
+    common_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A worker's last word on a request: a reason, an error, or neither if it was cancelled."""
+
+    seq: int
+    reason: FinishReason | None
+    error: LorryError | None
+    cached_tokens: int
+    adapter_load_s: float
+    prefill_s: float
+
+
+class WorkerEvents(Protocol):
+    """Who hears what a worker says."""
+
+    def worker_attached(self, worker: Worker) -> None: ...
+    def worker_lost(self, worker: Worker) -> None: ...
+    def worker_draining(self, worker: Worker) -> None: ...
+    def tokens_drawn(
+        self, worker: Worker, seqs: Sequence[int], token_ids: Sequence[int]
+    ) -> None: ...
+    def requests_ended(self, worker: Worker, ended: Sequence[Ended]) -> None: ...
+    def submit_limit_raised(self, worker: Worker) -> None: ...
+
+
+class WorkerLink:
+    """`run` holds the stream until cancelled. Between streams what is sent is dropped."""
+
+    def __init__(
+        self,
+        address: str,
+        events: WorkerEvents,
+        *,
+        router_id: str,
+        model_digest: bytes,
+        metadata: Metadata,
+        silence_s: float,
+    ) -> None:
+        self._address = address
+        self._events = events
+        self._hello = pb.Hello(
+            router_id=router_id, protocol_revision=PROTOCOL_REVISION, model_digest=model_digest
+        )
+        self._metadata = metadata
+        self._silence_s = silence_s
+        self._loop = asyncio.get_running_loop()
+        self._outbox = Outbox()
+
+    def submit(self, submit: Submit) -> None:
+        self._outbox.submit(submit)
+
+    def cancel(self, place: Place) -> None:
+        self._outbox.cancel(place.seq)
+
+    def prefetch(self, prefetch: Prefetch) -> None:
+        self._outbox.prefetch(prefetch)
+
+    async def run(self) -> None:
+        """Attach again and again."""
+        backoff = Backoff()
+        async with open_channel(self._address, max_receive_bytes=16 * MIB) as channel:
+            while True:
+                try:
+                    await self._attach(channel, backoff.reset)
+                except TimeoutError:
+                    log.warning("worker %s: silent for %g s", self._address, self._silence_s)
+                except grpc.aio.AioRpcError as failure:
+                    self._log(from_rpc(failure))
+                except LorryError as error:
+                    self._log(error)
+                await backoff.wait()
+
+    def _log(self, error: LorryError) -> None:
+        level = logging.ERROR if isinstance(error, ModelMismatch) else logging.WARNING
+        log.log(level, "worker %s: %s %s", self._address, error.reason or error.code.name, error)
+
+    async def _attach(self, channel: grpc.aio.Channel, attached: Callable[[], None]) -> None:
+        """One stream, from Hello to its end."""
+        self._outbox = Outbox()
+        async with asyncio.timeout(self._silence_s) as silence:
+            stub = WorkerServiceStub(channel)
+            call = stub.Attach(self._commands(self._outbox), metadata=self._metadata)
+            worker = self._welcomed(await call.read())
+            attached()
+            log.info("worker %s attached, epoch %x", self._address, worker.epoch)
+            self._events.worker_attached(worker)
+            try:
+                while isinstance(response := await call.read(), pb.AttachResponse):
+                    silence.reschedule(self._loop.time() + self._silence_s)
+                    self._receive(worker, response)
+                raise WorkerLost("the worker ended the stream")
+            finally:
+                self._events.worker_lost(worker)
+
+    def _welcomed(self, response: object) -> Worker:
+        if not isinstance(response, pb.AttachResponse):
+            raise WorkerLost("the worker ended the stream before its Welcome")
+        welcome = response.welcome
+        if welcome.protocol_revision != PROTOCOL_REVISION:
+            raise ModelMismatch(
+                f"it speaks protocol revision {welcome.protocol_revision}, not {PROTOCOL_REVISION}"
+            )
+        if welcome.model_digest != self._hello.model_digest:
+            raise ModelMismatch(
+                f"its base model is {welcome.model_digest.hex()}, "
+                f"the router's is {self._hello.model_digest.hex()}"
+            )
+        return Worker(
+            name=self._address,
+            epoch=welcome.epoch,
+            max_context_tokens=welcome.max_context_tokens,
+            max_rank=welcome.max_rank,
+            submit_limit=welcome.submit_limit,
+            draining=welcome.status.draining,
+        )
+
+    def _receive(self, worker: Worker, response: pb.AttachResponse) -> None:
+        event = response.WhichOneof("event")
+        if event == "step":
+            self._receive_step(worker, response.step)
+        elif event == "residency":
+            residency = response.residency
+            worker.update_residency(
+                snapshot=residency.snapshot,
+                gpu=(residency.gpu_added, residency.gpu_removed),
+                host=(residency.host_added, residency.host_removed),
+            )
+        elif event == "status" and response.status.draining and not worker.draining:
+            log.info("worker %s is draining", self._address)
+            worker.draining = True
+            self._events.worker_draining(worker)
+
+    def _receive_step(self, worker: Worker, step: pb.StepOutput) -> None:
+        self._events.tokens_drawn(worker, step.seqs, step.token_ids)
+        if step.finished:
+            self._events.requests_ended(worker, [_ended(f) for f in step.finished])
+        if step.submit_limit > worker.submit_limit:
+            worker.raise_submit_limit(step.submit_limit)
+            self._events.submit_limit_raised(worker)
+
+    async def _commands(self, outbox: Outbox) -> AsyncIterator[pb.AttachRequest]:
+        yield pb.AttachRequest(hello=self._hello)
+        while True:
+            submits, cancels, prefetch = await outbox.take()
+            for submit in submits:
+                yield pb.AttachRequest(submit=self._submit_message(submit.seq, submit.request))
+            if cancels:
+                yield pb.AttachRequest(cancel=pb.Cancel(seqs=cancels))
+            if prefetch is not None:
+                yield pb.AttachRequest(prefetch=pb.Prefetch(versions=prefetch.versions))
+
+    def _submit_message(self, seq: int, request: Request) -> pb.Submit:
+        generation = request.generation
+        return pb.Submit(
+            seq=seq,
+            request_id=generation.request_id,
+            tenant=generation.tenant,
+            version=request.version,
+            token_ids=[*request.prompt_ids, *request.output_ids],
+            generated_tokens=len(request.output_ids),
+            sampling=common_pb2.SamplingParams(
+                temperature=generation.temperature, seed=request.seed
+            ),
+            max_tokens=request.max_tokens,
+            min_tokens=generation.min_tokens,
+            stop_token_ids=sorted(generation.stop_token_ids),
+            remaining=_duration(max(0.0, request.deadline_s - self._loop.time())),
+        )
+
+
+def _ended(finished: pb.Finished) -> Ended:
+    aborted = finished.reason == common_pb2.FINISH_REASON_ABORTED
+    return Ended(
+        seq=finished.seq,
+        reason=FINISH_REASONS.get(finished.reason),
+        error=from_status(finished.error) if aborted else None,
+        cached_tokens=finished.usage.cached_tokens,
+        adapter_load_s=_seconds(finished.adapter_load),
+        prefill_s=_seconds(finished.prefill),
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
