@@ -13,7 +13,7 @@ EOS = 2
 def make_llama(directory: Path, *, seed: int = 0, **fields: Any) -> Path:
     """Save a random Llama with weights large enough that its greedy tokens vary."""
     torch.manual_seed(seed)
-    defaults = {
+    defaults: dict[str, Any] = {
         "vocab_size": 320,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -39,7 +39,7 @@ def make_adapter(directory: Path, model: Path, *, seed: int, **fields: Any) -> P
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1 / config.r**0.25)
-    adapted.save_pretrained(directory)
+    adapted.save_pretrained(str(directory))
     return directory
 
 
@@ -62,7 +62,7 @@ class Reference:
     def greedy(
         self, prompt: list[int], adapter: Path | None, max_tokens: int, *, eos: int | None = EOS
     ) -> Greedy:
-        model = self._base if adapter is None else self._with(adapter)
+        model: Any = self._base if adapter is None else self._with(adapter)
         output = model.generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -92,8 +92,9 @@ def first_difference(expected: Greedy, actual: list[int]) -> int | None:
 
 def _gap(logits: torch.Tensor) -> float:
     best, second = logits.topk(2).values.tolist()
-    return (best - second) / float(logits.std())
+    return float((best - second) / logits.std())
 
 
 def _base(model: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    base: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    return base

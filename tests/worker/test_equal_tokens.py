@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from tests.support.models import EOS, Greedy, Reference, first_difference, make_
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*QKVO, "gate_proj", "up_proj", "down_proj"]
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "gqa-tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "mha-untied": {"num_key_value_heads": 4, "tie_word_embeddings": False},
 }
-ADAPTERS = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "r1": {"r": 1, "lora_alpha": 4, "target_modules": ALL},
     "r3": {"r": 3, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]},
     "r8": {"r": 8, "lora_alpha": 16, "target_modules": QKVO},
@@ -35,7 +36,7 @@ MAX_TOKENS = 36
 class World:
     """A model, its adapters, and the reference's answers to a fixed set of requests."""
 
-    def __init__(self, directory: Path, model_fields: dict[str, object]) -> None:
+    def __init__(self, directory: Path, model_fields: dict[str, Any]) -> None:
         self.model = make_llama(directory / "model", **model_fields)
         self.adapters = [None] + [
             make_adapter(directory / name, self.model, seed=seed, **fields)
