@@ -141,23 +141,28 @@ def _eos_token_ids(directory: Path, config: Mapping[str, Any]) -> frozenset[int]
 
 def _digest(directory: Path, config: Mapping[str, Any]) -> bytes:
     canonical = {field: config.get(field) for field in COMPUTED_BY}
-    manifest = sorted(
-        [name, entry["dtype"], entry["shape"]]
-        for path in tensor_files(directory)
-        for name, entry in _header(path)
-    )
+    manifest = sorted(entry for path in tensor_files(directory) for entry in _tensors(path))
     text = json.dumps([canonical, manifest], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()
 
 
-def _header(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _tensors(path: Path) -> Iterator[list[Any]]:
+    """Name, dtype and shape of each."""
+    try:
+        for name, entry in _read_header(path).items():
+            if name != "__metadata__":
+                yield [name, entry["dtype"], entry["shape"]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+        raise UnsupportedModel(f"{path} is no safetensors file: {error}") from error
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         if size > MAX_HEADER_BYTES:
-            raise UnsupportedModel(f"{path}: a header of {size} bytes is too large")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    yield from header.items()
+            raise ValueError(f"a header of {size} bytes is too large")
+        header: dict[str, dict[str, Any]] = json.loads(file.read(size))
+        return header
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -47,6 +47,6 @@ def run_service(
     command.__annotations__["config"] = config_type
     app.default(command)
     try:
-        app()
+        app(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"lorry.{name}: {error}")

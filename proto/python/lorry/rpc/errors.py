@@ -17,7 +17,11 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "lorry.dev"
-MAX_MESSAGE_CHARS = 1024  # all details of a status travel as trailers, which end at 8 KiB
+# A status travels in trailers, which gRPC may refuse beyond 8 KiB: its details in base64, and its
+# message a second time, with up to three bytes for one.
+MAX_MESSAGE_BYTES = 1024
+MAX_VALUE_BYTES = 256  # of metadata, and of the parts of a violation
+MAX_VIOLATIONS_BYTES = 2048
 Code = grpc.StatusCode
 M = TypeVar("M", bound=Message)
 
@@ -46,10 +50,12 @@ class LorryError(Exception):
         retry_after_s: float | None = None,
         **metadata: str | float,
     ) -> None:
-        super().__init__(message[:MAX_MESSAGE_CHARS])
+        super().__init__(_clipped(message, MAX_MESSAGE_BYTES))
         self.violations = tuple(violations)
         self.retry_after_s = retry_after_s
-        self.metadata = {key: str(value) for key, value in metadata.items()}
+        self.metadata = {
+            key: _clipped(str(value), MAX_VALUE_BYTES) for key, value in metadata.items()
+        }
 
 
 class InvalidRequest(LorryError):
@@ -272,15 +278,29 @@ def from_rpc(error: grpc.RpcError) -> LorryError:
 def _details(error: LorryError) -> Iterator[Message]:
     yield error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     if error.violations:
-        fields = [
-            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-            for v in error.violations[:16]
-        ]
-        yield error_details_pb2.BadRequest(field_violations=fields)
+        yield _bad_request(error.violations)
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         yield error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
+    """The first violations, as many as fit."""
+    detail = error_details_pb2.BadRequest()
+    for violation in violations:
+        detail.field_violations.add(
+            field=_clipped(violation.field, MAX_VALUE_BYTES),
+            description=_clipped(violation.description, MAX_VALUE_BYTES),
+        )
+        if detail.ByteSize() > MAX_VIOLATIONS_BYTES:
+            del detail.field_violations[-1]
+            break
+    return detail
+
+
+def _clipped(text: str, max_bytes: int) -> str:
+    return text.encode(errors="replace")[:max_bytes].decode(errors="ignore")
 
 
 def _packed(detail: Message) -> any_pb2.Any:

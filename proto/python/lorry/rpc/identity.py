@@ -11,11 +11,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import grpc.aio
-
-from lorry.rpc.errors import PermissionDenied, Unauthenticated
+from lorry.rpc.errors import InvalidRequest, PermissionDenied, Unauthenticated
 from lorry.rpc.names import check_id
 
 DEFAULT_TENANT = "default"
@@ -85,6 +83,14 @@ def current_caller() -> Caller:
     return _current.get()
 
 
+class CallContext(Protocol):
+    """What a call tells of its caller; gRPC's servicer contexts do."""
+
+    def peer(self) -> str: ...
+
+    def invocation_metadata(self) -> Any: ...
+
+
 class Authenticator:
     """Turns a call's metadata and peer into a `Caller` that may use the method, or refuses."""
 
@@ -97,7 +103,7 @@ class Authenticator:
         """Read the token file; raises ValueError naming the entry that is malformed."""
         return cls(None if path is None else read_tokens(path), insecure=insecure)
 
-    def admit(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+    def admit(self, method: str, context: CallContext) -> Caller:
         """Return the caller and make it the task's current one."""
         caller = self._identify(context)
         allowed = METHOD_ROLES.get(method, frozenset())
@@ -106,7 +112,7 @@ class Authenticator:
         _current.set(caller)
         return caller
 
-    def _identify(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+    def _identify(self, context: CallContext) -> Caller:
         if self._tokens is None:
             if self._insecure or is_loopback_peer(context.peer()):
                 return LOCAL_CALLER
@@ -123,9 +129,16 @@ def read_tokens(path: Path) -> dict[bytes, Caller]:
     """Callers by the sha256 of their token."""
     try:
         entries = json.loads(path.read_text())["tokens"]
-        return {bytes.fromhex(e["sha256"]): _caller(e) for e in entries}
-    except (ValueError, KeyError, TypeError) as error:
+        return {_digest(e["sha256"]): _caller(e) for e in entries}
+    except (OSError, ValueError, KeyError, TypeError, InvalidRequest) as error:
         raise ValueError(f"token file {path}: {error!r}") from error
+
+
+def _digest(text: str) -> bytes:
+    digest = bytes.fromhex(text)
+    if len(digest) != hashlib.sha256().digest_size:
+        raise ValueError(f"sha256 must be 64 hex digits, got {len(text)}")
+    return digest
 
 
 def _caller(entry: Mapping[str, str]) -> Caller:

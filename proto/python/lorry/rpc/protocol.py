@@ -1,4 +1,4 @@
 """Constants of the protocol between services that are in no message."""
 
-# What Hello and Welcome of WorkerService.Attach carry: raised when one side could misread the other.
+# What Hello and Welcome of an Attach stream carry: raised when a side could misread the other.
 PROTOCOL_REVISION = 1

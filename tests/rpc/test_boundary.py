@@ -1,0 +1,72 @@
+import logging
+
+import grpc
+import grpc.aio
+import pytest
+from tests.support.services import METHODS, serving_all
+
+from lorry.rpc.errors import InvalidRequest, LorryError, QueueFull, Violation, from_rpc
+from lorry.rpc.identity import Authenticator
+
+KINDS = {method.kind: path for path, method in METHODS.items()}  # one method of each
+
+
+async def failure(path: str, error: Exception) -> LorryError:
+    """What a caller sees of `error`, raised by the method."""
+
+    def hook() -> None:
+        raise error
+
+    async with serving_all(Authenticator(), hook=hook) as (_, channel):
+        with pytest.raises(grpc.RpcError) as failed:
+            await METHODS[path].call(channel)
+    return from_rpc(failed.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_a_method_raises_is_what_its_caller_catches(kind: str) -> None:
+    error = QueueFull("the queue holds 7", retry_after_s=0.5, queueDepth=7)
+    received = await failure(KINDS[kind], error)
+    assert type(received) is QueueFull
+    assert str(received) == "the queue holds 7"
+    assert (received.retry_after_s, received.metadata) == (0.5, {"queueDepth": "7"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_defect_is_logged_and_its_text_stays_inside(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, logger="lorry.rpc.boundary")
+    received = await failure(KINDS[kind], RuntimeError("the secret"))
+    assert received.code is grpc.StatusCode.INTERNAL
+    assert received.reason == "ENGINE_FAILURE"
+    assert "secret" not in str(received)
+    assert "the secret" in caplog.text
+    assert KINDS[kind] in caplog.text
+
+
+async def test_an_error_of_a_caller_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    await failure(KINDS["unary_unary"], InvalidRequest("spec: bad"))
+    assert not [record for record in caplog.records if record.name.startswith("lorry")]
+
+
+async def test_the_largest_error_arrives() -> None:
+    long = "\N{SNOWMAN}" * 10_000
+    error = InvalidRequest(long, violations=[Violation(long, long)] * 100, adapter=long)
+    received = await failure(KINDS["unary_unary"], error)
+    assert type(received) is InvalidRequest
+    assert received.violations
+
+
+async def test_all_four_kinds_of_methods_are_there() -> None:
+    assert set(KINDS) == {"unary_unary", "unary_stream", "stream_unary", "stream_stream"}
+
+
+async def test_an_unknown_method_is_unimplemented() -> None:
+    async with serving_all(Authenticator()) as (_, channel):
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            "/lorry.v1.InferenceService/Guess"
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await call(b"")
+    assert failed.value.code() is grpc.StatusCode.UNIMPLEMENTED

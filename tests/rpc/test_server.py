@@ -1,0 +1,180 @@
+import asyncio
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
+from tests.support.services import METHODS, serving_all
+
+from lorry.rpc.identity import Authenticator, Caller, Role
+from lorry.rpc.server import Server, check_address, serving, stop_requested
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICES = sorted({path.split("/")[1] for path in METHODS})
+TOKENS = {hashlib.sha256(b"secret").digest(): Caller("acme", frozenset({Role.INFER}))}
+Running = tuple[Server, grpc.aio.Channel]
+
+
+@pytest.fixture
+async def running() -> AsyncIterator[Running]:
+    async with serving_all(Authenticator(TOKENS)) as running:
+        yield running
+
+
+async def check(channel: grpc.aio.Channel, service: str) -> int:
+    stub = health_pb2_grpc.HealthStub(channel)
+    response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+    return int(response.status)
+
+
+async def test_a_server_is_alive_at_once_and_ready_when_its_owner_says_so(running: Running) -> None:
+    server, channel = running
+    for name in ("", "liveness"):
+        assert await check(channel, name) == SERVING
+    for name in ("readiness", *SERVICES):
+        assert await check(channel, name) == NOT_SERVING
+    await server.set_ready(True)
+    for name in ("readiness", *SERVICES):
+        assert await check(channel, name) == SERVING
+
+
+async def test_draining_answers_not_serving_to_everything(running: Running) -> None:
+    server, channel = running
+    await server.set_ready(True)
+    await server.start_draining()
+    for name in ("", "readiness", *SERVICES):
+        assert await check(channel, name) == NOT_SERVING
+    await server.set_ready(True)
+    assert await check(channel, "readiness") == NOT_SERVING
+
+
+async def test_watch_tells_each_change_of_readiness(running: Running) -> None:
+    server, channel = running
+    stub = health_pb2_grpc.HealthStub(channel)
+    watch = aiter(stub.Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=30))
+    assert (await anext(watch)).status == NOT_SERVING
+    await server.set_ready(True)
+    assert (await anext(watch)).status == SERVING
+    await server.start_draining()
+    assert (await anext(watch)).status == NOT_SERVING
+
+
+async def test_the_health_of_an_unknown_service_is_not_found(running: Running) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await check(running[1], "lorry.v1.Nothing")
+    assert failed.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_lists_every_service_and_describes_it(
+    running: Running, version: str
+) -> None:
+    listed, described = await reflect(running[1], version, "Bearer secret")
+    names = {service.name for service in listed.list_services_response.service}
+    assert names >= {*SERVICES, "grpc.health.v1.Health"}
+    assert described.file_descriptor_response.file_descriptor_proto
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_needs_a_token(running: Running, version: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await reflect(running[1], version, "Bearer guess")
+    assert failed.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def reflect(
+    channel: grpc.aio.Channel, version: str, authorization: str
+) -> list[reflection_pb2.ServerReflectionResponse]:
+    call: grpc.aio.StreamStreamMultiCallable[
+        reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
+    ] = channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICES[0]),
+    ]
+    responses = call(iter(requests), metadata=(("authorization", authorization),), timeout=10)
+    return [response async for response in responses]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "127.9.9.9:1", "[::1]:50051", "localhost:1"])
+def test_loopback_addresses_are_served_in_plain_text(address: str) -> None:
+    check_address(address, insecure=False)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.com:1"])
+def test_other_addresses_need_insecure(address: str) -> None:
+    with pytest.raises(ValueError, match="--insecure"):
+        check_address(address, insecure=False)
+    check_address(address, insecure=True)
+
+
+@pytest.mark.parametrize("address", ["", "50051", "127.0.0.1", "127.0.0.1:http", ":50051"])
+def test_an_address_is_host_and_port(address: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        check_address(address, insecure=True)
+
+
+async def test_an_address_in_use_is_named(running: Running) -> None:
+    address = f"127.0.0.1:{running[0].port}"
+    with pytest.raises(ValueError, match=f"'{address}' cannot be bound"):
+        async with serving(
+            lambda _: None, services=[], address=address, authenticator=Authenticator()
+        ):
+            pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_stop_is_requested_by_sigint_and_sigterm(number: signal.Signals) -> None:
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.create_task(stop_requested())
+    await asyncio.sleep(0)
+    try:
+        os.kill(os.getpid(), number)
+        await asyncio.wait_for(stopped, 10)
+    finally:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(each)
+
+
+async def health_command(*arguments: str) -> tuple[int | None, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *["-m", "lorry.rpc.health", *arguments],
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    stdout, stderr = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode, stdout.decode(), stderr.decode()
+
+
+async def test_the_health_command_exits_with_the_readiness(running: Running) -> None:
+    server, _ = running
+    address = f"127.0.0.1:{server.port}"
+    assert (await health_command("--address", address))[0] == 1
+    await server.set_ready(True)
+    status, stdout, _ = await health_command("--address", address)
+    assert (status, stdout) == (0, f"{address} readiness: SERVING\n")
+
+
+async def test_the_health_command_checks_a_named_service(running: Running) -> None:
+    address = f"127.0.0.1:{running[0].port}"
+    status, _, _ = await health_command("--address", address, "--service", "liveness")
+    assert status == 0
+
+
+async def test_the_health_command_tells_why_there_is_no_answer() -> None:
+    status, _, stderr = await health_command("--address", "127.0.0.1:1", "--timeout-s", "2")
+    assert status == 1
+    assert stderr.startswith("127.0.0.1:1 readiness: UNAVAILABLE")
+    assert "Traceback" not in stderr
