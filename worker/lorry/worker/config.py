@@ -17,6 +17,7 @@ DtypeName = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[DtypeName, Dtype] = {"fp32": Dtype.FP32, "bf16": Dtype.BF16, "fp16": Dtype.FP16}
 NATIVE_DTYPE: dict[Device, DtypeName] = {"cpu": "fp32", "cuda": "bf16"}
 STEP_TOKENS: dict[Device, int] = {"cpu": 256, "cuda": 1024}
+MAX_RUNNING = 512
 MIB = 1 << 20
 
 
@@ -28,8 +29,8 @@ class EngineConfig:
     device: Device = "cpu"
     dtype: DtypeName = "fp32"
     pool_pages: int  # the dummy page not counted
-    max_running: int = 512
-    step_tokens: int = STEP_TOKENS["cpu"]
+    max_running: int = STEP_TOKENS["cpu"]
+    step_tokens: int = STEP_TOKENS["cpu"]  # at least max_running: a step has a row of each
     max_rank: int = MAX_RANK
     max_context_tokens: int | None = None  # None: the model's
     threads: int | None = None  # None: torch decides
@@ -88,8 +89,8 @@ class Config:
     pool_pages: int | None = None
     """The same as a number of pages, of 16 tokens of KV each; instead of pool_bytes."""
 
-    max_running: int = 512
-    """Sequences that may run at the same time."""
+    max_running: int | None = None
+    """Sequences that may run at the same time; by default 512, and at most step_tokens."""
 
     max_waiting: int = 64
     """Requests that a router may have sent beyond max_running."""
@@ -145,21 +146,20 @@ class Config:
         if not self.worker_id:
             raise ValueError("worker_id must not be empty")
 
-    @property
-    def submit_window(self) -> int:
-        """Submits of one router that may be unfinished at the same time."""
-        return self.max_running + self.max_waiting
-
     def page_layout(self, base_model: BaseModel) -> PageLayout:
         dtype = DTYPES[self.dtype or NATIVE_DTYPE[self.device]]
         return PageLayout(geometry=base_model.geometry, dtype=dtype)
 
     def engine(self, base_model: BaseModel) -> EngineConfig:
-        """What to tell the engine; raises ValueError for a pool without a page."""
+        """What to tell the engine; raises ValueError for a pool or a step that is too small."""
         page_bytes = self.page_layout(base_model).page_bytes
         pool_pages = self.pool_pages or self.pool_bytes // page_bytes
         if not pool_pages:
             raise ValueError(f"pool_bytes {self.pool_bytes} holds no page of {page_bytes} bytes")
+        step_tokens = self.step_tokens or STEP_TOKENS[self.device]
+        max_running = self.max_running or min(MAX_RUNNING, step_tokens)
+        if max_running > step_tokens:
+            raise ValueError(f"max_running {max_running} exceeds step_tokens {step_tokens}")
         context = min(
             self.max_context_tokens or base_model.max_context_tokens, base_model.max_context_tokens
         )
@@ -168,8 +168,8 @@ class Config:
             device=self.device,
             dtype=self.dtype or NATIVE_DTYPE[self.device],
             pool_pages=pool_pages,
-            max_running=self.max_running,
-            step_tokens=self.step_tokens or STEP_TOKENS[self.device],
+            max_running=max_running,
+            step_tokens=step_tokens,
             max_rank=self.max_rank,
             max_context_tokens=context,
             threads=self.threads,

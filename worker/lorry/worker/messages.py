@@ -178,22 +178,22 @@ class ResidencyChange(Message, frozen=True):
 class Status(Message, frozen=True):
     """The engine's state; also its heartbeat, sent every second."""
 
-    running: int
-    waiting: int
-    queued_prompt_tokens: int
-    pages_total: int
-    pages_free: int
-    pages_kv: int
-    pages_adapter: int
-    prefill_tokens_per_s: float
-    step_times_ms: dict[int, float]  # by rows, of steps of decodes only
-    adapter_load_bytes_per_s: float
-    steps: int
-    preemptions: int
-    adapter_loads: int
-    adapter_evictions: int
-    max_adapters_in_step: int  # distinct ones, the base model not counted
-    max_adapters_beside_base_in_step: int  # the same, of steps that also had rows of the base model
+    running: int = 0
+    waiting: int = 0
+    queued_prompt_tokens: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_kv: int = 0
+    pages_adapter: int = 0
+    prefill_tokens_per_s: float = 0.0
+    step_times_ms: dict[int, float] = {}  # by rows, of steps of decodes only
+    adapter_load_bytes_per_s: float = 0.0
+    steps: int = 0
+    preemptions: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    max_adapters_in_step: int = 0  # distinct ones, the base model not counted
+    max_adapters_beside_base_in_step: int = 0  # of steps that also had rows of the base model
 
 
 class AdminResult(Message, frozen=True):

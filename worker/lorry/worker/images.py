@@ -1,0 +1,247 @@
+"""Fetches page images from the adapter store for the engine and holds them while it needs them.
+
+One task for each version: it fetches, tells the engine, and keeps what it got; cancelling it gives
+everything back. A file in shared memory is the store's, and the open call is its lease. Chunks go
+to a file of this worker's own, and their call ends.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import grpc.aio
+from crc32c import crc32c
+
+from lorry.rpc.channel import Metadata
+from lorry.rpc.errors import (
+    AdapterIncompatible,
+    AdapterNotFound,
+    DigestMismatch,
+    LayoutUnsupported,
+    LorryError,
+    StoreFull,
+    StoreUnavailable,
+    VersionNotFound,
+    from_rpc,
+)
+from lorry.rpc.shared_memory import SharedFileRefused, open_shared, shm_namespace_id
+from lorry.v1 import adapter_data_service_pb2 as pb
+from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
+from lorry.worker.failures import to_failure
+from lorry.worker.image_header import ImageFormat, to_image
+from lorry.worker.local_images import LocalImages
+from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
+
+FIRST_PAUSE_S = 0.05
+MAX_PAUSE_S = 2.0
+# What the router and the client may be told as it is; anything else is the store's own trouble.
+PASSED_ON = (AdapterIncompatible, AdapterNotFound, VersionNotFound, StoreFull, DigestMismatch)
+RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+Call = grpc.aio.UnaryStreamCall[Any, pb.FetchAdapterResponse]
+Send = Callable[[Command], None]
+
+log = logging.getLogger(__name__)
+
+
+class Held(NamedTuple):
+    """A fetched image, and the call that leases it if it is the store's."""
+
+    image: ImageReady
+    lease: Call | None
+
+
+class ImageSource:
+    """One attempt at a fetch: asks the store, checks everything it says."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        image_format: ImageFormat,
+        *,
+        shm_dir: Path,
+        local: LocalImages,
+        metadata: Metadata,
+    ) -> None:
+        self._stub = AdapterDataServiceStub(channel)
+        self._format = image_format
+        self._shm_dir = shm_dir
+        self._local = local
+        self._metadata = metadata
+
+    async def open(self, version: bytes, owner: contextlib.ExitStack) -> Held:
+        """Fetch an image; whatever it takes to keep it is left to `owner`. Raises LorryError."""
+        try:
+            return await self._open(version, owner, shared=True)
+        except SharedFileRefused as error:
+            log.warning("%s: %s; fetching it as chunks", version.hex(), error)
+            return await self._open(version, owner, shared=False)
+
+    async def _open(self, version: bytes, owner: contextlib.ExitStack, *, shared: bool) -> Held:
+        call = self._stub.FetchAdapter(self._request(version, shared), metadata=self._metadata)
+        owner.callback(call.cancel)
+        header = await _read(call, "header")
+        self._format.check(header.header, version)
+        first = await _read(call, "shm", "chunk")
+        if first.HasField("shm"):
+            return Held(self._shared(header.header, first.shm), call)
+        return Held(await self._chunks(header.header, first, call, owner), None)
+
+    def _request(self, version: bytes, shared: bool) -> pb.FetchAdapterRequest:
+        transports = [pb.TRANSPORT_SHM] if shared else []
+        return pb.FetchAdapterRequest(
+            version=version,
+            layout=self._format.to_proto(),
+            accepted_transports=[*transports, pb.TRANSPORT_CHUNKS],
+            shm_namespace_id=shm_namespace_id(self._shm_dir) if shared else "",
+        )
+
+    def _shared(self, header: pb.ImageHeader, handle: pb.ShmHandle) -> ImageReady:
+        if handle.bytes != header.image_bytes:
+            raise SharedFileRefused(f"{handle.bytes} bytes for an image of {header.image_bytes}")
+        # The engine maps it again; here it is only looked at.
+        open_shared(self._shm_dir, handle.name, handle.offset + handle.bytes).close()
+        return to_image(header, str(self._shm_dir / handle.name), handle.offset)
+
+    async def _chunks(
+        self,
+        header: pb.ImageHeader,
+        message: pb.FetchAdapterResponse,
+        call: Call,
+        owner: contextlib.ExitStack,
+    ) -> ImageReady:
+        """Copy the chunks to a local file: 1 MiB takes less than the way to a thread and back."""
+        file = owner.enter_context(self._local.create(header.version, header.image_bytes))
+        received, image_crc = 0, 0
+        while True:
+            chunk = message.chunk
+            if chunk.offset != received or received + len(chunk.data) > header.image_bytes:
+                raise DigestMismatch(f"a chunk of the page image is not at {received}")
+            if crc32c(chunk.data) != chunk.crc32c:
+                raise DigestMismatch(f"the chunk of the page image at {received} has another CRC")
+            file.write(chunk.data, received)
+            image_crc = crc32c(chunk.data, image_crc)
+            received += len(chunk.data)
+            if received == header.image_bytes:
+                break
+            message = await _read(call, "chunk")
+        if image_crc != header.image_crc32c:
+            raise DigestMismatch("the page image has another CRC than its header says")
+        return to_image(header, str(file.path), 0)
+
+
+class ImageFetcher:
+    """Answers the engine's FetchImage and ReleaseImage."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        channel: grpc.aio.Channel,
+        send: Send,
+        *,
+        max_fetches: int,
+        timeout_s: float,
+    ) -> None:
+        self._source = source
+        self._channel = channel
+        self._send = send
+        self._timeout_s = timeout_s
+        self._slots = asyncio.Semaphore(max_fetches)
+        self._tasks: dict[bytes, asyncio.Task[None]] = {}
+
+    def fetch(self, version: bytes) -> None:
+        """Answered by ImageReady or ImageFailed, unless released before."""
+        if version not in self._tasks:
+            self._tasks[version] = asyncio.create_task(self._hold(version))
+
+    def release(self, version: bytes) -> None:
+        """Give up the image or the fetch of it; unknown versions are ignored."""
+        if task := self._tasks.pop(version, None):
+            task.cancel()
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for version in list(self._tasks):
+            self.release(version)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hold(self, version: bytes) -> None:
+        try:
+            with contextlib.ExitStack() as owner:
+                async with self._slots:
+                    held = await self._fetch(version, owner)
+                self._send(held.image)
+                await self._keep(held)
+        except Exception as error:
+            if not isinstance(error, LorryError):
+                log.exception("the page image %s cannot be fetched", version.hex())
+                error = LorryError("the adapter's page image cannot be fetched")
+            self._tasks.pop(version, None)
+            self._send(ImageFailed(version, to_failure(error)))
+
+    async def _fetch(self, version: bytes, owner: contextlib.ExitStack) -> Held:
+        """Try until it works, cannot work, or takes too long."""
+        last: LorryError = StoreUnavailable("the adapter store did not answer in time")
+        pause_s = FIRST_PAUSE_S
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_s):
+                while True:
+                    try:
+                        return await self._attempt(version, owner)
+                    except LorryError as error:
+                        last = error
+                        if error.code not in RETRIED:
+                            break
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, MAX_PAUSE_S)
+        log.warning("page image %s: %s %s", version.hex(), last.code.name, last)
+        raise _for_clients(last)
+
+    async def _attempt(self, version: bytes, owner: contextlib.ExitStack) -> Held:
+        with contextlib.ExitStack() as attempt:
+            held = await self._source.open(version, attempt)
+            owner.push(attempt.pop_all())
+        return held
+
+    async def _keep(self, held: Held) -> None:
+        """Hold the image until the task is cancelled, and pass on that the store wants it back.
+
+        If the lease is lost, the engine may go on with what it has mapped while there is no store;
+        one that is back counts its memory anew.
+        """
+        version = held.image.version
+        if held.lease is not None:
+            try:
+                while True:
+                    await _read(held.lease, "reclaim")
+                    self._send(ReclaimImage(version))
+            except LorryError as error:
+                log.warning("the lease of page image %s is lost: %s", version.hex(), error)
+            await self._channel.channel_ready()
+            self._send(ReclaimImage(version))
+        await asyncio.get_running_loop().create_future()  # until cancelled
+
+
+async def _read(call: Call, *expected: str) -> pb.FetchAdapterResponse:
+    """The next message, one of the expected; raises the LorryError that the call ended with."""
+    try:
+        message = await call.read()
+    except grpc.RpcError as error:
+        raise from_rpc(error) from error
+    if not isinstance(message, pb.FetchAdapterResponse):
+        raise StoreUnavailable("the adapter store ended the fetch early")
+    payload = message.WhichOneof("payload")
+    if payload not in expected:
+        raise StoreUnavailable(f"the adapter store sent {payload}, not {' or '.join(expected)}")
+    return message
+
+
+def _for_clients(error: LorryError) -> LorryError:
+    if isinstance(error, LayoutUnsupported):
+        return AdapterIncompatible(f"the adapter store: {error}")
+    if isinstance(error, PASSED_ON):
+        return error
+    return StoreUnavailable("the adapter store is not available")

@@ -1,0 +1,82 @@
+"""What the worker tells routers, as protobuf."""
+
+from google.protobuf import duration_pb2
+
+from lorry.rpc.errors import to_status
+from lorry.v1 import common_pb2
+from lorry.v1 import worker_service_pb2 as pb
+from lorry.worker.streams import (
+    RequestEnd,
+    ResidencyUpdate,
+    StepOutput,
+    StreamEvent,
+    WorkerState,
+)
+
+
+def to_response(event: StreamEvent) -> pb.AttachResponse:
+    match event:
+        case StepOutput():
+            return pb.AttachResponse(step=to_step(event))
+        case WorkerState():
+            return pb.AttachResponse(status=to_worker_status(event))
+        case ResidencyUpdate():
+            return pb.AttachResponse(residency=to_residency(event))
+
+
+def to_step(output: StepOutput) -> pb.StepOutput:
+    return pb.StepOutput(
+        step=output.step,
+        seqs=output.seqs,
+        token_ids=output.token_ids,
+        finished=[to_finished(end) for end in output.finished],
+        submit_limit=output.submit_limit,
+    )
+
+
+def to_finished(end: RequestEnd) -> pb.Finished:
+    return pb.Finished(
+        seq=end.seq,
+        reason=end.reason.value,  # type: ignore[arg-type]  # the numbers are the protocol's
+        usage=common_pb2.Usage(
+            prompt_tokens=end.prompt_tokens, completion_tokens=end.completion_tokens
+        ),
+        error=to_status(end.error) if end.error is not None else None,
+        adapter_load=_duration(end.adapter_load_s),
+        prefill=_duration(end.prefill_s),
+    )
+
+
+def to_worker_status(state: WorkerState) -> pb.WorkerStatus:
+    engine = state.engine
+    return pb.WorkerStatus(
+        running=engine.running,
+        waiting=engine.waiting,
+        queued_prompt_tokens=engine.queued_prompt_tokens,
+        pages_total=engine.pages_total,
+        pages_free=engine.pages_free,
+        pages_kv=engine.pages_kv,
+        pages_adapter=engine.pages_adapter,
+        prefill_tokens_per_s=engine.prefill_tokens_per_s,
+        step_times=[pb.StepTime(rows=r, ms=ms) for r, ms in sorted(engine.step_times_ms.items())],
+        adapter_load_bytes_per_s=engine.adapter_load_bytes_per_s,
+        draining=state.draining,
+        max_adapters_in_step=engine.max_adapters_in_step,
+        max_adapters_beside_base_in_step=engine.max_adapters_beside_base_in_step,
+    )
+
+
+def to_residency(update: ResidencyUpdate) -> pb.Residency:
+    return pb.Residency(
+        snapshot=update.snapshot,
+        gpu_added=update.gpu_added,
+        gpu_removed=update.gpu_removed,
+        host_added=update.host_added,
+        host_removed=update.host_removed,
+    )
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

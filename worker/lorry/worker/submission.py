@@ -1,0 +1,107 @@
+"""A Submit as the router sends it, checked and made the engine's. Nothing is ignored silently."""
+
+from dataclasses import dataclass
+
+from lorry.rpc.errors import (
+    ContextLengthExceeded,
+    FeatureUnsupported,
+    InvalidRequest,
+    InvalidSampling,
+    Violation,
+)
+from lorry.v1 import common_pb2, worker_service_pb2
+from lorry.worker.messages import Submit
+
+VERSION_BYTES = 32
+MAX_TEMPERATURE = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLimits:
+    vocab_size: int
+    max_context_tokens: int
+
+
+def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLimits) -> Submit:
+    """The engine's request `number`; raises InvalidRequest or FeatureUnsupported naming a field."""
+    _refuse_unsupported(message)
+    _check_tokens(message, limits)
+    _check_sampling(message.sampling)
+    return Submit(
+        request=number,
+        tenant=message.tenant,
+        version=message.version,
+        token_ids=list(message.token_ids),
+        generated_tokens=message.generated_tokens,
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        stop_token_ids=list(message.stop_token_ids),
+        temperature=_temperature(message.sampling),
+        seed=message.sampling.seed,
+        remaining_s=message.remaining.ToNanoseconds() / 1e9
+        if message.HasField("remaining")
+        else None,
+    )
+
+
+def check_version(version: bytes, field: str = "version") -> bytes:
+    """Return `version` if it is a sha256."""
+    if len(version) != VERSION_BYTES:
+        raise InvalidRequest.of(field, f"must have {VERSION_BYTES} bytes, got {len(version)}")
+    return version
+
+
+def _refuse_unsupported(message: worker_service_pb2.Submit) -> None:
+    sampling = message.sampling
+    asked = {
+        "sampling.top_p": sampling.HasField("top_p") and sampling.top_p != 1.0,
+        "sampling.top_k": sampling.top_k != 0,
+        "sampling.min_p": sampling.min_p != 0.0,
+        "sampling.repetition_penalty": sampling.HasField("repetition_penalty")
+        and sampling.repetition_penalty != 1.0,
+        "sampling.presence_penalty": sampling.presence_penalty != 0.0,
+        "sampling.frequency_penalty": sampling.frequency_penalty != 0.0,
+        "sampling.logit_bias": bool(sampling.logit_bias),
+        "response.top_logprobs": message.response.HasField("top_logprobs"),
+        "response.prompt_logprobs": message.response.HasField("prompt_logprobs"),
+        "guided": message.guided.WhichOneof("grammar") is not None,
+    }
+    for field, is_asked in asked.items():
+        if is_asked:
+            raise FeatureUnsupported(f"{field} is not supported by this worker", field=field)
+
+
+def _check_tokens(message: worker_service_pb2.Submit, limits: RequestLimits) -> None:
+    num_prompt = len(message.token_ids) - message.generated_tokens
+    if message.version:
+        check_version(message.version)
+    if num_prompt < 1:
+        raise InvalidRequest.of("token_ids", "must hold a prompt before generated_tokens")
+    if max(message.token_ids) >= limits.vocab_size:
+        raise InvalidRequest.of("token_ids", f"must be below {limits.vocab_size}")
+    if message.max_tokens <= message.generated_tokens:
+        raise InvalidRequest.of("max_tokens", "must be above generated_tokens")
+    if message.min_tokens > message.max_tokens:
+        raise InvalidRequest.of("min_tokens", "must not exceed max_tokens")
+    total = num_prompt + message.max_tokens
+    if total > limits.max_context_tokens:
+        text = f"prompt and max_tokens are {total} tokens, of at most {limits.max_context_tokens}"
+        raise ContextLengthExceeded(
+            text,
+            violations=[Violation("max_tokens", text)],
+            tokens=total,
+            maxContextTokens=limits.max_context_tokens,
+        )
+
+
+def _check_sampling(sampling: common_pb2.SamplingParams) -> None:
+    if not sampling.HasField("seed"):
+        raise InvalidSampling.of("sampling.seed", "must be set")
+    if not 0.0 <= _temperature(sampling) <= MAX_TEMPERATURE:
+        raise InvalidSampling.of(
+            "sampling.temperature", f"must be in [0, {MAX_TEMPERATURE}], got {sampling.temperature}"
+        )
+
+
+def _temperature(sampling: common_pb2.SamplingParams) -> float:
+    return sampling.temperature if sampling.HasField("temperature") else 1.0
