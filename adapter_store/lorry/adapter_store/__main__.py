@@ -1,0 +1,63 @@
+"""``python -m lorry.adapter_store``: run an adapter store."""
+
+import asyncio
+import logging
+
+from lorry.rpc.command import extra, run_service
+
+with extra("adapter-store"):
+    from lorry.adapter_store.config import Config
+    from lorry.adapter_store.file_backend import FileBackend
+    from lorry.adapter_store.service import SERVICES, register
+    from lorry.adapter_store.store import opened
+from lorry.rpc.base_model import read_base_model
+from lorry.rpc.identity import Authenticator
+from lorry.rpc.server import MIB, serving, stop_requested
+
+MAX_MESSAGE_BYTES = 2 * MIB
+
+log = logging.getLogger("lorry.adapter_store")
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGINT or SIGTERM, then drain."""
+    base_model = read_base_model(config.model)
+    dtype = config.finite_in(base_model.config.get("dtype", base_model.config.get("torch_dtype")))
+    async with (
+        opened(
+            lambda: FileBackend(config.backend_directory, model_digest=base_model.digest),
+            geometry=base_model.geometry,
+            shm_dir=config.shm_dir,
+            ram_bytes=config.ram_bytes,
+            limits=config.limits,
+            dtype=dtype,
+            builder_processes=config.builders,
+        ) as store,
+        serving(
+            lambda server: register(server, store, base_model),
+            services=SERVICES,
+            address=config.address,
+            authenticator=Authenticator.from_file(config.tokens, insecure=config.insecure),
+            insecure=config.insecure,
+            max_receive_bytes=MAX_MESSAGE_BYTES,
+        ) as server,
+    ):
+        host = config.address.rpartition(":")[0]
+        print(f"lorry.adapter_store listening on {host}:{server.port}", flush=True)
+        log.info("%s adapters, values finite in %s", store.catalogue.num_adapters, dtype.value)
+        await server.set_ready(True)
+        await stop_requested()
+        await server.start_draining()
+        await store.start_draining()
+
+
+def run(config: Config) -> None:
+    asyncio.run(serve(config))
+
+
+def main() -> None:
+    run_service(Config, run, name="adapter-store", help="Keep LoRA adapters and hand them out.")
+
+
+if __name__ == "__main__":
+    main()

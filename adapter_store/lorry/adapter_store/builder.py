@@ -1,0 +1,102 @@
+"""A worker process of the store: checks what strangers upload and packs page images.
+
+Reads requests as JSON lines from its standard input and answers each with one line. A request
+that takes longer than its limit ends the process, even if its parent is gone by then.
+"""
+
+import base64
+import hashlib
+import json
+import logging
+import mmap
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from crc32c import crc32c
+
+from lorry.adapter_store.image import NUMPY_DTYPES, pack
+from lorry.adapter_store.lora import LoraSpec
+from lorry.adapter_store.peft_config import parse_config, resolve
+from lorry.adapter_store.safetensors_file import SafetensorsFile
+from lorry.adapter_store.weights import check_weights
+from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
+from lorry.rpc.errors import DigestMismatch, LorryError, to_status
+
+Request = Mapping[str, Any]
+log = logging.getLogger(__name__)
+
+
+def check_config_request(request: Request, geometry: ModelGeometry) -> str:
+    """Resolve an adapter_config.json."""
+    return resolve(parse_config(request["config"]), geometry).to_json()
+
+
+def check_weights_request(request: Request, geometry: ModelGeometry) -> dict[str, Any]:
+    """Check an uploaded file against its digest and its config."""
+    spec, dtype = LoraSpec.from_json(request["spec"]), NUMPY_DTYPES[Dtype(request["dtype"])]
+    content = map_file(Path(request["weights"]))
+    if hashlib.sha256(content).hexdigest() != request["sha256"]:
+        raise DigestMismatch("weights_sha256 is not the digest of the bytes received")
+    checked = check_weights(content, spec, geometry, dtype)
+    return {
+        "digest": checked.digest.hex(),
+        "weights_bytes": checked.weights_bytes,
+        "crc32c": crc32c(content),
+    }
+
+
+def build_request(request: Request, geometry: ModelGeometry) -> int:
+    """Pack an image into its preallocated file; returns its CRC-32C."""
+    spec = LoraSpec.from_json(request["spec"])
+    layout = PageLayout(
+        geometry=geometry, dtype=Dtype(request["dtype"]), page_tokens=request["page_tokens"]
+    )
+    content = map_file(Path(request["weights"]))
+    if crc32c(content) != request["crc32c"]:
+        raise DigestMismatch("the stored weights are damaged")
+    file = SafetensorsFile(content)
+    tensors = {name: file.tensor(name) for name in file.entries}
+    return pack(spec, tensors, layout, map_file(Path(request["image"]), writable=True))
+
+
+OPERATIONS: Mapping[str, Callable[[Request, ModelGeometry], Any]] = {
+    "check_config": check_config_request,
+    "check_weights": check_weights_request,
+    "build": build_request,
+}
+
+
+def map_file(path: Path, *, writable: bool = False) -> memoryview:
+    """A file's bytes; unmapped with the last view of them."""
+    with path.open("r+b" if writable else "rb") as file:
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        return memoryview(mmap.mmap(file.fileno(), 0, access=access))
+
+
+def answer(request: Request, geometry: ModelGeometry) -> dict[str, Any]:
+    """The result, or the status of the failure."""
+    try:
+        return {"result": OPERATIONS[request["operation"]](request, geometry)}
+    except Exception as error:
+        if not isinstance(error, LorryError):
+            log.error("unexpected error in %s", request["operation"], exc_info=error)
+        status = to_status(error).SerializeToString()
+        return {"status": base64.b64encode(status).decode()}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    geometry = ModelGeometry(**json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        request = json.loads(line)
+        signal.alarm(request["limit_s"])
+        reply = json.dumps(answer(request, geometry))
+        signal.alarm(0)
+        print(reply, flush=True)
+
+
+if __name__ == "__main__":
+    main()

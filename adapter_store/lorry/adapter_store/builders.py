@@ -1,0 +1,149 @@
+"""A bounded pool of builder processes, so that no stranger's bytes keep the event loop busy."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from google.rpc import status_pb2
+
+from lorry.adapter_store.image import image_bytes
+from lorry.adapter_store.lora import LoraSpec
+from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
+from lorry.rpc.errors import AdapterInvalid, StoreUnavailable, from_status
+
+CONFIG_LIMIT_S = 5
+MIN_BYTES_PER_S = 20 << 20  # slower than any disk that is worth serving from
+MAX_REPLY_BYTES = 1 << 20
+
+
+class BuilderTimeout(Exception):
+    """A request took longer than its limit."""
+
+
+class Checked(NamedTuple):
+    """What a builder found out about uploaded weights."""
+
+    digest: bytes
+    weights_bytes: int
+    file_crc32c: int
+
+
+class Builders:
+    """Runs `lorry.adapter_store.builder` in up to `processes` processes, started when needed."""
+
+    def __init__(self, geometry: ModelGeometry, *, processes: int) -> None:
+        self._geometry = geometry
+        self._free = asyncio.Semaphore(processes)
+        self._idle: list[asyncio.subprocess.Process] = []
+
+    async def check_config(self, config_json: str) -> LoraSpec:
+        """Resolve an adapter_config.json; raises AdapterInvalid."""
+        try:
+            spec = await self._call("check_config", CONFIG_LIMIT_S, config=config_json)
+        except BuilderTimeout as error:
+            raise AdapterInvalid.of(
+                "config_json", f"its patterns take longer than {CONFIG_LIMIT_S} s to match"
+            ) from error
+        return LoraSpec.from_json(spec)
+
+    async def check_weights(
+        self, weights: Path, *, num_bytes: int, sha256: bytes, spec: LoraSpec, dtype: Dtype
+    ) -> Checked:
+        """Check an uploaded file; raises AdapterInvalid or DigestMismatch."""
+        found = await self._call(
+            "check_weights",
+            _limit_s(num_bytes),
+            weights=str(weights),
+            sha256=sha256.hex(),
+            spec=spec.to_json(),
+            dtype=dtype.value,
+        )
+        return Checked(bytes.fromhex(found["digest"]), found["weights_bytes"], found["crc32c"])
+
+    async def build(
+        self, image: Path, *, weights: Path, crc32c: int, spec: LoraSpec, layout: PageLayout
+    ) -> int:
+        """Pack into the preallocated file `image`; returns its CRC-32C."""
+        checksum: int = await self._call(
+            "build",
+            _limit_s(image_bytes(spec, layout)),
+            weights=str(weights),
+            image=str(image),
+            crc32c=crc32c,
+            spec=spec.to_json(),
+            dtype=layout.dtype.value,
+            page_tokens=layout.page_tokens,
+        )
+        return checksum
+
+    async def close(self) -> None:
+        """End the idle processes."""
+        while self._idle:
+            await _end(self._idle.pop())
+
+    async def _call(self, operation: str, limit_s: int, **request: Any) -> Any:
+        line = json.dumps({"operation": operation, "limit_s": limit_s, **request}) + "\n"
+        async with self._process() as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            reply = b""
+            with contextlib.suppress(OSError, TimeoutError):
+                process.stdin.write(line.encode())
+                await process.stdin.drain()
+                reply = await asyncio.wait_for(process.stdout.readline(), limit_s + 5)
+            if not reply:
+                await _end(process)
+                raise _failure(operation, process.returncode)
+        answer = json.loads(reply)
+        if "status" in answer:
+            raise from_status(status_pb2.Status.FromString(base64.b64decode(answer["status"])))
+        return answer["result"]
+
+    @contextlib.asynccontextmanager
+    async def _process(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        """A process of one's own; it is ended if the block fails or is cancelled."""
+        async with self._free:
+            while self._idle and self._idle[-1].returncode is not None:
+                self._idle.pop()
+            process = self._idle.pop() if self._idle else await self._start()
+            try:
+                yield process
+            except BaseException:
+                await _end(process)
+                raise
+            self._idle.append(process)
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "lorry.adapter_store.builder",
+            json.dumps(asdict(self._geometry)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=MAX_REPLY_BYTES,
+            start_new_session=True,
+        )
+
+
+def _failure(operation: str, returncode: int | None) -> Exception:
+    if returncode == -signal.SIGALRM:
+        return BuilderTimeout(f"{operation} took longer than its limit")
+    return StoreUnavailable(f"a builder ended in {operation}")
+
+
+def _limit_s(num_bytes: int) -> int:
+    return 60 + num_bytes // MIN_BYTES_PER_S
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()

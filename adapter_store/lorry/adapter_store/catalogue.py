@@ -1,0 +1,170 @@
+"""The names of all tenants as they are now, and the changes that led there.
+
+Revisions count changes from 1 on and are never reused. Watchers hold a revision, not a queue: one
+that falls behind the changes kept here must list again.
+"""
+
+import asyncio
+import bisect
+import contextlib
+import itertools
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import NamedTuple
+
+from lorry.adapter_store.backend import Backend, Loaded
+from lorry.adapter_store.records import Adapter, Change
+from lorry.adapter_store.tasks import Tasks
+from lorry.rpc.errors import Draining, RevisionCompacted
+from lorry.rpc.names import AdapterName
+
+CHANGES_KEPT = 10_000
+CHANGES_PER_BATCH = 200  # of at most 5 KB each, for messages under 2 MiB
+HEARTBEAT_S = 10.0
+
+Edit = Callable[[Adapter | None], Adapter | None]
+
+
+class Batch(NamedTuple):
+    """Changes for a watcher, who then knows everything up to `revision`."""
+
+    revision: int
+    changes: list[Change]
+    snapshot_complete: bool = True
+
+
+class Catalogue:
+    """Owns the names; all changes go through `change`, one at a time."""
+
+    def __init__(self, backend: Backend, loaded: Loaded, *, changes_kept: int = CHANGES_KEPT):
+        self.store_id = loaded.store_id
+        self.revision = loaded.base_revision
+        self._backend = backend
+        self._adapters: dict[AdapterName, Adapter] = {}
+        self._names: list[AdapterName] = []  # sorted
+        self._references: Counter[bytes] = Counter()  # names that hold each version
+        self._changes: deque[Change] = deque(maxlen=changes_kept)  # the last ones up to `revision`
+        self._changed = asyncio.Event()  # replaced at each change
+        self._one_at_a_time = asyncio.Lock()
+        self._tasks = Tasks()
+        self._closed = False
+        for adapter in loaded.adapters:
+            self._put(adapter.name, adapter)
+        for change in loaded.changes:
+            self._apply(change)
+
+    @property
+    def num_adapters(self) -> int:
+        return len(self._names)
+
+    def get(self, name: AdapterName) -> Adapter | None:
+        return self._adapters.get(name)
+
+    def after(self, name: AdapterName | None) -> Iterator[Adapter]:
+        """Adapters in the order of their names, from the first after `name`."""
+        start = 0 if name is None else bisect.bisect_right(self._names, name)
+        names = self._names
+        return (self._adapters[names[i]] for i in range(start, len(names)))
+
+    def of_tenant(self, tenant: str) -> list[Adapter]:
+        start = bisect.bisect_left(self._names, (tenant,))
+        names = itertools.islice(self._names, start, None)
+        return [
+            self._adapters[name]
+            for name in itertools.takewhile(lambda name: name.tenant == tenant, names)
+        ]
+
+    def refers_to(self, digest: bytes) -> bool:
+        return self._references[digest] > 0
+
+    async def change(self, name: AdapterName, edit: Edit) -> int:
+        """Replace what a name is by what `edit` makes of it, durably; returns the revision.
+
+        What `edit` raises leaves everything as it was.
+        """
+        return await self._tasks.finish(self._change(name, edit))
+
+    async def watch(self, store_id: str, after: int) -> AsyncIterator[Batch]:
+        """Changes after a revision, or with revision 0 all adapters and then the changes.
+
+        Raises RevisionCompacted if the changes after it are not known, Draining at `close`.
+        """
+        if after == 0:
+            after = self.revision
+            for batch in self._snapshot():
+                yield batch
+        else:
+            if store_id != self.store_id:
+                raise RevisionCompacted(f"the revision belongs to another store than {store_id!r}")
+            yield Batch(after, self._since(after)[:0])
+        while True:
+            changed = self._changed
+            changes = self._since(after)
+            if not changes:
+                await _wait(changed)
+                changes = self._since(after)
+            after = changes[-1].revision if changes else after
+            yield Batch(after, changes)
+
+    async def close(self) -> None:
+        """End the watchers and finish the changes under way."""
+        self._closed = True
+        self._changed.set()
+        await self._tasks.close()
+
+    async def _change(self, name: AdapterName, edit: Edit) -> int:
+        async with self._one_at_a_time:
+            before = self.get(name)
+            after = edit(before)
+            if after is not before:
+                change = Change(self.revision + 1, name, after)
+                await asyncio.to_thread(self._backend.commit, change)
+                self._apply(change)
+            return self.revision
+
+    def _apply(self, change: Change) -> None:
+        assert change.revision == self.revision + 1, f"{change.revision} after {self.revision}"
+        self._put(change.name, change.adapter)
+        self.revision = change.revision
+        self._changes.append(change)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _put(self, name: AdapterName, adapter: Adapter | None) -> None:
+        before = self._adapters.pop(name, None)
+        if before is not None:
+            self._references.subtract(version.digest for version in before.versions)
+        if adapter is not None:
+            self._adapters[name] = adapter
+            self._references.update(version.digest for version in adapter.versions)
+        if before is None and adapter is not None:
+            bisect.insort(self._names, name)
+        elif before is not None and adapter is None:
+            del self._names[bisect.bisect_left(self._names, name)]
+
+    def _snapshot(self) -> list[Batch]:
+        everything = [Change(self.revision, adapter.name, adapter) for adapter in self.after(None)]
+        starts = range(0, max(1, len(everything)), CHANGES_PER_BATCH)
+        return [
+            Batch(self.revision, everything[start : start + CHANGES_PER_BATCH], start == starts[-1])
+            for start in starts
+        ]
+
+    def _since(self, revision: int) -> list[Change]:
+        """The next changes after `revision`."""
+        if self._closed:
+            raise Draining("the store is shutting down", retry_after_s=1.0)
+        known_from = self.revision - len(self._changes)
+        if not known_from <= revision <= self.revision:
+            raise RevisionCompacted(
+                f"changes after revision {revision} are not known; list again",
+                revision=revision,
+                knownFromRevision=known_from,
+            )
+        first = revision - known_from
+        return list(itertools.islice(self._changes, first, first + CHANGES_PER_BATCH))
+
+
+async def _wait(changed: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(changed.wait(), HEARTBEAT_S)

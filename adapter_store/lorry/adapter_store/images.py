@@ -1,0 +1,256 @@
+"""The RAM tier: page images in shared memory, built once, kept while leased, evicted by age of use.
+
+BUILDING ──> READY ──> GONE
+    └──────────────────^
+"""
+
+import asyncio
+import enum
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from crc32c import crc32c
+
+from lorry.adapter_store.backend import Backend
+from lorry.adapter_store.builders import Builders
+from lorry.adapter_store.image import ImageHeader, image_bytes, image_header
+from lorry.adapter_store.records import Content
+from lorry.adapter_store.shared_directory import SharedDirectory
+from lorry.adapter_store.tasks import InThread, Tasks
+from lorry.kernels.page_layout import PageLayout
+from lorry.rpc.errors import LayoutUnsupported, StoreFull
+
+RECLAIM_WAIT_S = 6.0  # readers have 5 s to end their leases
+
+
+class ImageState(enum.Enum):
+    BUILDING = "building"
+    READY = "ready"
+    GONE = "gone"
+
+
+TRANSITIONS: Mapping[ImageState, frozenset[ImageState]] = {
+    ImageState.BUILDING: frozenset({ImageState.READY, ImageState.GONE}),
+    ImageState.READY: frozenset({ImageState.GONE}),
+    ImageState.GONE: frozenset(),
+}
+
+
+class ImageKey(NamedTuple):
+    version: bytes
+    layout: PageLayout
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.version.hex()}.{sha256(repr(self.layout).encode()).hexdigest()[:16]}"
+
+
+class Chunk(NamedTuple):
+    offset: int
+    data: bytes
+    crc32c: int
+
+
+@dataclass(eq=False, slots=True)
+class Image:
+    key: ImageKey
+    build: "asyncio.Task[None]"
+    state: ImageState = ImageState.BUILDING
+    header: ImageHeader | None = None  # set with READY
+    path: Path | None = None  # set with READY
+    num_waiting: int = 0  # callers that will lease it once it is built
+    leases: "set[Lease]" = field(default_factory=set)
+
+    @property
+    def evictable(self) -> bool:
+        return self.state is ImageState.READY and not self.leases and not self.num_waiting
+
+    def ask_back(self) -> None:
+        for lease in self.leases:
+            lease.reclaimed.set()
+
+    def move_to(self, state: ImageState) -> None:
+        assert state in TRANSITIONS[self.state], f"{self.key.file_name}: {self.state} to {state}"
+        self.state = state
+
+
+class Lease:
+    """Keeps an image; its file is neither changed nor unlinked before `release`."""
+
+    def __init__(self, image: Image, released: Callable[[Image], None]) -> None:
+        assert image.header is not None
+        assert image.path is not None
+        self.header: ImageHeader = image.header
+        self.path: Path = image.path
+        self.reclaimed = asyncio.Event()  # set when the store needs the memory
+        self._image = image
+        self._after_release: list[Callable[[], None]] = [partial(released, image)]
+        image.leases.add(self)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Also do this once when the lease ends."""
+        self._after_release.append(action)
+
+    def release(self) -> None:
+        """End the lease; does nothing the second time."""
+        if self in self._image.leases:
+            self._image.leases.remove(self)
+            for action in self._after_release:
+                action()
+
+    async def read(self, offset: int, num_bytes: int) -> Chunk:
+        """Up to `num_bytes` from `offset`, read off the event loop."""
+        return await asyncio.to_thread(_read_chunk, self.path, offset, num_bytes)
+
+
+class ImageTier:
+    """Owns the images and their byte budget."""
+
+    def __init__(
+        self, directory: SharedDirectory, *, budget_bytes: int, backend: Backend, builders: Builders
+    ) -> None:
+        self._directory = directory
+        self._budget_bytes = budget_bytes
+        self._backend = backend
+        self._builders = builders
+        self._images: OrderedDict[ImageKey, Image] = OrderedDict()  # least recently used first
+        self._used_bytes = 0
+        self._one_at_a_time = asyncio.Lock()  # making room
+        self._room_made = asyncio.Event()  # set by each release
+        self._tasks = Tasks()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    async def lease(self, version: bytes, layout: PageLayout) -> Lease:
+        """A lease of the image, built if need be. Raises StoreFull or LayoutUnsupported."""
+        if layout.tp_size != 1:
+            raise LayoutUnsupported(f"layout.tp_size must be 1, got {layout.tp_size}")
+        key = ImageKey(version, layout)
+        image = self._images.get(key)
+        if image is None:
+            image = self._images[key] = Image(key, self._tasks.start(self._build(key)))
+        image.num_waiting += 1
+        try:
+            await asyncio.shield(image.build)
+        finally:
+            image.num_waiting -= 1
+        self._images.move_to_end(key)
+        return Lease(image, self._after_release)
+
+    async def discard(self, version: bytes) -> None:
+        """Remove the images of a version that nothing refers to."""
+        for image in [i for i in self._images.values() if i.key.version == version]:
+            if image.evictable:
+                await self._tasks.finish(self._evict(image))
+
+    def check_integrity(self) -> None:
+        """Assert that the budget counts exactly the images there are."""
+        held = sum(i.header.image_bytes for i in self._images.values() if i.header is not None)
+        building = any(i.state is ImageState.BUILDING for i in self._images.values())
+        assert building or held == self._used_bytes, f"{held} held, {self._used_bytes} counted"
+        for image in self._images.values():
+            assert image.state is not ImageState.GONE
+            assert image.path is None or image.path.stat().st_mode & 0o777 == 0o440
+
+    def start_draining(self) -> None:
+        """Ask for all leases back."""
+        for image in self._images.values():
+            image.ask_back()
+
+    async def close(self) -> None:
+        """Wait for the builds under way."""
+        await self._tasks.close()
+
+    async def _build(self, key: ImageKey) -> None:
+        """Reads, reserves, packs and publishes; on failure everything is given back."""
+        try:
+            async with InThread(self._backend.weights(key.version)) as (content, weights):
+                num_bytes = image_bytes(content.spec, key.layout)
+                await self._reserve(num_bytes)
+                try:
+                    path, checksum = await self._pack(key, content, weights)
+                except BaseException:
+                    self._give_back(num_bytes)
+                    raise
+        except BaseException:
+            self._images.pop(key).move_to(ImageState.GONE)
+            raise
+        image = self._images[key]
+        image.header, image.path = image_header(content.spec, key.layout, checksum), path
+        image.move_to(ImageState.READY)
+
+    async def _pack(self, key: ImageKey, content: Content, weights: Path) -> tuple[Path, int]:
+        spec, layout = content.spec, key.layout
+        temporary = await asyncio.to_thread(self._directory.create, image_bytes(spec, layout))
+        try:
+            checksum = await self._builders.build(
+                temporary, weights=weights, crc32c=content.file_crc32c, spec=spec, layout=layout
+            )
+            return self._directory.publish(temporary, key.file_name), checksum
+        except BaseException:
+            self._directory.remove(temporary)
+            raise
+
+    async def _reserve(self, num_bytes: int) -> None:
+        """Count `num_bytes` as used once there is room; raises StoreFull."""
+        if num_bytes > self._budget_bytes:
+            raise StoreFull(
+                f"an image of {num_bytes} bytes exceeds the budget of {self._budget_bytes}",
+                imageBytes=num_bytes,
+                budgetBytes=self._budget_bytes,
+            )
+        try:
+            async with asyncio.timeout(RECLAIM_WAIT_S), self._one_at_a_time:
+                while self._used_bytes + num_bytes > self._budget_bytes:
+                    await self._make_room(self._used_bytes + num_bytes - self._budget_bytes)
+        except TimeoutError:
+            raise StoreFull(
+                f"no room for an image of {num_bytes} bytes: all others are in use",
+                retry_after_s=RECLAIM_WAIT_S,
+                imageBytes=num_bytes,
+            ) from None
+        self._used_bytes += num_bytes
+
+    async def _make_room(self, missing_bytes: int) -> None:
+        """Evict one image, or ask for leases back and wait for the end of one."""
+        victim = next((image for image in self._images.values() if image.evictable), None)
+        if victim is not None:
+            await self._tasks.finish(self._evict(victim))
+            return
+        for image in self._images.values():
+            if missing_bytes > 0 and image.leases and image.header is not None:
+                missing_bytes -= image.header.image_bytes
+                image.ask_back()
+        self._room_made.clear()
+        await self._room_made.wait()
+
+    async def _evict(self, image: Image) -> None:
+        assert image.evictable
+        assert image.header is not None
+        assert image.path is not None
+        image.move_to(ImageState.GONE)
+        del self._images[image.key]
+        await asyncio.to_thread(self._directory.remove, image.path)
+        self._give_back(image.header.image_bytes)
+
+    def _give_back(self, num_bytes: int) -> None:
+        self._used_bytes -= num_bytes
+        self._room_made.set()
+
+    def _after_release(self, image: Image) -> None:
+        self._images.move_to_end(image.key)
+        self._room_made.set()
+
+
+def _read_chunk(path: Path, offset: int, num_bytes: int) -> Chunk:
+    with path.open("rb", buffering=0) as file:
+        data = os.pread(file.fileno(), num_bytes, offset)
+    return Chunk(offset, data, crc32c(data))

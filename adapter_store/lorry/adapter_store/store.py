@@ -1,0 +1,186 @@
+"""The store: what its three services share, and the work between requests."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from lorry.adapter_store import edits
+from lorry.adapter_store.backend import Backend
+from lorry.adapter_store.builders import Builders
+from lorry.adapter_store.catalogue import Catalogue
+from lorry.adapter_store.contents import Contents
+from lorry.adapter_store.images import ImageTier, Lease
+from lorry.adapter_store.limits import Limits
+from lorry.adapter_store.records import Adapter, UploadRecord
+from lorry.adapter_store.shared_directory import SharedDirectory
+from lorry.adapter_store.uploads import Upload, Uploads
+from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
+from lorry.rpc.names import AdapterName
+from lorry.rpc.shared_memory import shm_namespace_id
+
+SWEEP_PERIOD_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Store:
+    """Owns all parts; made by `opened`."""
+
+    def __init__(
+        self,
+        *,
+        backend: Backend,
+        builders: Builders,
+        shared: SharedDirectory,
+        ram_bytes: int,
+        limits: Limits,
+        dtype: Dtype,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        loaded = backend.load()
+        self.catalogue = Catalogue(backend, loaded)
+        self.contents = Contents(backend, self.catalogue, loaded.digests)
+        self.images = ImageTier(shared, budget_bytes=ram_bytes, backend=backend, builders=builders)
+        self.uploads = Uploads(
+            backend=backend,
+            builders=builders,
+            catalogue=self.catalogue,
+            contents=self.contents,
+            limits=limits,
+            dtype=dtype,
+            stored=loaded.uploads,
+            now_ns=now_ns,
+        )
+        self.shm_namespace_id = shm_namespace_id(shared.path)
+        self.draining = asyncio.Event()
+        self._builders = builders
+        self._now_ns = now_ns
+        self._sweep_wanted = asyncio.Event()
+
+    async def begin_upload(
+        self,
+        name: AdapterName,
+        *,
+        config_json: str,
+        weights_bytes: int,
+        weights_sha256: bytes,
+        labels: dict[str, str],
+        expected_etag: str,
+    ) -> tuple[str, Upload]:
+        """Validate what can be known before any weights travel, and reserve their place."""
+        edits.check_labels(labels)
+        edits.check_replaceable(self.catalogue.get(name), name, expected_etag)
+        record = UploadRecord(
+            key="",
+            name=name,
+            spec=await self._builders.check_config(config_json),
+            weights_bytes=weights_bytes,
+            weights_sha256=weights_sha256,
+            labels=labels,
+            expected_etag=expected_etag,
+            create_time_ns=self._now_ns(),
+        )
+        return await self.uploads.create(record)
+
+    async def update(self, name: AdapterName, etag: str, new: edits.Update) -> tuple[Adapter, int]:
+        """Change an adapter; returns it and the revision that shows it."""
+        changed: list[Adapter] = []
+
+        def edit(before: Adapter | None) -> Adapter:
+            changed.append(edits.update(before, name, etag, new, self._now_ns()))
+            return changed[0]
+
+        revision = await self.catalogue.change(name, edit)
+        return changed[0], revision
+
+    async def delete(self, name: AdapterName, etag: str, *, allow_missing: bool) -> int:
+        """Remove a name; returns the revision that shows it."""
+
+        def edit(before: Adapter | None) -> None:
+            edits.delete(before, name, etag, allow_missing=allow_missing)
+
+        revision = await self.catalogue.change(name, edit)
+        self._sweep_wanted.set()
+        return revision
+
+    async def lease(self, version: bytes, layout: PageLayout) -> Lease:
+        """A lease of a version's image; the version itself is kept with it."""
+        self.contents.hold(version)
+        try:
+            lease = await self.images.lease(version, layout)
+        except BaseException:
+            self.contents.release(version)
+            raise
+        lease.then(lambda: self.contents.release(version))
+        lease.then(self._sweep_wanted.set)
+        return lease
+
+    async def sweep(self) -> None:
+        """Forget expired uploads and delete the contents and images that nothing refers to."""
+        await self.uploads.drop_expired()
+        for digest in self.contents.unreferenced():
+            await self.images.discard(digest)
+            await self.contents.drop(digest)
+
+    async def sweep_regularly(self) -> None:
+        """Run for as long as the store does."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._sweep_wanted.wait(), SWEEP_PERIOD_S)
+            self._sweep_wanted.clear()
+            try:
+                await self.sweep()
+            except Exception:
+                log.exception("sweeping failed; it is tried again")
+
+    async def start_draining(self) -> None:
+        """End what would last: watches and leases."""
+        self.draining.set()
+        self.images.start_draining()
+        await self.catalogue.close()
+
+    async def close(self) -> None:
+        await self.uploads.close()
+        await self.catalogue.close()
+        await self.images.close()
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    open_backend: Callable[[], Backend],
+    *,
+    geometry: ModelGeometry,
+    shm_dir: Path,
+    ram_bytes: int,
+    limits: Limits,
+    dtype: Dtype,
+    builder_processes: int,
+) -> AsyncIterator[Store]:
+    """A store and its sweeper, for as long as the block runs."""
+    with contextlib.ExitStack() as stack:
+        shared = SharedDirectory(shm_dir)
+        stack.callback(shared.close)
+        backend = await asyncio.to_thread(open_backend)
+        stack.callback(backend.close)
+        builders = Builders(geometry, processes=builder_processes)
+        store = Store(
+            backend=backend,
+            builders=builders,
+            shared=shared,
+            ram_bytes=ram_bytes,
+            limits=limits,
+            dtype=dtype,
+        )
+        sweeper = asyncio.create_task(store.sweep_regularly())
+        try:
+            yield store
+        finally:
+            sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeper
+            await store.start_draining()
+            await store.close()
+            await builders.close()

@@ -1,0 +1,54 @@
+"""Work that must come to its end once begun, whether or not the caller who began it stays."""
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Tasks:
+    """Owns tasks until they end; `close` waits for them."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` to its end even if the caller is cancelled meanwhile."""
+        return await asyncio.shield(self.start(work))
+
+    async def close(self) -> None:
+        """Wait for what runs; its callers have its errors."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # its caller may be gone
+
+
+class InThread(Generic[T]):
+    """Enters and leaves a context manager that blocks, in threads."""
+
+    def __init__(self, manager: AbstractContextManager[T]) -> None:
+        self._manager = manager
+
+    async def __aenter__(self) -> T:
+        return await asyncio.to_thread(self._manager.__enter__)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self._manager.__exit__, kind, error, traceback)
