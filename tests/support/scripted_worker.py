@@ -1,0 +1,17 @@
+"""``python -m lorry.worker`` with the scripted engine."""
+
+import sys
+
+from tests.support import scripted_engine
+
+from lorry.rpc.command import run_service
+from lorry.worker.config import Config
+from lorry.worker.process import run
+
+if __name__ == "__main__":
+    run_service(
+        Config,
+        lambda config: sys.exit(run(config, engine_command=scripted_engine.COMMAND)),
+        name="worker",
+        help="A worker that computes nothing.",
+    )
