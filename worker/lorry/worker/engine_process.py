@@ -24,9 +24,9 @@ def serve(engine: Engine, channel: EngineChannel) -> None:
         if any(isinstance(command, Stop) for command in commands):
             return
         engine.handle(commands)
-        busy = engine.step()
+        was_busy, busy = busy, engine.step()
         events = engine.take_events()
-        if time.monotonic() >= next_heartbeat_s:
+        if time.monotonic() >= next_heartbeat_s or (was_busy and not busy):
             events.append(engine.status())
             next_heartbeat_s = time.monotonic() + HEARTBEAT_S
         if events:

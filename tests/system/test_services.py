@@ -1,0 +1,245 @@
+"""A client's request through the real router, adapter store and worker, and what can go wrong."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+from demo import tasks
+from tests.support.command import REPO
+from tests.support.processes import Stack, ready
+
+from lorry.client import Client, Request
+from lorry.rpc.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    ContextLengthExceeded,
+    DeadlineExpired,
+    LorryError,
+    PoolTooSmall,
+)
+
+ADAPTERS = ["reverse", "rot13", "double-letters"]
+EXPECTED: list[dict[str, Any]] = json.loads((REPO / "demo" / "expected.json").read_text())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("stack"))
+    try:
+        await stack.start()
+        await ready(stack.router.address)
+        async with stack.client() as client:
+            for adapter in ADAPTERS:
+                await client.adapters.push(REPO / "demo" / "adapters" / adapter)
+        yield stack
+    finally:
+        await stack.stop()
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def greedy(word: str, adapter: str = "", **fields: Any) -> Request:
+    return Request(
+        prompt=tasks.make_prompt(word),
+        adapter=adapter,
+        temperature=0.0,
+        **({"max_tokens": 32} | fields),
+    )
+
+
+async def check_serves(client: Client) -> None:
+    """The next request succeeds."""
+    answer = await client.generate(greedy("lorry", "reverse"), timeout_s=60)
+    assert answer.text == "yrrol"
+
+
+async def test_mixed_requests_answer_as_transformers_and_peft_do(stack: Stack) -> None:
+    wanted = [r for r in EXPECTED if r["adapter"] in ["", *ADAPTERS]]
+    assert len(wanted) > 60
+    async with stack.client() as client:
+        answers = await asyncio.gather(
+            *(
+                client.generate(
+                    Request(
+                        prompt=request["prompt"],
+                        adapter=request["adapter"],
+                        max_tokens=request["max_tokens"],
+                        temperature=0.0,
+                    )
+                )
+                for request in wanted
+            )
+        )
+    assert [list(a.token_ids) for a in answers] == [r["token_ids"] for r in wanted]
+    assert [a.text for a in answers] == [r["text"] for r in wanted]
+    status = await stack.idle()
+    assert status.max_adapters_beside_base_in_step == len(ADAPTERS)
+
+
+async def test_streamed_text_is_the_whole_text(stack: Stack) -> None:
+    async with (
+        stack.client() as client,
+        client.stream(greedy("transport", "double-letters")) as stream,
+    ):
+        text = "".join([chunk.text async for chunk in stream])
+        assert text == "ttrraannssppoorrtt"
+        assert stream.completion is not None
+        assert stream.completion.adapter == "tenants/default/adapters/double-letters"
+
+
+async def test_unknown_adapter_is_not_found(stack: Stack) -> None:
+    async with stack.client() as client:
+        with pytest.raises(AdapterNotFound, match="tenants/default/adapters/missing"):
+            await client.generate(greedy("lorry", "missing"))
+        await check_serves(client)
+
+
+async def test_malformed_adapter_is_refused_by_name(stack: Stack, tmp_path: Path) -> None:
+    source = REPO / "demo" / "adapters" / "reverse"
+    config = json.loads((source / "adapter_config.json").read_text())
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    weights = (source / "adapter_model.safetensors").read_bytes()
+    (bad / "adapter_model.safetensors").write_bytes(weights)
+    async with stack.client() as client:
+        with pytest.raises(AdapterInvalid, match="use_dora"):
+            await client.adapters.push(bad)
+        (bad / "adapter_config.json").write_text(json.dumps(config))
+        (bad / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
+        with pytest.raises(AdapterInvalid):
+            await client.adapters.push(bad)
+        with pytest.raises(AdapterNotFound):
+            await client.generate(greedy("lorry", "bad"))
+        await check_serves(client)
+
+
+async def test_impossible_request_is_refused(stack: Stack) -> None:
+    async with stack.client() as client:
+        with pytest.raises(ContextLengthExceeded, match="max_tokens"):
+            await client.generate(greedy("lorry", max_tokens=100_000))
+        await check_serves(client)
+
+
+async def test_client_that_leaves_frees_everything(stack: Stack) -> None:
+    async with stack.client() as client:
+        long = greedy("lorry", "reverse", max_tokens=900, ignore_eos=True)
+        async with client.stream(long) as stream:
+            await anext(aiter(stream))
+            assert (await stack.worker_status()).pages_total > 0
+        await stack.idle()
+        await check_serves(client)
+
+
+async def test_deadline_ends_a_request_in_mid_stream(stack: Stack) -> None:
+    async with stack.client() as client:
+        with pytest.raises(LorryError) as failure:
+            await client.generate(
+                greedy("lorry", "reverse", max_tokens=1000, ignore_eos=True), timeout_s=0.3
+            )
+        assert failure.value.code.name == DeadlineExpired.code.name
+        await stack.idle()
+        await check_serves(client)
+
+
+async def test_pushed_adapter_can_be_called_at_once(stack: Stack) -> None:
+    async with stack.client() as client:
+        await client.adapters.push(REPO / "demo" / "adapters" / "uppercase")
+        answer = await client.generate(greedy("lorry", "uppercase"))
+        assert answer.text == "LORRY"
+        await client.adapters.delete("uppercase")
+
+
+async def test_killed_worker_is_replaced_and_serves_again(stack: Stack) -> None:
+    address = stack.worker.address
+    async with stack.client() as client:
+        long = greedy("lorry", "reverse", max_tokens=1000, ignore_eos=True)
+        async with client.stream(long) as stream:
+            chunks = aiter(stream)
+            tokens = len((await anext(chunks)).token_ids)
+            stack.worker.kill()
+            await stack.worker.wait()
+            restart = asyncio.create_task(stack.worker.start(address))
+            tokens += sum([len(chunk.token_ids) async for chunk in chunks])
+            assert tokens == 1000  # resumed on the worker's next life
+            await restart
+        await ready(stack.router.address)
+        await check_serves(client)
+
+
+async def test_killed_engine_ends_the_worker(stack: Stack) -> None:
+    address = stack.worker.address
+    [engine] = psutil.Process(stack.worker.pid).children()
+    engine.kill()
+    assert await stack.worker.wait() != 0
+    async with stack.client() as client:
+        with pytest.raises(LorryError) as failure:
+            await client.generate(greedy("lorry"), timeout_s=2)
+        assert failure.value.code.name in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+        await stack.worker.start(address)
+        await ready(stack.router.address)
+        await check_serves(client)
+
+
+async def test_store_outage_does_not_stop_resident_adapters(stack: Stack) -> None:
+    address = stack.store.address
+    async with stack.client() as client:
+        await check_serves(client)
+        stack.store.kill()
+        await stack.store.wait()
+        await check_serves(client)
+        await stack.store.start(address)
+        await ready(stack.store.address)
+        names = [adapter.name async for adapter in client.adapters.list()]
+        assert "tenants/default/adapters/reverse" in names
+        await check_serves(client)
+
+
+async def test_sigterm_drains_the_router_and_exits_with_0(stack: Stack) -> None:
+    async with stack.client() as client:
+        long = greedy("lorry", "reverse", max_tokens=600, ignore_eos=True)
+        async with client.stream(long) as stream:
+            chunks = aiter(stream)
+            tokens = len((await anext(chunks)).token_ids)
+            stack.router.kill(signal.SIGTERM)
+            tokens += sum([len(chunk.token_ids) async for chunk in chunks])
+            assert tokens == 600
+            assert stream.completion is not None
+    assert await stack.router.wait() == 0
+    await stack.router.start(stack.router.address)
+    await ready(stack.router.address)
+    async with stack.client() as client:
+        await check_serves(client)
+
+
+async def test_sigterm_drains_worker_and_store_and_leaves_no_shared_memory(stack: Stack) -> None:
+    for service in (stack.worker, stack.store):
+        service.kill(signal.SIGTERM)
+        assert await service.wait() == 0
+    left = [path.name for path in (stack.directory / "shm").rglob("*") if path.is_file()]
+    assert [name for name in left if not name.endswith(".lock")] == []
+    for service in (stack.store, stack.worker):
+        await service.start(service.address)
+    await ready(stack.router.address)
+    async with stack.client() as client:
+        await check_serves(client)
+
+
+async def test_request_larger_than_the_pool_is_refused(tmp_path: Path) -> None:
+    stack = Stack(tmp_path, "--pool-pages", "30")
+    try:
+        await stack.start()
+        await ready(stack.router.address)
+        async with stack.client() as client:
+            with pytest.raises(PoolTooSmall, match="pages"):
+                await client.generate(greedy("lorry", max_tokens=600))
+            assert (await client.generate(greedy("lorry"))).text == "lorry"
+    finally:
+        await stack.stop()
