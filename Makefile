@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints-cpu.txt
 	touch $@
 
 demo: $(READY) ## serve eight adapters on this machine and check every answer
-	$(BIN)/python demo/run.py
+	$(BIN)/python -m demo.run
 
 test: $(READY) ## all tests that need neither a GPU nor root
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -61,8 +61,8 @@ class UpConfig:
     ready_timeout_s: Annotated[float, Parameter(env_var="LORRY_UP_READY_TIMEOUT_S")] = 300.0
     """Seconds that all services may take to be ready."""
 
-    grace_s: Annotated[float, Parameter(env_var="LORRY_UP_GRACE_S")] = 10.0
-    """Seconds that each service may take to finish what it serves; then it is killed."""
+    grace_s: Annotated[float, Parameter(env_var="LORRY_UP_GRACE_S")] = 40.0
+    """Seconds that each service may take to end after SIGTERM; then it is killed."""
 
     state_file: Annotated[Path, Parameter(env_var=STATE_FILE_VARIABLE)] = DEFAULT_STATE_FILE
     """Where the addresses are written for the other commands while the services run."""
