@@ -18,6 +18,9 @@ class RowTiles(NamedTuple):
     owner_N: torch.Tensor  # int64, what all rows of a tile share
     row_NM: torch.Tensor  # int64
 
+    def to(self, device: torch.device) -> "RowTiles":
+        return RowTiles(self.owner_N.to(device), self.row_NM.to(device))
+
 
 def cut_tiles(
     owner: np.ndarray, start: np.ndarray, length: np.ndarray, *, tile_rows: int, num_rows: int

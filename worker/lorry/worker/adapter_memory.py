@@ -63,7 +63,8 @@ class AdapterMemory:
         """Copy an image into the adapter's pages and describe it in its slot."""
         assert adapter.image is not None
         pages = self._pool.slices.view(torch.uint8).view(-1, self._pool.layout.page_bytes)
-        pages[torch.tensor(adapter.pages)] = image_bytes.view(len(adapter.pages), -1)
+        index = torch.tensor(adapter.pages, device=pages.device)
+        pages[index] = image_bytes.view(len(adapter.pages), -1).to(pages.device)
         self._grow(adapter.slot + 1, len(adapter.pages))
         self._describe(adapter.slot, adapter.pages, adapter.image)
         self.tables = self._as_tables()

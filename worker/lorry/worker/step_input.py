@@ -40,8 +40,8 @@ class StepInput:
     sampling: SamplingInput
 
 
-def build_step_input(batch: Batch, table: SequenceTable) -> StepInput:
-    """Lay out the step's rows: sequence after sequence, in the batch's order."""
+def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -> StepInput:
+    """Lay out the step's rows on `device`: sequence after sequence, in the batch's order."""
     first_S = np.cumsum(batch.length_S) - batch.length_S
     sequence_T = np.repeat(np.arange(len(batch.row_S)), batch.length_S)
     offset_T = np.arange(batch.num_tokens) - first_S[sequence_T]
@@ -50,20 +50,20 @@ def build_step_input(batch: Batch, table: SequenceTable) -> StepInput:
     most_pages = -(-int((batch.start_S + batch.length_S).max()) // table.page_tokens)
     last_S = first_S + batch.length_S - 1
     return StepInput(
-        token_id_T=_tensor(table.token_ids_RC[row_T, position_T]),
-        position_T=_tensor(position_T),
-        page_T=_tensor(table.block_table_RP[row_T, position_T // table.page_tokens]),
-        block_table_SP=_tensor(table.block_table_RP[batch.row_S, :most_pages]),
+        token_id_T=_tensor(table.token_ids_RC[row_T, position_T], device),
+        position_T=_tensor(position_T, device),
+        page_T=_tensor(table.block_table_RP[row_T, position_T // table.page_tokens], device),
+        block_table_SP=_tensor(table.block_table_RP[batch.row_S, :most_pages], device),
         attention_tiles=cut_tiles(
             np.arange(len(batch.row_S)),
             first_S,
             batch.length_S,
             tile_rows=1 if batch.is_decode_only else PROMPT_TILE_ROWS,
             num_rows=batch.num_tokens,
-        ),
-        lora_tiles=_lora_tiles(batch),
-        sample_row_N=_tensor(last_S[batch.samples_S]),
-        sampling=_sampling_input(batch, table),
+        ).to(device),
+        lora_tiles=_lora_tiles(batch).to(device),
+        sample_row_N=_tensor(last_S[batch.samples_S], device),
+        sampling=_sampling_input(batch, table, device),
     )
 
 
@@ -84,20 +84,20 @@ def _lora_tiles(batch: Batch) -> RowTiles:
     )
 
 
-def _sampling_input(batch: Batch, table: SequenceTable) -> SamplingInput:
+def _sampling_input(batch: Batch, table: SequenceTable, device: torch.device) -> SamplingInput:
     row_N = batch.row_S[batch.samples_S]
     output_position_N = batch.output_position_S[batch.samples_S]
     tokens_N = table.num_prompt_R[row_N] + output_position_N
     early = tokens_N < table.min_tokens_R[row_N]
     stop_NX = np.where(early[:, None], table.stop_ids_RX[row_N], -1)
     return SamplingInput(
-        temperature_N=_tensor(table.temperature_R[row_N]),
-        seed_N=_tensor(table.seed_R[row_N]),
-        output_position_N=_tensor(output_position_N),
-        banned_NX=_tensor(stop_NX) if early.any() else None,
+        temperature_N=_tensor(table.temperature_R[row_N], device),
+        seed_N=_tensor(table.seed_R[row_N], device),
+        output_position_N=_tensor(output_position_N, device),
+        banned_NX=_tensor(stop_NX, device) if early.any() else None,
     )
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
     dtype = np.int64 if array.dtype.kind == "i" else array.dtype
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(device)
