@@ -172,8 +172,8 @@ class EngineClient:
             rest = rest[-READ_BYTES:]
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
-        """Ask the engine to end if it still listens, then make it."""
-        if not self._lost.done():
+        """Ask the engine to end if it listens, then make it."""
+        if self._num_messages and not self._lost.done():
             self.send(Stop())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), STOP_S)
