@@ -3,8 +3,10 @@
 import time
 from collections.abc import Callable, Iterable
 
+import torch
+
 from lorry.kernels.page_layout import PageLayout
-from lorry.kernels.pool_view import allocate_pool
+from lorry.kernels.pool_view import TORCH_DTYPES, allocate_pool
 from lorry.rpc.base_model import BaseModel
 from lorry.worker import messages as m
 from lorry.worker.adapter_memory import HostImages
@@ -14,9 +16,10 @@ from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch, Plan
 from lorry.worker.pool import PagePool
 from lorry.worker.residency import Adapter, AdapterState
-from lorry.worker.runner import Runner
 from lorry.worker.scheduler import Scheduler, SchedulerLimits
 from lorry.worker.sequences import SequenceTable
+from lorry.worker.torch_runner import TorchRunner
+from lorry.worker.weights import CheckpointReader, load_weights
 
 Clock = Callable[[], float]
 
@@ -24,7 +27,9 @@ Clock = Callable[[], float]
 class Engine:
     """One pool, one model, one scheduler; every method returns at once but `step`."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, runner: TorchRunner, scheduler: Scheduler, clock: Clock = time.monotonic
+    ) -> None:
         self.scheduler = scheduler
         self.gauges = Gauges()
         self._runner = runner
@@ -179,8 +184,6 @@ class Engine:
 
 def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
     """Load the model and allocate the pool; the dummy page comes on top of `pool_pages`."""
-    import torch
-
     if config.threads:
         torch.set_num_threads(config.threads)
     layout = PageLayout(geometry=base_model.geometry, dtype=config.page_dtype)
@@ -194,4 +197,6 @@ def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
     )
     table = SequenceTable(config.max_running, context, layout.page_tokens)
     scheduler = Scheduler(limits, PagePool(num_pages), table)
-    return Engine(Runner(LlamaModel(base_model, view), view), scheduler)
+    reader = CheckpointReader(base_model, TORCH_DTYPES[layout.dtype], view.slices.device)
+    model = LlamaModel(load_weights(base_model, reader), base_model.geometry)
+    return Engine(TorchRunner(base_model, model, view), scheduler)

@@ -1,0 +1,42 @@
+"""What a model needs of its backend in one step; torch on any device, Triton on a GPU.
+
+Shape suffixes: T = rows of the step, H = hidden size, I = input width, Q = query heads,
+K = KV heads, D = head dimension.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class Operations(Protocol):
+    """The operations of one step, which know its rows, sequences and adapters."""
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+        """The norm of `x`, which is kept."""
+        ...
+
+    def add_rms_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of ``x + residual`` and that sum; neither argument may be used again."""
+        ...
+
+    def rope_write_kv(
+        self, q_TQD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, layer: int
+    ) -> torch.Tensor:
+        """Rotated queries, perhaps in `q`; rotated keys and the values go to the pool."""
+        ...
+
+    def attention(self, q_TQD: torch.Tensor, layer: int) -> torch.Tensor:
+        """Each row's mix of its sequence's values up to its position, ``[T, Q, D]``."""
+        ...
+
+    def add_lora(
+        self, x_TI: torch.Tensor, outputs: Sequence[torch.Tensor], group: int, layer: int
+    ) -> None:
+        """Add each row's adapter to `outputs`, one for each module of ``GROUPS[group]``."""
+        ...
+
+    def swiglu(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor: ...

@@ -1,0 +1,71 @@
+"""The operations of a step by their torch references."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lorry.kernels.activation import swiglu_reference
+from lorry.kernels.lora import AdapterTables, lora_reference
+from lorry.kernels.norm import add_rms_norm_reference, rms_norm_reference
+from lorry.kernels.page_layout import GROUPS
+from lorry.kernels.paged_attention import paged_attention_reference
+from lorry.kernels.pool_view import PoolView
+from lorry.kernels.rope import rope_write_kv_reference
+from lorry.worker.step_input import StepInput
+
+
+class TorchOperations:
+    """Runs on the pool's device; see `Operations`."""
+
+    def __init__(
+        self,
+        step: StepInput,
+        adapters: AdapterTables,
+        pool: PoolView,
+        cos_sin_L2D: torch.Tensor,
+        epsilon: float,
+    ) -> None:
+        self._step = step
+        self._adapters = adapters
+        self._pool = pool
+        self._cos_sin_L2D = cos_sin_L2D
+        self._epsilon = epsilon
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+        return rms_norm_reference(x_TH, weight_H, self._epsilon)
+
+    def add_rms_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm_reference(x_TH, residual_TH, weight_H, self._epsilon)
+
+    def rope_write_kv(
+        self, q_TQD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, layer: int
+    ) -> torch.Tensor:
+        step = self._step
+        return rope_write_kv_reference(
+            q_TQD,
+            k_TKD,
+            v_TKD,
+            self._cos_sin_L2D,
+            step.position_T,
+            step.page_T,
+            self._pool,
+            layer,
+        )
+
+    def attention(self, q_TQD: torch.Tensor, layer: int) -> torch.Tensor:
+        step = self._step
+        return paged_attention_reference(
+            q_TQD, self._pool, layer, step.position_T, step.block_table_SP, step.attention_tiles
+        )
+
+    def add_lora(
+        self, x_TI: torch.Tensor, outputs: Sequence[torch.Tensor], group: int, layer: int
+    ) -> None:
+        lora_reference(
+            x_TI, outputs, GROUPS[group], self._pool, self._adapters, layer, self._step.lora_tiles
+        )
+
+    def swiglu(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
+        return swiglu_reference(gate_TI, up_TI)
