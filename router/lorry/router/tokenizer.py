@@ -14,7 +14,7 @@ from lorry.rpc.errors import InvalidRequest
 
 
 class Tokenizer:
-    """Owns its threads; `close` ends them. The library lets go of Python's lock while it works."""
+    """Owns its threads; `close` ends them."""
 
     def __init__(
         self, backend: Backend, chat_template: ChatTemplate | None, *, num_threads: int
@@ -50,8 +50,15 @@ class Tokenizer:
 
     def _encode(self, prompt: str | Chat) -> Sequence[int]:
         if isinstance(prompt, str):
-            return list(self._backend.encode(prompt).ids)
+            return self._token_ids(prompt, add_special_tokens=True)
         if self._chat_template is None:
             raise InvalidRequest.of("chat", "the base model has no chat template; send a prompt")
         text = self._chat_template.render(prompt)
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return self._token_ids(text, add_special_tokens=False)
+
+    def _token_ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # Only the batch methods let go of Python's lock; `encode` would stop the event loop.
+        (encoding,) = self._backend.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        return list(encoding.ids)
