@@ -152,10 +152,11 @@ async def test_a_router_that_does_not_read_loses_its_stream_and_delays_no_other(
         call = WorkerServiceStub(channel).Attach()
         hello = pb.Hello(router_id="slow", protocol_revision=PROTOCOL_REVISION)
         await call.write(pb.AttachRequest(hello=hello))
-        submit = pb.Submit(seq=1, tenant="t", token_ids=[FLOOD], max_tokens=500)
-        submit.sampling.seed = 1
-        await call.write(pb.AttachRequest(submit=submit))
-        await router.until(lambda: router.last_status.running == 1)
+        for seq, first in enumerate([HOLD, FLOOD], start=1):
+            submit = pb.Submit(seq=seq, tenant="t", token_ids=[first], max_tokens=500)
+            submit.sampling.seed = 1
+            await call.write(pb.AttachRequest(submit=submit))
+            await router.until(lambda: router.last_status.running > 0)
         assert (await router.generate([ECHO])).reason == LENGTH
         await router.until(lambda: router.last_status.running == 0)
         with pytest.raises(grpc.aio.AioRpcError) as ended:
