@@ -95,9 +95,10 @@ class Builders:
             assert process.stdout is not None
             reply = b""
             with contextlib.suppress(OSError, TimeoutError):
-                process.stdin.write(line.encode())
-                await process.stdin.drain()
-                reply = await asyncio.wait_for(process.stdout.readline(), limit_s + 5)
+                async with asyncio.timeout(limit_s + 5):
+                    process.stdin.write(line.encode())
+                    await process.stdin.drain()
+                    reply = await process.stdout.readline()
             if not reply:
                 await _end(process)
                 raise _failure(operation, process.returncode)

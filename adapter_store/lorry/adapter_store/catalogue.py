@@ -167,4 +167,5 @@ class Catalogue:
 
 async def _wait(changed: asyncio.Event) -> None:
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(changed.wait(), HEARTBEAT_S)
+        async with asyncio.timeout(HEARTBEAT_S):
+            await changed.wait()

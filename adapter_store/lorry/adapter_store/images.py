@@ -129,6 +129,10 @@ class ImageTier:
     def used_bytes(self) -> int:
         return self._used_bytes
 
+    @property
+    def num_leases(self) -> int:
+        return sum(len(image.leases) for image in self._images.values())
+
     async def lease(self, version: bytes, layout: PageLayout) -> Lease:
         """A lease of the image, built if need be. Raises StoreFull or LayoutUnsupported."""
         if layout.tp_size != 1:

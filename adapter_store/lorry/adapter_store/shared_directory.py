@@ -1,36 +1,42 @@
-"""The shared-memory directory: its files appear complete, read-only, and are only ever unlinked."""
+"""The shared-memory directory: its files appear complete, read-only, and are only ever unlinked.
 
+Several stores may share one directory. Each prefixes its files with its own instance, whose lock
+file it holds; what an instance without a holder left behind is removed by the next one that starts.
+"""
+
+import contextlib
 import errno
 import fcntl
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from lorry.rpc.errors import StoreFull, StoreUnavailable
 
-LOCK = "lock"
+STARTING = "starting.lock"  # held while an instance cleans up and takes its own lock
+LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class SharedDirectory:
-    """Owns a directory's files for as long as it is open; clears it at both ends."""
+    """Owns its instance's files in a directory for as long as it is open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(mode=0o750, parents=True, exist_ok=True)
         _check_ours(path)
-        self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o640)
-        try:
+        self._instance = secrets.token_hex(8)
+        with _opened_lock(path / STARTING) as starting:
+            fcntl.flock(starting, fcntl.LOCK_EX)
+            self._remove_leftovers()
+            self._lock = os.open(self._lock_path(self._instance), LOCK_FLAGS, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise ValueError(f"shm_dir {path} is in use by another store") from None
-        self._clear()
 
     def create(self, num_bytes: int) -> Path:
         """A zeroed file under a temporary name, with its memory reserved; raises StoreFull."""
-        path = self.path / f".{secrets.token_hex(16)}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        path = self.path / f"{self._instance}.new.{secrets.token_hex(8)}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, num_bytes)
         except OSError as error:
@@ -44,20 +50,42 @@ class SharedDirectory:
     def publish(self, temporary: Path, name: str) -> Path:
         """Give a finished file its name, for reading only."""
         temporary.chmod(0o440)
-        return temporary.rename(self.path / name)
+        return temporary.rename(self.path / f"{self._instance}.{name}")
 
     def remove(self, path: Path) -> None:
         """Unlink a file; whoever maps it keeps it."""
         path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        self._clear()
+        self._remove(self._instance)
         os.close(self._lock)
 
-    def _clear(self) -> None:
-        for path in self.path.iterdir():
-            if path.name != LOCK:
-                path.unlink()
+    def _remove_leftovers(self) -> None:
+        for lock_path in self.path.glob("*.lock"):
+            if lock_path.name == STARTING:
+                continue
+            with _opened_lock(lock_path) as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._remove(lock_path.stem)
+
+    def _remove(self, instance: str) -> None:
+        """Unlink an instance's files, its lock last."""
+        for path in self.path.glob(f"{instance}.*"):
+            if path != self._lock_path(instance):
+                path.unlink(missing_ok=True)
+        self._lock_path(instance).unlink(missing_ok=True)
+
+    def _lock_path(self, instance: str) -> Path:
+        return self.path / f"{instance}.lock"
+
+
+@contextlib.contextmanager
+def _opened_lock(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, LOCK_FLAGS, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _check_ours(path: Path) -> None:

@@ -128,8 +128,10 @@ class Store:
     async def sweep_regularly(self) -> None:
         """Run for as long as the store does."""
         while True:
+            # Not wait_for: before Python 3.12 it may swallow a cancellation.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._sweep_wanted.wait(), SWEEP_PERIOD_S)
+                async with asyncio.timeout(SWEEP_PERIOD_S):
+                    await self._sweep_wanted.wait()
             self._sweep_wanted.clear()
             try:
                 await self.sweep()
@@ -158,6 +160,7 @@ async def opened(
     limits: Limits,
     dtype: Dtype,
     builder_processes: int,
+    now_ns: Callable[[], int] = time.time_ns,
 ) -> AsyncIterator[Store]:
     """A store and its sweeper, for as long as the block runs."""
     with contextlib.ExitStack() as stack:
@@ -173,6 +176,7 @@ async def opened(
             ram_bytes=ram_bytes,
             limits=limits,
             dtype=dtype,
+            now_ns=now_ns,
         )
         sweeper = asyncio.create_task(store.sweep_regularly())
         try:

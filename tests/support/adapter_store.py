@@ -1,0 +1,191 @@
+"""A real adapter store on port 0, in this process, and what its clients do."""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import numpy as np
+from crc32c import crc32c
+from safetensors.numpy import save_file
+from tests.support.adapters import TINY
+
+from lorry.adapter_store.file_backend import FileBackend
+from lorry.adapter_store.limits import Limits
+from lorry.adapter_store.service import SERVICES, register
+from lorry.adapter_store.store import Store, opened
+from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
+from lorry.rpc.base_model import BaseModel, read_base_model
+from lorry.rpc.channel import bearer
+from lorry.rpc.errors import from_rpc
+from lorry.rpc.identity import Authenticator, Caller
+from lorry.rpc.layout import layout_to_proto
+from lorry.rpc.server import serving
+from lorry.v1 import adapter_data_service_pb2 as data_pb
+from lorry.v1 import adapter_service_pb2 as pb
+from lorry.v1 import common_pb2
+from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
+from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
+from lorry.v1.catalogue_service_pb2_grpc import CatalogueServiceStub
+
+CHUNK_BYTES = 16 << 10
+UNLIMITED = 1 << 30
+
+
+def write_base_model(directory: Path, geometry: ModelGeometry = TINY) -> Path:
+    """A model directory as far as a store reads it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": geometry.hidden,
+        "intermediate_size": geometry.intermediate,
+        "num_hidden_layers": geometry.layers,
+        "num_attention_heads": geometry.heads,
+        "num_key_value_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
+        "max_position_embeddings": 1024,
+        "vocab_size": 320,
+        "dtype": "float32",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": np.ones(4, np.float32)}, directory / "model.safetensors")
+    return directory
+
+
+@dataclass
+class Client:
+    """The three services as one caller sees them."""
+
+    channel: grpc.aio.Channel
+    base_model: BaseModel
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        self.adapters = AdapterServiceStub(self.channel)
+        self.catalogue = CatalogueServiceStub(self.channel)
+        self.data = AdapterDataServiceStub(self.channel)
+        self.metadata = bearer(self.token)
+
+    async def call(self, method: Any, request: Any) -> Any:
+        """A unary call; raises the store's own error."""
+        try:
+            return await method(request, metadata=self.metadata, timeout=60)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from error
+
+    async def begin(
+        self,
+        adapter_id: str,
+        config: Mapping[str, Any],
+        weights: bytes,
+        *,
+        etag: str = "",
+        labels: Mapping[str, str] | None = None,
+        sha256: bytes | None = None,
+        num_bytes: int | None = None,
+    ) -> str:
+        """Create an upload and return its id."""
+        request = pb.CreateUploadRequest(
+            adapter_id=adapter_id,
+            config_json=json.dumps(config),
+            weights_bytes=len(weights) if num_bytes is None else num_bytes,
+            weights_sha256=hashlib.sha256(weights).digest() if sha256 is None else sha256,
+            labels=labels,
+            expected_etag=etag,
+        )
+        upload_id: str = (await self.call(self.adapters.CreateUpload, request)).upload_id
+        return upload_id
+
+    async def send(self, upload_id: str, weights: bytes, *, start: int = 0) -> Any:
+        """Send everything from `start` on; returns the answer."""
+        requests = list(upload_requests(upload_id, weights, start=start))
+        return await self.call(self.adapters.UploadAdapter, iter(requests))
+
+    async def push(
+        self, adapter_id: str, config: Mapping[str, Any], weights: bytes, **options: Any
+    ) -> pb.Adapter:
+        """Upload and publish."""
+        upload_id = await self.begin(adapter_id, config, weights, **options)
+        adapter: pb.Adapter = (await self.send(upload_id, weights)).adapter
+        return adapter
+
+    async def get(self, name: str) -> pb.Adapter:
+        response = await self.call(self.adapters.GetAdapter, pb.GetAdapterRequest(name=name))
+        adapter: pb.Adapter = response.adapter
+        return adapter
+
+    def fetch(self, version: bytes, **options: Any) -> Any:
+        """An open FetchAdapter call."""
+        layout = options.pop("layout", PageLayout(geometry=TINY, dtype=Dtype.FP32))
+        if isinstance(layout, PageLayout):
+            layout = layout_to_proto(layout, self.base_model.digest)
+        request = data_pb.FetchAdapterRequest(version=version, layout=layout, **options)
+        return self.data.FetchAdapter(request, metadata=self.metadata)
+
+
+@dataclass
+class RunningStore:
+    store: Store
+    client: Client
+    shm_dir: Path
+    backend_dir: Path
+    port: int
+
+    @contextlib.asynccontextmanager
+    async def client_with(self, token: str) -> AsyncIterator[Client]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            yield Client(channel, self.client.base_model, token)
+
+
+@contextlib.asynccontextmanager
+async def running_store(
+    directory: Path,
+    *,
+    ram_bytes: int = UNLIMITED,
+    limits: Limits | None = None,
+    dtype: Dtype = Dtype.FP32,
+    tokens: Mapping[bytes, Caller] | None = None,
+    now_ns: Callable[[], int] = time.time_ns,
+    shm_dir: Path | None = None,
+) -> AsyncIterator[RunningStore]:
+    """A store that keeps its adapters in `directory`, and a client of this machine."""
+    base_model = read_base_model(write_base_model(directory / "model"))
+    shm_dir, backend_dir = shm_dir or directory / "shm", directory / "adapters"
+    async with (
+        opened(
+            lambda: FileBackend(backend_dir, model_digest=base_model.digest),
+            geometry=base_model.geometry,
+            shm_dir=shm_dir,
+            ram_bytes=ram_bytes,
+            limits=limits or Limits(),
+            dtype=dtype,
+            builder_processes=2,
+            now_ns=now_ns,
+        ) as store,
+        serving(
+            lambda server: register(server, store, base_model),
+            services=SERVICES,
+            address="127.0.0.1:0",
+            authenticator=Authenticator(tokens),
+            grace_s=0,
+        ) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        client = Client(channel, base_model)
+        yield RunningStore(store, client, shm_dir, backend_dir, server.port)
+
+
+def upload_requests(
+    upload_id: str, weights: bytes, *, start: int = 0, end: int | None = None
+) -> Iterator[pb.UploadAdapterRequest]:
+    yield pb.UploadAdapterRequest(start=pb.UploadStart(upload_id=upload_id, offset=start))
+    stop = len(weights) if end is None else end
+    for offset in range(start, stop, CHUNK_BYTES):
+        data = weights[offset : min(offset + CHUNK_BYTES, stop)]
+        chunk = common_pb2.WeightChunk(offset=offset, data=data, crc32c=crc32c(data))
+        yield pb.UploadAdapterRequest(chunk=chunk)
