@@ -1,7 +1,9 @@
 """The engine: takes commands, runs steps, reports what happened. It knows no gRPC and no ring."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -9,13 +11,13 @@ from lorry.kernels.page_layout import PageLayout
 from lorry.kernels.pool_view import TORCH_DTYPES, allocate_pool
 from lorry.rpc.base_model import BaseModel
 from lorry.worker import messages as m
-from lorry.worker.adapter_memory import HostImages
 from lorry.worker.config import EngineConfig
 from lorry.worker.gauges import Gauges
 from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch, Plan
 from lorry.worker.pool import PagePool
 from lorry.worker.residency import Adapter, AdapterState
+from lorry.worker.runner import ReadTokens, Runner
 from lorry.worker.scheduler import Scheduler, SchedulerLimits
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.torch_runner import TorchRunner
@@ -24,19 +26,26 @@ from lorry.worker.weights import CheckpointReader, load_weights
 Clock = Callable[[], float]
 
 
+class _Launched(NamedTuple):
+    batch: Batch
+    read: ReadTokens
+    started_s: float
+
+
 class Engine:
     """One pool, one model, one scheduler; every method returns at once but `step`."""
 
-    def __init__(
-        self, runner: TorchRunner, scheduler: Scheduler, clock: Clock = time.monotonic
-    ) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, clock: Clock = time.monotonic) -> None:
         self.scheduler = scheduler
         self.gauges = Gauges()
         self._runner = runner
         self._clock = clock
-        self._images = HostImages()
+        self._in_flight: deque[_Launched] = deque()
+        self._reclaims: set[bytes] = set()  # of images that a load still reads
         self._pin_calls: dict[int, bytes] = {}
         self._events: list[m.Event] = []
+        self._loads_under_way = 0
+        self._last_read_s = 0.0
         self._handlers: dict[type[m.Message], Callable[..., None]] = {
             m.Submit: self._submit,
             m.Cancel: self._cancel,
@@ -55,18 +64,18 @@ class Engine:
             self._handlers[type(command)](command)
 
     def step(self) -> bool:
-        """Plan and run one step; False if there was nothing to compute or to load."""
-        started_s = self._clock()
-        plan = self.scheduler.plan(started_s, list(self._pin_calls.values()))
+        """Plan and launch a step and read the one before; False if there was nothing to do."""
+        self._finish_loads()
+        plan = self.scheduler.plan(self._clock(), list(self._pin_calls.values()))
         self._report(plan)
         for adapter in plan.loads:
-            self._load(adapter)
+            self._runner.adapters.begin_load(adapter)
+        self._loads_under_way += len(plan.loads)
         self._answer_pins()
-        if plan.batch is not None:
-            self._compute(plan.batch)
+        self._launch(plan.batch)
         if changes := self.scheduler.residency.take_changes():
             self._events.append(changes)
-        return plan.batch is not None or bool(plan.loads)
+        return bool(plan.batch or self._loads_under_way or self._in_flight)
 
     def take_events(self) -> list[m.Event]:
         """What happened since the last call, in order."""
@@ -81,20 +90,32 @@ class Engine:
         self._events.extend(m.FetchImage(version) for version in plan.fetches)
         self.gauges.adapter_evictions += len(plan.evicted)
 
-    def _load(self, adapter: Adapter) -> None:
-        assert adapter.image is not None
-        started_s = self._clock()
-        self._runner.adapters.load(adapter, self._images.bytes_of(adapter.image))
-        finished_s = self._clock()
-        self.scheduler.residency.finish_load(adapter, finished_s)
-        self.gauges.note_load(adapter.image.image_bytes, max(finished_s - started_s, 1e-9))
+    def _finish_loads(self) -> None:
+        for adapter, num_bytes, seconds in self._runner.adapters.finished_loads():
+            self.scheduler.residency.finish_load(adapter, self._clock())
+            self.gauges.note_load(num_bytes, seconds)
+            self._loads_under_way -= 1
+            if adapter.version in self._reclaims:
+                self._reclaims.remove(adapter.version)
+                self._give_up_image(adapter)
 
-    def _compute(self, batch: Batch) -> None:
-        started_s = self._clock()
-        token_ids = self._runner.run(batch, self.scheduler.table)
-        finished_s = self._clock()
-        tokens, finished = self.scheduler.commit(batch, token_ids, finished_s)
-        self.gauges.note_step(batch, max(finished_s - started_s, 1e-9))
+    def _launch(self, batch: Batch | None) -> None:
+        """Launch a step, then read results until the runner may take another one."""
+        if batch is not None:
+            read = self._runner.launch(batch, self.scheduler.table)
+            self._in_flight.append(_Launched(batch, read, self._clock()))
+        keep = self._runner.max_in_flight - 1 if batch is not None else 0
+        while len(self._in_flight) > keep:
+            self._read(self._in_flight.popleft())
+
+    def _read(self, launched: "_Launched") -> None:
+        token_ids = launched.read()
+        now_s = self._clock()
+        tokens, finished = self.scheduler.commit(launched.batch, token_ids, now_s)
+        # Steps overlap: a step's time is what passed since the one before was read.
+        started_s = max(launched.started_s, self._last_read_s)
+        self.gauges.note_step(launched.batch, max(now_s - started_s, 1e-9))
+        self._last_read_s = now_s
         if tokens.requests:
             self._events.append(tokens)
         self._events.extend(finished)
@@ -117,7 +138,7 @@ class Engine:
             self._events.append(m.ReleaseImage(image.version))
             return
         try:
-            self._images.map(image)
+            self._runner.adapters.map(image)
         except (OSError, ValueError) as error:
             failure = m.Failure("STORE_UNAVAILABLE", f"the page image cannot be mapped: {error}")
             self._fail(adapter, failure)
@@ -132,10 +153,12 @@ class Engine:
 
     def _reclaim_image(self, reclaim: m.ReclaimImage) -> None:
         adapter = self.scheduler.residency.find(reclaim.version)
-        if adapter is not None and adapter.image is not None:
-            self._images.unmap(reclaim.version)
-            self.scheduler.residency.drop_image(adapter)
-            self._events.append(m.ReleaseImage(reclaim.version))
+        if adapter is None or adapter.image is None:
+            return
+        if adapter.state is AdapterState.LOADING:
+            self._reclaims.add(reclaim.version)
+        else:
+            self._give_up_image(adapter)
 
     def _pin(self, pin: m.PinAdapter) -> None:
         self._pin_calls[pin.call] = pin.version
@@ -159,6 +182,11 @@ class Engine:
                 self.gauges.adapter_evictions += 1
             self._reclaim_image(m.ReclaimImage(evict.version))
             self._events.append(m.AdminResult(evict.call))
+
+    def _give_up_image(self, adapter: Adapter) -> None:
+        self._runner.adapters.unmap(adapter.version)
+        self.scheduler.residency.drop_image(adapter)
+        self._events.append(m.ReleaseImage(adapter.version))
 
     def _fail(self, adapter: Adapter, failure: m.Failure) -> None:
         self._events.extend(self.scheduler.fail_adapter(adapter, failure))
@@ -199,4 +227,5 @@ def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
     scheduler = Scheduler(limits, PagePool(num_pages), table)
     reader = CheckpointReader(base_model, TORCH_DTYPES[layout.dtype], view.slices.device)
     model = LlamaModel(load_weights(base_model, reader), base_model.geometry)
-    return Engine(TorchRunner(base_model, model, view), scheduler)
+    runner = TorchRunner(base_model, model, view, max_rank=config.max_rank)
+    return Engine(runner, scheduler)

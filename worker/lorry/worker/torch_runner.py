@@ -6,28 +6,36 @@ import torch
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.kernels.sampling import sample_reference
 from lorry.rpc.base_model import BaseModel
-from lorry.worker.adapter_memory import AdapterMemory
+from lorry.worker.adapter_memory import DirectAdapterMemory
 from lorry.worker.model import LlamaModel, norm_epsilon, rope_table
 from lorry.worker.plan import Batch
+from lorry.worker.runner import ReadTokens
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.step_input import SamplingInput, build_step_input
 from lorry.worker.torch_operations import TorchOperations
 
 
 class TorchRunner:
-    """The model, the pool and the adapters in it."""
+    """The model, the pool and the adapters in it; see `Runner`."""
 
-    def __init__(self, base_model: BaseModel, model: LlamaModel, pool: PoolView) -> None:
-        self.adapters = AdapterMemory(pool)
+    max_in_flight = 1
+
+    def __init__(
+        self, base_model: BaseModel, model: LlamaModel, pool: PoolView, *, max_rank: int
+    ) -> None:
+        self.adapters = DirectAdapterMemory(pool, max_rank=max_rank)
         self._model = model
         self._pool = pool
         dtype, device = TORCH_DTYPES[pool.layout.dtype], pool.slices.device
         self._cos_sin_L2D = rope_table(base_model).to(dtype=dtype, device=device)
         self._epsilon = norm_epsilon(base_model)
 
+    def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
+        tokens = self._run(batch, table)
+        return lambda: tokens
+
     @torch.inference_mode()
-    def run(self, batch: Batch, table: SequenceTable) -> np.ndarray:
-        """Compute a step and return the drawn tokens (int32), one for each sampling sequence."""
+    def _run(self, batch: Batch, table: SequenceTable) -> np.ndarray:
         step = build_step_input(batch, table, self._pool.slices.device)
         operations = TorchOperations(
             step, self.adapters.tables, self._pool, self._cos_sin_L2D, self._epsilon

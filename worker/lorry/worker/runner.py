@@ -1,0 +1,27 @@
+"""What the engine asks of the device."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from lorry.worker.adapter_memory import AdapterMemory
+from lorry.worker.plan import Batch
+from lorry.worker.sequences import SequenceTable
+
+ReadTokens = Callable[[], np.ndarray]
+
+
+class Runner(Protocol):
+    """Runs steps in order; up to `max_in_flight` may be launched before the first is read."""
+
+    max_in_flight: int
+
+    @property
+    def adapters(self) -> AdapterMemory: ...
+
+    def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
+        """Start a step; the result waits for it and returns the drawn tokens (int32), one for
+        each sampling sequence. A sequence whose newest token was not read yet continues from what
+        the step before drew."""
+        ...
