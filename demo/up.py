@@ -26,6 +26,9 @@ async def lorry_up(directory: Path) -> AsyncIterator[Endpoints]:
             *["--router-port", "0", "--store-port", "0", "--worker-port", "0"],
             *["--data", str(directory / "adapters"), "--logs", str(directory / "logs")],
             *["--state-file", str(state_file)],
+            # More threads wait for each other at every operation of a model this small, which on
+            # a busy machine makes it twenty times slower (84 instead of 1843 tokens/s on 2 cores).
+            *["--worker-args", "--threads 1"],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,

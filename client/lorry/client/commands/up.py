@@ -49,13 +49,19 @@ class UpConfig:
     logs: Annotated[Path, Parameter(env_var="LORRY_UP_LOGS")] = STATE_DIR / "logs"
     """Directory for the services' logs, which start anew each time."""
 
-    router_args: Annotated[str, Parameter(env_var="LORRY_UP_ROUTER_ARGS")] = ""
+    router_args: Annotated[
+        str, Parameter(env_var="LORRY_UP_ROUTER_ARGS", allow_leading_hyphen=True)
+    ] = ""
     """More options for the router, in quotes; `python -m lorry.router --help` lists them."""
 
-    store_args: Annotated[str, Parameter(env_var="LORRY_UP_STORE_ARGS")] = ""
+    store_args: Annotated[
+        str, Parameter(env_var="LORRY_UP_STORE_ARGS", allow_leading_hyphen=True)
+    ] = ""
     """More options for the adapter store; see `python -m lorry.adapter_store --help`."""
 
-    worker_args: Annotated[str, Parameter(env_var="LORRY_UP_WORKER_ARGS")] = ""
+    worker_args: Annotated[
+        str, Parameter(env_var="LORRY_UP_WORKER_ARGS", allow_leading_hyphen=True)
+    ] = ""
     """More options for the worker; see `python -m lorry.worker --help`."""
 
     ready_timeout_s: Annotated[float, Parameter(env_var="LORRY_UP_READY_TIMEOUT_S")] = 300.0

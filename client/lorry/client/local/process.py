@@ -21,7 +21,7 @@ from lorry.rpc.errors import LorryError
 
 LISTENING_LINE = re.compile(rb"lorry\.\w+ listening on (\S+:\d+)\s*")
 PROBE_AGAIN_S = 0.5
-LAST_OUTPUT_S = 1.0
+LAST_OUTPUT_S = 1.0  # its end comes at once, unless some daemon holds the pipe open
 TAIL_BYTES = 16 << 10
 
 
@@ -74,7 +74,8 @@ class ServiceProcess:
         self._command = command
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
-        self._background: list[asyncio.Task[None]] = []
+        self._copying: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
 
     @property
     def exit_status(self) -> int | None:
@@ -109,10 +110,8 @@ class ServiceProcess:
             if match := LISTENING_LINE.fullmatch(line):
                 self.address = match[1].decode()
                 self.move_to(State.LISTENING)
-                self._background = [
-                    asyncio.create_task(self._copy_to_log(output)),
-                    asyncio.create_task(self._follow_readiness()),
-                ]
+                self._copying = asyncio.create_task(self._copy_to_log(output))
+                self._following = asyncio.create_task(self._follow_readiness())
                 return self.address
         await self._process.wait()
         raise self.failure()
@@ -121,6 +120,7 @@ class ServiceProcess:
         """Ask the child to drain, and kill what is left of it after `grace_s` seconds."""
         if self._process is None:
             return
+        await _end(self._following)  # an open watch would keep the service from ending
         try:
             if self._process.returncode is None:
                 self.move_to(State.STOPPING)
@@ -130,7 +130,7 @@ class ServiceProcess:
             self._write_log(f"killed: still running {grace_s:g} s after SIGTERM\n".encode())
         finally:
             self.kill()
-            await self._end_background()
+            await _end(self._copying, after_s=LAST_OUTPUT_S)
         await self._process.wait()
         self.move_to(State.EXITED)
 
@@ -156,14 +156,6 @@ class ServiceProcess:
             file.seek(max(0, size - TAIL_BYTES))
             return file.read().decode(errors="replace").splitlines()[-num_lines:]
 
-    async def _end_background(self) -> None:
-        """Let the output be copied to its end, which comes unless some daemon holds it open."""
-        if self._background:
-            await asyncio.wait(self._background[:1], timeout=LAST_OUTPUT_S)
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
-
     async def _follow_readiness(self) -> None:
         while True:
             with contextlib.suppress(LorryError):  # not reachable now; if it ended, start over
@@ -183,6 +175,14 @@ class ServiceProcess:
     def _write_log(self, data: bytes) -> None:
         with self.log.open("ab") as log:
             log.write(data)
+
+
+async def _end(task: asyncio.Task[None] | None, *, after_s: float = 0.0) -> None:
+    """Cancel a task unless it ends by itself before."""
+    if task is not None:
+        await asyncio.wait([task], timeout=after_s)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _describe(status: int) -> str:
