@@ -6,18 +6,18 @@ from typing import Any
 
 import grpc
 import pytest
-
-from lorry.v1 import common_pb2
-from lorry.v1 import inference_service_pb2 as pb
 from tests.support.byte_model import BOS, CONTEXT_TOKENS, EOS, tokens_of
 from tests.support.fake_store import FakeStore
 from tests.support.fake_worker import LENGTH, STOP, Reply
 from tests.support.router_stack import router_stack
 
+from lorry.v1 import common_pb2
+from lorry.v1 import inference_service_pb2 as pb
+
 VERSION = bytes(range(32))
 
 
-def says(text: str, reason: "common_pb2.FinishReason" = LENGTH) -> Any:
+def says(text: str, reason: Any = LENGTH) -> Any:
     return lambda submit: Reply(tokens_of(text), reason)
 
 
@@ -196,14 +196,16 @@ async def test_a_slow_client_gets_fewer_larger_chunks(model: Path) -> None:
 @pytest.mark.parametrize("service", ["readiness", "lorry.v1.InferenceService"])
 async def test_health_tells_when_it_is_ready(model: Path, service: str) -> None:
     async with router_stack(model) as stack:
-        health = stack.channel.unary_unary("/grpc.health.v1.Health/Check")
+        health: Any = stack.channel.unary_unary("/grpc.health.v1.Health/Check")
         request = b"\x0a" + bytes([len(service)]) + service.encode()
         assert await health(request) == b"\x08\x01"
 
 
 async def test_requests_above_the_size_limit_are_refused_by_grpc(model: Path) -> None:
     async with router_stack(model) as stack:
-        call = stack.stub.Generate(pb.GenerateRequest(spec=pb.GenerationSpec(prompt="x" * 3_000_000)))
+        call = stack.stub.Generate(
+            pb.GenerateRequest(spec=pb.GenerationSpec(prompt="x" * 3_000_000))
+        )
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await call
         assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -1,9 +1,13 @@
-from lorry.router.policies import ArrivalOrder, ResidencyPlacement
-from lorry.router.request import RequestState
+from typing import Any
+
 from tests.support.router_requests import queues, request, worker
 
+from lorry.router.policies import ArrivalOrder, ResidencyPlacement
+from lorry.router.request import RequestState
+from lorry.router.worker import Worker
 
-def busy(load: int, **fields):
+
+def busy(load: int, **fields: Any) -> Worker:
     built = worker(**fields)
     for _ in range(load):
         built.add(request())
@@ -33,7 +37,7 @@ def test_placement_prefers_gpu_then_host_then_the_idlest() -> None:
 
 
 def test_the_base_model_goes_to_the_idlest() -> None:
-    workers = [busy(2, name="a", gpu={b"v"}), busy(1, name="b")]
+    workers: list[Worker] = [busy(2, name="a", gpu={b"v"}), busy(1, name="b")]
     assert ResidencyPlacement(imbalance=10).place(request(), workers) is workers[1]
 
 

@@ -1,5 +1,7 @@
 """The matcher against its definition: try every cut of the whole text."""
 
+import itertools
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -21,7 +23,7 @@ def first_cut(text: str, stops: list[str], least_end: int = 0) -> tuple[int, str
 
 def split(text: str, cuts: list[int]) -> list[str]:
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def run(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:

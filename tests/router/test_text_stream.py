@@ -1,12 +1,16 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.byte_model import EOS, byte_tokenizer, tokens_of
 
 from lorry.router.detokenizer import TokenTable
 from lorry.router.text_stream import TextStream
-from tests.support.byte_model import EOS, byte_tokenizer, tokens_of
 
 TABLE = TokenTable.of_tokenizer(byte_tokenizer())
-pieces = st.lists(st.sampled_from([*"abé€", "ab", "b\N{MUSICAL SYMBOL G CLEF}", "\xff"]), max_size=12)
+pieces = st.lists(
+    st.sampled_from([*"abé€", "ab", "b\N{MUSICAL SYMBOL G CLEF}", "\xff"]), max_size=12
+)
 
 
 @given(pieces, st.lists(st.text("abé€", min_size=1, max_size=3), max_size=3), st.data())
@@ -16,7 +20,7 @@ def test_chunks_join_to_the_whole_decoding_cut_at_the_first_stop_string(
     """Whatever the tokens are that the bytes are split into."""
     content = b"".join(w.encode("latin-1") if w == "\xff" else w.encode() for w in words)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(content)), max_size=8)) | {0, len(content)})
-    table = TokenTable.of(content[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+    table = TokenTable.of(content[a:b] for a, b in itertools.pairwise(cuts))
     stream = TextStream(table, stop_strings=stops)
     emitted = ""
     for token_id in range(len(cuts) - 1):
@@ -54,7 +58,11 @@ def test_half_a_character_at_the_end_becomes_a_replacement() -> None:
 
 def test_the_last_replacement_can_complete_a_stop_string() -> None:
     stream = TextStream(TABLE, stop_strings=["a\N{REPLACEMENT CHARACTER}"])
-    assert [stream.push(token_id) for token_id in [*tokens_of("ba"), tokens_of("é")[0]]] == ["b", "", ""]
+    assert [stream.push(token_id) for token_id in [*tokens_of("ba"), tokens_of("é")[0]]] == [
+        "b",
+        "",
+        "",
+    ]
     assert stream.flush() == ""
     assert stream.matched == "a\N{REPLACEMENT CHARACTER}"
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import ParseDict
+from tests.support.byte_model import EOS, NUM_TOKENS
 
 from lorry.router.generation import Chat, ChatMessage, Completion, FinishReason
 from lorry.router.translation import SpecReader, to_completed
@@ -21,7 +22,6 @@ from lorry.rpc.errors import (
 from lorry.rpc.names import AdapterName
 from lorry.v1 import common_pb2
 from lorry.v1 import inference_service_pb2 as pb
-from tests.support.byte_model import EOS, NUM_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def test_an_empty_spec_takes_the_defaults(reader: SpecReader) -> None:
     read = reader.read(spec(prompt="p"), tenant="t")
     assert (read.tenant, read.adapter, read.prompt) == ("t", None, "p")
     assert (read.temperature, read.seed, read.max_tokens, read.min_tokens) == (1.0, None, None, 0)
-    assert (read.stop_strings, read.stop_token_ids) == ((), {EOS})
+    assert read.stop_strings == ()
+    assert read.stop_token_ids == {EOS}
     assert len(read.request_id) == 32
 
 
@@ -195,7 +196,7 @@ def test_an_slo_is_refused_until_it_is_served(reader: SpecReader) -> None:
 
 
 def test_another_model_is_not_found(reader: SpecReader) -> None:
-    with pytest.raises(ModelNotFound, match="'other'.*'byte-model'"):
+    with pytest.raises(ModelNotFound, match=r"'other'.*'byte-model'"):
         reader.read(spec(model="other"), tenant="t")
 
 

@@ -1,5 +1,6 @@
-import pytest
+from typing import Any
 
+import pytest
 from tests.support.router_requests import request, worker
 
 
@@ -42,7 +43,7 @@ def test_a_draining_worker_takes_nothing() -> None:
         ({"num_prompt_tokens": 500, "max_tokens": 13}, False),
     ],
 )
-def test_rank_and_context_decide_what_it_can_serve(fields: dict[str, int], able: bool) -> None:
+def test_rank_and_context_decide_what_it_can_serve(fields: dict[str, Any], able: bool) -> None:
     assert worker().can_serve(request(**fields)) is able
 
 

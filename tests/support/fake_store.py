@@ -33,6 +33,8 @@ class FakeStore:
         self.oldest_revision = 0  # watches cannot continue from before it
         self.lagging = False  # changes do not reach the watchers
         self.failing = False  # GetAdapter answers UNAVAILABLE
+        self.hanging = False  # GetAdapter does not answer
+        self.refusing = False  # WatchCatalogue answers UNAVAILABLE
         self.watches: list[pb.WatchCatalogueRequest] = []
         self.asked: list[str] = []
         self.port = 0
@@ -62,7 +64,8 @@ class FakeStore:
     async def serving(self, port: int = 0) -> AsyncIterator["FakeStore"]:
         def register(server: grpc.aio.Server) -> None:
             add_CatalogueServiceServicer_to_server(_Catalogue(self), server)
-            add_AdapterServiceServicer_to_server(_Adapters(self), server)
+            adapters = _Adapters(self)  # type: ignore[abstract] # the rest stays UNIMPLEMENTED
+            add_AdapterServiceServicer_to_server(adapters, server)
 
         async with serving(
             register,
@@ -77,6 +80,8 @@ class FakeStore:
     async def watch(self, request: pb.WatchCatalogueRequest) -> AsyncIterator[Any]:
         self.watches.append(request)
         generation, sent = self._generation, request.start_revision
+        if self.refusing:
+            raise StoreUnavailable("the store is told to refuse watches")
         if sent and (sent < self.oldest_revision or request.store_id != self.store_id):
             raise RevisionCompacted("list again")
         if not sent:
@@ -120,6 +125,8 @@ class _Adapters(AdapterServiceServicer):
 
     async def GetAdapter(self, request: Any, context: Any) -> adapter_pb.GetAdapterResponse:
         self._store.asked.append(request.name)
+        if self._store.hanging:
+            await asyncio.sleep(60)
         if self._store.failing:
             raise StoreUnavailable("the store is told to fail")
         adapter = self._store.adapters.get(request.name)

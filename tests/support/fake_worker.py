@@ -20,6 +20,7 @@ from lorry.v1.worker_service_pb2_grpc import (
 )
 
 SERVICE = "lorry.v1.WorkerService"
+Reason = Any  # a FinishReason; an enum's values have a type in the stubs only
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
 ABORTED, CANCELLED = common_pb2.FINISH_REASON_ABORTED, common_pb2.FINISH_REASON_CANCELLED
 
@@ -29,7 +30,7 @@ class Reply:
     """The whole output of a request, one token a step, then its end; no reason: it goes on."""
 
     token_ids: Sequence[int] = ()
-    reason: "common_pb2.FinishReason | None" = LENGTH
+    reason: Reason = LENGTH
     error: LorryError | None = None
 
 
@@ -55,9 +56,11 @@ class FakeWorker(WorkerServiceServicer):
         self.max_context_tokens = max_context_tokens
         self.max_rank = max_rank
         self.heartbeat_s = heartbeat_s
+        self.accepts_any_model = False
         self.silent = False
         self.draining = False
         self.hellos: list[pb.Hello] = []
+        self.tokens: set[str] = set()  # that routers have shown
         self.submits: list[pb.Submit] = []
         self.cancels: list[int] = []
         self.prefetches: list[list[bytes]] = []
@@ -91,7 +94,10 @@ class FakeWorker(WorkerServiceServicer):
     ) -> AsyncIterator[pb.AttachResponse]:
         hello = (await anext(aiter(request_iterator))).hello
         self.hellos.append(hello)
-        if hello.model_digest not in (b"", self.model_digest):
+        self.tokens |= {
+            str(v) for k, v in context.invocation_metadata() or () if k == "authorization"
+        }
+        if hello.model_digest != self.model_digest and not self.accepts_any_model:
             raise ModelMismatch("the router serves another base model")
         self._out, self.active = asyncio.Queue(), {}
         yield self._welcome()
@@ -100,7 +106,8 @@ class FakeWorker(WorkerServiceServicer):
             asyncio.create_task(self._listen(request_iterator)),
             asyncio.create_task(self._beat()),
         ]
-        context.add_done_callback(lambda _: [helper.cancel() for helper in helpers])
+        for helper in helpers:
+            _cancel_with(context, helper)
         while (response := await out.get()) is not None:
             yield response
 
@@ -120,11 +127,11 @@ class FakeWorker(WorkerServiceServicer):
         self._num_steps += 1
         self.send(pb.AttachResponse(step=pb.StepOutput(step=self._num_steps, **fields)))
 
-    def finish(
-        self, seq: int, reason: "common_pb2.FinishReason", error: LorryError | None = None
-    ) -> None:
+    def finish(self, seq: int, reason: Reason, error: LorryError | None = None) -> None:
         del self.active[seq]
-        finished = pb.Finished(seq=seq, reason=reason, error=error and to_status(error))
+        finished = pb.Finished(seq=seq, reason=reason)
+        if error is not None:
+            finished.error.CopyFrom(to_status(error))
         finished.usage.cached_tokens = 1
         finished.adapter_load.FromMilliseconds(20)
         finished.prefill.FromMilliseconds(30)
@@ -189,3 +196,8 @@ class FakeWorker(WorkerServiceServicer):
             await asyncio.sleep(self.heartbeat_s)
             if not self.silent:
                 self.send(pb.AttachResponse(status=pb.WorkerStatus(draining=self.draining)))
+
+
+def _cancel_with(context: Any, task: asyncio.Task[None]) -> None:
+    """Cancel the task when the call ends, which may never resume its generator."""
+    context.add_done_callback(lambda _: task.cancel())

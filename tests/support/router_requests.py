@@ -37,14 +37,17 @@ def request(
 
 
 def worker(name: str = "w1", **fields: Any) -> Worker:
-    defaults = {"epoch": 1, "max_context_tokens": 512, "max_rank": 64, "submit_limit": 100}
+    defaults: dict[str, Any] = {
+        "epoch": 1,
+        "max_context_tokens": 512,
+        "max_rank": 64,
+        "submit_limit": 100,
+    }
     return Worker(name=name, **(defaults | fields))
 
 
 def queues(*, max_requests: int = 100, max_requests_per_tenant: int = 100) -> RequestQueues:
-    return RequestQueues(
-        max_requests=max_requests, max_requests_per_tenant=max_requests_per_tenant
-    )
+    return RequestQueues(max_requests=max_requests, max_requests_per_tenant=max_requests_per_tenant)
 
 
 def dispatcher(*, max_prefetch: int = 8, imbalance: int = 2, **limits: int) -> Dispatcher:

@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.support.fake_store import FakeStore
+from tests.support.fake_worker import FakeWorker, Reply
 
 from lorry.router.config import Config
 from lorry.router.lifetime import Running, running
@@ -17,8 +19,6 @@ from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import LorryError, from_rpc
 from lorry.v1 import inference_service_pb2 as pb
 from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
-from tests.support.fake_store import FakeStore
-from tests.support.fake_worker import FakeWorker, Reply
 
 
 @dataclass
@@ -43,6 +43,11 @@ class Stack:
     workers: Sequence[FakeWorker]
     store: FakeStore
     channel: grpc.aio.Channel
+    servers: Sequence[contextlib.AsyncExitStack] = ()  # of the workers
+
+    async def stop_worker(self) -> None:
+        """End the first worker's process, as far as the router can tell."""
+        await self.servers[0].aclose()
 
     @property
     def worker(self) -> FakeWorker:
@@ -62,12 +67,15 @@ class Stack:
 
     async def generate(self, spec: pb.GenerationSpec) -> pb.GenerateResponse:
         try:
-            return await self.stub.Generate(pb.GenerateRequest(spec=spec), timeout=20)
+            response: pb.GenerateResponse = await self.stub.Generate(
+                pb.GenerateRequest(spec=spec), timeout=20
+            )
+            return response
         except grpc.aio.AioRpcError as failure:
             raise from_rpc(failure) from failure
 
     async def until_health(self, *, ready: bool) -> None:
-        stub = health_pb2_grpc.HealthStub(self.channel)
+        stub: Any = health_pb2_grpc.HealthStub(self.channel)
         wanted = health_pb2.HealthCheckResponse.SERVING
         async with asyncio.timeout(20):
             call = stub.Watch(health_pb2.HealthCheckRequest(service="readiness"))
@@ -119,13 +127,13 @@ async def router_stack(
 ) -> AsyncIterator[Stack]:
     """`reply` and `worker` are FakeWorker's arguments, `config` the router's options."""
     digest = read_base_model(model).digest
-    options = {"reply": reply, "model_digest": digest} | (worker or {})
+    options: dict[str, Any] = {"reply": reply, "model_digest": digest} | (worker or {})
     store = store or FakeStore()
     async with contextlib.AsyncExitStack() as stack:
-        workers = [
-            await stack.enter_async_context(FakeWorker(**options).serving())
-            for _ in range(num_workers)
-        ]
+        workers = [FakeWorker(**options) for _ in range(num_workers)]
+        servers = [await stack.enter_async_context(contextlib.AsyncExitStack()) for _ in workers]
+        for fake, server in zip(workers, servers, strict=True):
+            await server.enter_async_context(fake.serving())
         await stack.enter_async_context(store.serving())
         whole = Config(
             model=model,
@@ -137,7 +145,7 @@ async def router_stack(
         up = await stack.enter_async_context(running(whole))
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{up.server.port}")
         await stack.enter_async_context(channel)
-        built = Stack(up, workers, store, channel)
+        built = Stack(up, workers, store, channel, servers)
         if wait:
             await built.until_health(ready=True)
         yield built

@@ -58,7 +58,5 @@ class Tokenizer:
 
     def _token_ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # Only the batch methods let go of Python's lock; `encode` would stop the event loop.
-        (encoding,) = self._backend.encode_batch_fast(
-            [text], add_special_tokens=add_special_tokens
-        )
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(encoding.ids)
