@@ -25,7 +25,10 @@ class StepOutputs:
         self.by_stream: dict[RouterStream, StepOutput] = {}
 
     def of(self, stream: RouterStream) -> StepOutput:
-        return self.by_stream.setdefault(stream, StepOutput(self.step))
+        output = self.by_stream.get(stream)
+        if output is None:
+            output = self.by_stream[stream] = StepOutput(self.step)
+        return output
 
     def move_to(self, step: int) -> bool:
         """Become the outputs of `step`; False if they hold another one's tokens."""
