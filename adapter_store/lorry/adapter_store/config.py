@@ -4,12 +4,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import cyclopts
 
 from lorry.adapter_store.limits import Limits
 from lorry.kernels.page_layout import Dtype
+from lorry.rpc.server import check_address
 
 DTYPES = {"bfloat16": Dtype.BF16, "float16": Dtype.FP16, "float32": Dtype.FP32}
 ServingDtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -66,6 +67,7 @@ class Config:
     """Serve other machines without TLS, and without a token file any caller."""
 
     def __post_init__(self) -> None:
+        check_address(self.address, insecure=self.insecure)
         backend = urlsplit(self.backend)
         if backend.scheme != "file" or backend.netloc or not backend.path.startswith("/"):
             raise ValueError(f"backend must be file:///DIRECTORY, got {self.backend!r}")
@@ -75,7 +77,7 @@ class Config:
 
     @property
     def backend_directory(self) -> Path:
-        return Path(urlsplit(self.backend).path)
+        return Path(unquote(urlsplit(self.backend).path))
 
     @property
     def limits(self) -> Limits:

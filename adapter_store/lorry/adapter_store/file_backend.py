@@ -44,10 +44,13 @@ class FileBackend:
         self._versions, self._uploads = directory / "versions", directory / "uploads"
         for path in (directory, self._versions, self._uploads):
             path.mkdir(mode=0o750, parents=True, exist_ok=True)
-        self._lock = _locked(directory / "lock")
-        self._store_id = _store_id(directory / "store.json", model_digest.hex())
-        self._journal = Journal(directory / "catalogue")
-        sync_directory(directory)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, _locked(directory / "lock"))
+            self._store_id = _store_id(directory / "store.json", model_digest.hex())
+            self._journal = Journal(directory / "catalogue")
+            stack.callback(self._journal.close)
+            sync_directory(directory)
+            self._held = stack.pop_all()
 
     def load(self) -> Loaded:
         for leftover in self._versions.glob(".*"):
@@ -125,8 +128,7 @@ class FileBackend:
             shutil.rmtree(gone)
 
     def close(self) -> None:
-        self._journal.close()
-        os.close(self._lock)
+        self._held.close()
 
     def _stored_uploads(self) -> Iterator[tuple[UploadRecord, int]]:
         """Those whose creation was acknowledged; the others are removed."""

@@ -1,0 +1,111 @@
+"""Real builder processes, with requests that take too long, fail, or are abandoned."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from tests.support.adapters import TINY, lora_config
+from tests.support.waiting import until
+
+from lorry.adapter_store import builders as module
+from lorry.adapter_store.builders import Builders
+from lorry.adapter_store.peft_config import resolve
+from lorry.kernels.page_layout import Dtype
+from lorry.rpc.errors import AdapterInvalid, LorryError, StoreUnavailable
+
+CONFIG = lora_config()
+# Backtracks for longer than anyone waits, on names like model.layers.0.self_attn.q_proj.
+ENDLESS = lora_config(targets=r"((((m|mo|o|d|e|l|\.|\w)+)+)+)+!")
+
+
+@pytest.fixture
+async def builders() -> AsyncIterator[Builders]:
+    pool = Builders(TINY, processes=1)
+    yield pool
+    await pool.close()
+
+
+def pids(builders: Builders) -> list[int]:
+    return [process.pid for process in builders._idle]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_a_process_serves_many_requests(builders: Builders) -> None:
+    for _ in range(3):
+        assert await builders.check_config(json.dumps(CONFIG)) == resolve(CONFIG, TINY)
+        with pytest.raises(AdapterInvalid, match="config_json"):
+            await builders.check_config("{")
+    assert len(pids(builders)) == 1
+
+
+async def test_a_pattern_that_takes_too_long_is_refused_and_its_process_ended(
+    builders: Builders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CONFIG_LIMIT_S", 1)
+    await builders.check_config(json.dumps(CONFIG))
+    (pid,) = pids(builders)
+    with pytest.raises(AdapterInvalid, match="take longer than 1 s"):
+        await builders.check_config(json.dumps(ENDLESS))
+    assert not is_running(pid)
+    await builders.check_config(json.dumps(CONFIG))
+
+
+async def test_an_abandoned_request_ends_its_process(builders: Builders) -> None:
+    await builders.check_config(json.dumps(CONFIG))
+    (pid,) = pids(builders)
+    call = asyncio.create_task(builders.check_config(json.dumps(ENDLESS)))
+    await asyncio.sleep(0.05)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await until(lambda: not is_running(pid))
+    await builders.check_config(json.dumps(CONFIG))
+
+
+async def test_a_killed_process_fails_its_request_only(builders: Builders) -> None:
+    await builders.check_config(json.dumps(CONFIG))
+    (pid,) = pids(builders)
+    call = asyncio.create_task(builders.check_config(json.dumps(ENDLESS)))
+    await asyncio.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(StoreUnavailable):
+        await call
+    await builders.check_config(json.dumps(CONFIG))
+
+
+async def test_no_more_processes_run_than_allowed(builders: Builders) -> None:
+    await asyncio.gather(*(builders.check_config(json.dumps(CONFIG)) for _ in range(5)))
+    assert len(pids(builders)) == 1
+
+
+async def test_closing_ends_the_processes(builders: Builders) -> None:
+    await builders.check_config(json.dumps(CONFIG))
+    (pid,) = pids(builders)
+    await builders.close()
+    assert not is_running(pid)
+
+
+async def test_a_defect_in_a_builder_reaches_nobody_in_its_words(
+    builders: Builders, tmp_path: Path
+) -> None:
+    with pytest.raises(LorryError) as caught:
+        await builders.check_weights(
+            tmp_path / "absent",
+            num_bytes=1,
+            sha256=b"",
+            spec=resolve(CONFIG, TINY),
+            dtype=Dtype.FP32,
+        )
+    assert "absent" not in str(caught.value)
+    assert caught.value.code.name == "INTERNAL"

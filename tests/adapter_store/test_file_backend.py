@@ -1,0 +1,150 @@
+"""The directory of a store: what is durable, what is cleaned up, who may open it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.support.adapters import TINY, lora_config
+
+from lorry.adapter_store import durable
+from lorry.adapter_store.file_backend import FileBackend
+from lorry.adapter_store.peft_config import resolve
+from lorry.adapter_store.records import Content, UploadRecord
+from lorry.rpc.errors import StoreFull, VersionNotFound
+from lorry.rpc.names import AdapterName
+
+SPEC = resolve(lora_config(), TINY)
+DIGEST = b"d" * 32
+UPLOAD = UploadRecord(
+    key="k" * 64,
+    name=AdapterName("default", "sql"),
+    spec=SPEC,
+    weights_bytes=6,
+    weights_sha256=b"s" * 32,
+    labels={"team": "data"},
+    expected_etag="",
+    create_time_ns=1,
+)
+
+
+def opened(path: Path) -> FileBackend:
+    return FileBackend(path, model_digest=b"m" * 32)
+
+
+def test_uploads_and_contents_are_found_again(tmp_path: Path) -> None:
+    backend = opened(tmp_path)
+    store_id = backend.load().store_id
+    backend.create_upload(UPLOAD)
+    backend.append(UPLOAD.key, b"abc")
+    backend.append(UPLOAD.key, b"def")
+    backend.keep(UPLOAD.key, DIGEST, Content(SPEC, 7))
+    backend.close()
+    backend = opened(tmp_path)
+    loaded = backend.load()
+    assert loaded.store_id == store_id
+    assert loaded.digests == {DIGEST}
+    assert loaded.uploads == [(UPLOAD, 6)]
+    backend.drop_upload(UPLOAD.key)
+    with backend.weights(DIGEST) as (content, path):
+        assert content == Content(SPEC, 7)
+        assert path.read_bytes() == b"abcdef"
+    backend.drop(DIGEST)
+    with pytest.raises(VersionNotFound), backend.weights(DIGEST):
+        raise AssertionError
+    backend.close()
+
+
+def test_a_content_is_synchronised_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was synchronised when the name appeared is what a power cut leaves."""
+    synchronised: set[int] = set()
+    sync = os.fsync
+
+    def recording(descriptor: int) -> None:
+        sync(descriptor)
+        synchronised.add(os.fstat(descriptor).st_ino)
+
+    def checked(self: Path, target: Path) -> Path:
+        if target.name == DIGEST.hex():
+            inodes = {path.stat().st_ino for path in (self, *self.iterdir())}
+            assert inodes <= synchronised
+        return rename(self, target)
+
+    rename = Path.rename
+    backend = opened(tmp_path)
+    backend.create_upload(UPLOAD)
+    backend.append(UPLOAD.key, b"abcdef")
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr(Path, "rename", checked)
+    backend.keep(UPLOAD.key, DIGEST, Content(SPEC, 7))
+    assert (tmp_path / "versions").stat().st_ino in synchronised
+    backend.close()
+
+
+def test_what_a_crash_left_half_done_is_removed(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    for path in (
+        tmp_path / "versions" / f".{DIGEST.hex()}",
+        tmp_path / "uploads" / "unacknowledged",
+    ):
+        path.mkdir()
+        (path / "weights.part").write_bytes(b"x")
+    backend = opened(tmp_path)
+    loaded = backend.load()
+    assert (loaded.digests, loaded.uploads) == (set(), [])
+    assert not list((tmp_path / "versions").iterdir())
+    assert not list((tmp_path / "uploads").iterdir())
+    backend.close()
+
+
+def test_a_content_is_kept_again_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(tmp_path)
+    backend.create_upload(UPLOAD)
+    backend.append(UPLOAD.key, b"abcdef")
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorry.adapter_store.file_backend.write_durably", full)
+        with pytest.raises(StoreFull):
+            backend.keep(UPLOAD.key, DIGEST, Content(SPEC, 7))
+    backend.keep(UPLOAD.key, DIGEST, Content(SPEC, 7))
+    assert backend.load().digests == {DIGEST}
+    backend.close()
+
+
+def test_an_upload_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
+    backend = opened(tmp_path)
+    with pytest.raises(StoreFull):
+        backend.create_upload(replace(UPLOAD, weights_bytes=1 << 60))
+    backend.close()
+
+
+def test_a_directory_has_one_store_at_a_time_and_one_base_model(tmp_path: Path) -> None:
+    backend = opened(tmp_path)
+    with pytest.raises(ValueError, match="in use by another store"):
+        opened(tmp_path)
+    backend.close()
+    with pytest.raises(ValueError, match="another base model"):
+        FileBackend(tmp_path, model_digest=b"other" * 4)
+    opened(tmp_path).close()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    durable.write_durably(path, b"old")
+
+    def failing(descriptor: int) -> None:
+        raise OSError(5, "no")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="no"):
+        durable.write_durably(path, b"new")
+    assert path.read_bytes() == b"old"
