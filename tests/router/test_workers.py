@@ -322,3 +322,13 @@ async def test_a_worker_that_is_restarted_is_found(model: Path) -> None:
             await stack.until_health(ready=True)
             assert (await stack.stream(SPEC)).text == "ok"
         assert len(restarted.submits) == 1
+
+
+async def test_failed_attempts_leave_no_task_behind(model: Path) -> None:
+    other = {"model_digest": b"other"}
+    async with router_stack(model, worker=other, wait=False) as stack:
+        await until(lambda: len(stack.worker.hellos) == 1)
+        num_tasks = len(asyncio.all_tasks())
+        await until(lambda: len(stack.worker.hellos) == 4)
+        await asyncio.sleep(0.05)
+        assert len(asyncio.all_tasks()) <= num_tasks + 1

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -84,12 +84,17 @@ class Store:
         request = pb.WatchCatalogueRequest(
             store_id=self._catalogue.store_id, start_revision=self._catalogue.begin()
         )
-        async with asyncio.timeout(self._silence_s) as silence:
-            call = self._catalogue_service.WatchCatalogue(request, metadata=self._metadata)
-            async for response in _responses(call):
-                silence.reschedule(asyncio.get_running_loop().time() + self._silence_s)
-                self._apply(response)
-                backoff.reset()
+        call = self._catalogue_service.WatchCatalogue(request, metadata=self._metadata)
+        try:
+            async with asyncio.timeout(self._silence_s) as silence:
+                async for response in call:
+                    silence.reschedule(asyncio.get_running_loop().time() + self._silence_s)
+                    self._apply(response)
+                    backoff.reset()
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc(failure) from failure
+        finally:
+            call.cancel()
         raise StoreUnavailable("the store ended the watch")
 
     def _apply(self, response: pb.WatchCatalogueResponse) -> None:
@@ -141,16 +146,6 @@ class Store:
 def adapter_not_found(name: AdapterName) -> AdapterNotFound:
     """The same words for an unknown adapter and for another tenant's."""
     return AdapterNotFound(f"adapter {name} is not registered", adapter=str(name))
-
-
-async def _responses(
-    call: grpc.aio.UnaryStreamCall[pb.WatchCatalogueRequest, pb.WatchCatalogueResponse],
-) -> AsyncIterator[pb.WatchCatalogueResponse]:
-    try:
-        async for response in call:
-            yield response
-    except grpc.aio.AioRpcError as failure:
-        raise from_rpc(failure) from failure
 
 
 def _change(event: pb.AdapterEvent) -> Change:

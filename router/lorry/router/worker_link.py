@@ -1,8 +1,9 @@
 """The one `Attach` stream to a worker: translated, watched, and begun again when it ends."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from lorry.v1 import worker_service_pb2 as pb
 from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 MIB = 1 << 20
+AttachCall = grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]
 FINISH_REASONS = {
     common_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
@@ -111,20 +113,26 @@ class WorkerLink:
     async def _attach(self, channel: grpc.aio.Channel, attached: Callable[[], None]) -> None:
         """One stream, from Hello to its end."""
         self._outbox = Outbox()
-        async with asyncio.timeout(self._silence_s) as silence:
-            stub = WorkerServiceStub(channel)
-            call = stub.Attach(self._commands(self._outbox), metadata=self._metadata)
-            worker = self._welcomed(await call.read())
-            attached()
-            log.info("worker %s attached, epoch %x", self._address, worker.epoch)
-            self._events.worker_attached(worker)
-            try:
-                while isinstance(response := await call.read(), pb.AttachResponse):
-                    silence.reschedule(self._loop.time() + self._silence_s)
-                    self._receive(worker, response)
-                raise WorkerLost("the worker ended the stream")
-            finally:
-                self._events.worker_lost(worker)
+        call = WorkerServiceStub(channel).Attach(metadata=self._metadata)
+        # Given an iterator, gRPC would go on waiting for its next command after the stream's end.
+        writer = asyncio.create_task(self._write(call, self._outbox))
+        try:
+            async with asyncio.timeout(self._silence_s) as silence:
+                worker = self._welcomed(await call.read())
+                attached()
+                log.info("worker %s attached, epoch %x", self._address, worker.epoch)
+                self._events.worker_attached(worker)
+                try:
+                    while isinstance(response := await call.read(), pb.AttachResponse):
+                        silence.reschedule(self._loop.time() + self._silence_s)
+                        self._receive(worker, response)
+                    raise WorkerLost("the worker ended the stream")
+                finally:
+                    self._events.worker_lost(worker)
+        finally:
+            writer.cancel()
+            call.cancel()
+            await asyncio.wait([writer])
 
     def _welcomed(self, response: object) -> Worker:
         if not isinstance(response, pb.AttachResponse):
@@ -172,16 +180,20 @@ class WorkerLink:
             worker.raise_submit_limit(step.submit_limit)
             self._events.submit_limit_raised(worker)
 
-    async def _commands(self, outbox: Outbox) -> AsyncIterator[pb.AttachRequest]:
-        yield pb.AttachRequest(hello=self._hello)
-        while True:
-            submits, cancels, prefetch = await outbox.take()
-            for submit in submits:
-                yield pb.AttachRequest(submit=self._submit_message(submit.seq, submit.request))
-            if cancels:
-                yield pb.AttachRequest(cancel=pb.Cancel(seqs=cancels))
-            if prefetch is not None:
-                yield pb.AttachRequest(prefetch=pb.Prefetch(versions=prefetch.versions))
+    async def _write(self, call: AttachCall, outbox: Outbox) -> None:
+        """Until cancelled, or the stream ends: then the reader knows why."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await call.write(pb.AttachRequest(hello=self._hello))
+            while True:
+                submits, cancels, prefetch = await outbox.take()
+                for submit in submits:
+                    message = self._submit_message(submit.seq, submit.request)
+                    await call.write(pb.AttachRequest(submit=message))
+                if cancels:
+                    await call.write(pb.AttachRequest(cancel=pb.Cancel(seqs=cancels)))
+                if prefetch is not None:
+                    wanted = pb.Prefetch(versions=prefetch.versions)
+                    await call.write(pb.AttachRequest(prefetch=wanted))
 
     def _submit_message(self, seq: int, request: Request) -> pb.Submit:
         generation = request.generation
