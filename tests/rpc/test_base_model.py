@@ -105,10 +105,13 @@ def test_a_config_that_cannot_be_read_is_refused_by_file(
         read_base_model(tmp_path)
 
 
-def test_weights_must_be_safetensors(tmp_path: Path) -> None:
-    (write_model(tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(UnsupportedModel, match=r"no \.safetensors file"):
-        read_base_model(tmp_path)
+def test_weights_need_not_be_there_to_know_the_model(tmp_path: Path) -> None:
+    directory = write_model(tmp_path)
+    with_weights = read_base_model(directory)
+    (directory / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    without = read_base_model(directory)
+    assert without.geometry == with_weights.geometry
+    assert without.digest != with_weights.digest
 
 
 @pytest.mark.parametrize(

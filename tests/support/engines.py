@@ -13,8 +13,8 @@ from lorry.adapter_store.image import build_image
 from lorry.kernels.page_layout import PageLayout
 from lorry.rpc.base_model import read_base_model
 from lorry.worker import messages as m
+from lorry.worker.building import build_engine
 from lorry.worker.config import EngineConfig
-from lorry.worker.engine import build_engine
 
 
 class EngineHarness:

@@ -13,6 +13,7 @@ from lorry.kernels.page_layout import MAX_RANK, Dtype, PageLayout
 from lorry.rpc.base_model import BaseModel
 
 Device = Literal["cpu", "cuda"]
+LoadFormat = Literal["safetensors", "dummy"]
 DtypeName = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[DtypeName, Dtype] = {"fp32": Dtype.FP32, "bf16": Dtype.BF16, "fp16": Dtype.FP16}
 NATIVE_DTYPE: dict[Device, DtypeName] = {"cpu": "fp32", "cuda": "bf16"}
@@ -26,6 +27,7 @@ class EngineConfig:
     """What the engine process is told, every choice made; `Config` explains the fields."""
 
     model: Path
+    load_format: LoadFormat = "safetensors"
     device: Device = "cpu"
     dtype: DtypeName = "fp32"
     pool_pages: int  # the dummy page not counted
@@ -55,6 +57,9 @@ class Config:
 
     model: Path
     """Directory of the base model: config.json and .safetensors files."""
+
+    load_format: LoadFormat = "safetensors"
+    """Whether to read the weights, or to make random ones of the model's shape for benchmarks."""
 
     address: str = "127.0.0.1:50053"
     """HOST:PORT to listen on; port 0 takes a free one."""
@@ -165,6 +170,7 @@ class Config:
         )
         return EngineConfig(
             model=self.model,
+            load_format=self.load_format,
             device=self.device,
             dtype=self.dtype or NATIVE_DTYPE[self.device],
             pool_pages=pool_pages,

@@ -5,23 +5,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import torch
-
-from lorry.kernels.page_layout import PageLayout
-from lorry.kernels.pool_view import TORCH_DTYPES, allocate_pool
-from lorry.rpc.base_model import BaseModel
 from lorry.worker import messages as m
-from lorry.worker.config import EngineConfig
 from lorry.worker.gauges import Gauges
-from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch, Plan
-from lorry.worker.pool import PagePool
 from lorry.worker.residency import Adapter, AdapterState
 from lorry.worker.runner import ReadTokens, Runner
-from lorry.worker.scheduler import Scheduler, SchedulerLimits
-from lorry.worker.sequences import SequenceTable
-from lorry.worker.torch_runner import TorchRunner
-from lorry.worker.weights import CheckpointReader, load_weights
+from lorry.worker.scheduler import Scheduler
 
 Clock = Callable[[], float]
 
@@ -208,24 +197,3 @@ class Engine:
             else:
                 text = f"the pool has no room for {adapter.num_pages} pages beside what is in use"
                 self._events.append(m.AdminResult(call, m.Failure("POOL_TOO_SMALL", text)))
-
-
-def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
-    """Load the model and allocate the pool; the dummy page comes on top of `pool_pages`."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    layout = PageLayout(geometry=base_model.geometry, dtype=config.page_dtype)
-    num_pages = config.pool_pages + 1
-    view = allocate_pool(num_pages, layout, torch.device(config.device))
-    context = config.max_context_tokens or base_model.max_context_tokens
-    limits = SchedulerLimits(
-        step_tokens=max(config.step_tokens, config.max_running),
-        max_running=config.max_running,
-        max_context_tokens=context,
-    )
-    table = SequenceTable(config.max_running, context, layout.page_tokens)
-    scheduler = Scheduler(limits, PagePool(num_pages), table)
-    reader = CheckpointReader(base_model, TORCH_DTYPES[layout.dtype], view.slices.device)
-    model = LlamaModel(load_weights(base_model, reader), base_model.geometry)
-    runner = TorchRunner(base_model, model, view, max_rank=config.max_rank)
-    return Engine(runner, scheduler)

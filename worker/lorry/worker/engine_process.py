@@ -4,8 +4,9 @@ import logging
 import time
 
 from lorry.rpc.base_model import read_base_model
+from lorry.worker.building import build_engine
 from lorry.worker.config import EngineConfig
-from lorry.worker.engine import Engine, build_engine
+from lorry.worker.engine import Engine
 from lorry.worker.engine_channel import EngineArguments, EngineChannel
 from lorry.worker.messages import Started, Stop
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
 
 from lorry.rpc.base_model import BaseModel, UnsupportedModel, tensor_files
+
+RANDOM_STANDARD_DEVIATION = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +32,17 @@ class ModelWeights:
     head: torch.Tensor  # [vocabulary, hidden]; the embedding where they are tied
 
 
+class WeightReader(Protocol):
+    """Where weights come from."""
+
+    def read(self, name: str, *shape: int) -> torch.Tensor: ...
+
+
 class CheckpointReader:
     """Named tensors of a model directory, checked for their shape, cast and moved."""
 
     def __init__(self, base_model: BaseModel, dtype: torch.dtype, device: torch.device) -> None:
+        self._base_model = base_model
         self._dtype, self._device = dtype, device
         self._file_of = {
             name: path
@@ -44,7 +54,8 @@ class CheckpointReader:
         """Raises UnsupportedModel if the tensor is missing or has another shape."""
         path = self._file_of.get(name)
         if path is None:
-            raise UnsupportedModel(f"the model has no tensor {name!r}")
+            directory = self._base_model.directory
+            raise UnsupportedModel(f"no .safetensors file of {directory} has a tensor {name!r}")
         with safe_open(path, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         if tuple(tensor.shape) != shape:
@@ -54,7 +65,19 @@ class CheckpointReader:
         return tensor.to(device=self._device, dtype=self._dtype)
 
 
-def load_weights(base_model: BaseModel, reader: CheckpointReader) -> ModelWeights:
+class RandomWeights:
+    """Random normal tensors of any name and shape, for benchmarks; norms are near 1."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+
+    def read(self, name: str, *shape: int) -> torch.Tensor:
+        mean = 1.0 if len(shape) == 1 else 0.0
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return tensor.normal_(mean, RANDOM_STANDARD_DEVIATION)
+
+
+def load_weights(base_model: BaseModel, reader: WeightReader) -> ModelWeights:
     """Read all weights; raises UnsupportedModel that names the tensor at fault."""
     vocabulary, hidden = base_model.vocab_size, base_model.geometry.hidden
     embedding = reader.read("model.embed_tokens.weight", vocabulary, hidden)
@@ -70,7 +93,7 @@ def load_weights(base_model: BaseModel, reader: CheckpointReader) -> ModelWeight
     )
 
 
-def _load_layer(base_model: BaseModel, reader: CheckpointReader, prefix: str) -> LayerWeights:
+def _load_layer(base_model: BaseModel, reader: WeightReader, prefix: str) -> LayerWeights:
     geometry = base_model.geometry
 
     def projection(block: str, *modules: str) -> torch.Tensor:
