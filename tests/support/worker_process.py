@@ -59,6 +59,7 @@ def worker_process(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
     ) as process:
         worker = None
         try:

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import os
 import signal
+import subprocess
+import sys
 
 import grpc.aio
 import psutil
@@ -58,6 +61,16 @@ async def test_sigterm_ends_an_idle_worker_and_its_engine(model):
         assert not engine.is_running()
         assert await router.until_ended() is None
         assert worker.process.stdout.read() == ""
+
+
+async def test_ctrl_c_reaches_the_engine_only_through_the_front(model):
+    async with attached_worker(model) as (worker, _, router):
+        running = await router.submit([ECHO], max_tokens=100)
+        await router.until(lambda: bool(router.tokens[running]))
+        os.killpg(worker.process.pid, signal.SIGINT)
+        await router.until(lambda: running in router.finished)
+        assert router.finished[running].reason == LENGTH
+        assert await exit_code(worker) == 0
 
 
 async def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones(model):
@@ -216,3 +229,16 @@ def test_a_directory_without_a_model_is_named(tmp_path):
         worker_process(tmp_path, module="lorry.worker"),
     ):
         pass
+
+
+def test_a_directory_that_cannot_hold_images_is_named(model):
+    with (
+        pytest.raises(AssertionError, match=r"shm_dir: .*/none"),
+        worker_process(model, "--shm-dir=/none/lorry"),
+    ):
+        pass
+
+
+def test_the_front_loads_no_torch():
+    code = "import sys; import lorry.worker.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

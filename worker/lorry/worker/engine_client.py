@@ -110,6 +110,7 @@ class EngineClient:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
+            process_group=0,  # Ctrl-C is for the front, which drains first
             pass_fds=[commands.memory_fd, commands.event_fd, events.memory_fd, events.event_fd],
         )
 

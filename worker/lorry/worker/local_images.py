@@ -60,11 +60,16 @@ class LocalImages:
 
 @contextlib.contextmanager
 def local_images(parent: Path) -> Iterator[LocalImages]:
-    """A fresh directory under `parent`, gone on exit; removes those of dead workers."""
+    """A fresh directory under `parent`, gone on exit; removes those of dead workers.
+
+    Raises ValueError if there can be none.
+    """
     prefix = f"lorry-worker-{os.getuid()}-"
     _remove_leftovers(parent, prefix)
-    # Not yet under its final name, so that it is never seen without its lock.
-    fresh = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
+    try:  # not yet under its final name, so that it is never seen without its lock
+        fresh = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
+    except OSError as error:
+        raise ValueError(f"shm_dir: {error}") from error
     descriptor = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
