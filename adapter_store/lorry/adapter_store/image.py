@@ -109,9 +109,17 @@ def cast_finite(name: str, values: Array, dtype: np.dtype[Any]) -> Array:
     """`values` as `dtype`; raises AdapterIncompatible if one of them is not finite then."""
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(dtype, copy=False)
-    if not np.isfinite(cast).all():
+    if not _all_finite(cast):
         raise AdapterIncompatible(f"{name} holds values that are not finite in {dtype.name}")
     return cast
+
+
+def _all_finite(values: Array) -> bool:
+    """By bits: isfinite of ml_dtypes takes six times as long."""
+    unsigned = np.dtype(f"u{values.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(unsigned)
+    magnitudes = values.view(unsigned) & unsigned.type(np.iinfo(unsigned).max >> 1)
+    return bool((magnitudes < infinity).all())
 
 
 def _rows(

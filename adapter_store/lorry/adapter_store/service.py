@@ -219,7 +219,7 @@ async def send_chunks(
         raise InvalidRequest.of("offset", f"must be at most {image_bytes}, got {offset}")
     while offset < image_bytes:
         chunk = await lease.read(offset, chunk_bytes)
-        yield data_pb.FetchAdapterResponse(chunk=translation.chunk_to_proto(chunk))
+        yield translation.chunk_to_proto(chunk)
         offset += len(chunk.data)
 
 

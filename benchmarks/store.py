@@ -1,0 +1,283 @@
+"""How fast a worker gets an adapter from the store, beside a plain memory copy in the same run.
+
+    python -m benchmarks.store
+
+The store is the real process, the adapter one of rank 16 on all modules of Llama-3-8B. Each round
+takes, one after another: a copy between two buffers (the yardstick), a fetch from disk (the image
+is built), a fetch through shared memory (call, map, copy into a buffer), the copy of such a mapping
+alone, a fetch by gRPC chunks, and as many chunks from a server that does nothing but send one
+message again and again: what grpc.aio itself can do here.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import ml_dtypes
+import numpy as np
+import psutil
+from crc32c import crc32c
+from tests.support.adapter_store import write_base_model
+from tests.support.adapters import lora_config, lora_files, lora_tensors
+
+from lorry.adapter_store.image import image_bytes
+from lorry.adapter_store.peft_config import resolve
+from lorry.kernels.page_layout import MODULES, Dtype, ModelGeometry, PageLayout
+from lorry.rpc.base_model import read_base_model
+from lorry.rpc.channel import open_channel
+from lorry.rpc.layout import layout_to_proto
+from lorry.rpc.shared_memory import open_shared, shm_namespace_id
+from lorry.v1 import adapter_data_service_pb2 as data_pb
+from lorry.v1 import adapter_service_pb2 as pb
+from lorry.v1.adapter_data_service_pb2_grpc import (
+    AdapterDataServiceServicer,
+    AdapterDataServiceStub,
+    add_AdapterDataServiceServicer_to_server,
+)
+from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
+
+REPO = Path(__file__).parents[1]
+RESULT = REPO / "benchmarks" / "results" / "store.json"
+LLAMA_3_8B = ModelGeometry(
+    layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336
+)
+CHUNK_BYTES = 1 << 20
+CONFIG = lora_config(r=16, targets=MODULES)
+
+
+class Fetcher:
+    """What a worker does, and its target buffer."""
+
+    def __init__(self, channel: grpc.aio.Channel, shm_dir: Path, layout: data_pb.PageLayout):
+        self._stub = AdapterDataServiceStub(channel)
+        self._shm_dir = shm_dir
+        self._layout = layout
+        self.allocate(0)
+
+    async def hold(self, version: bytes) -> tuple[Any, data_pb.ShmHandle]:
+        """An open call that leases the image, and its handle."""
+        call: Any = self._stub.FetchAdapter(
+            data_pb.FetchAdapterRequest(
+                version=version,
+                layout=self._layout,
+                accepted_transports=[data_pb.TRANSPORT_SHM],
+                shm_namespace_id=shm_namespace_id(self._shm_dir),
+            )
+        )
+        await call.read()
+        return call, (await call.read()).shm
+
+    async def by_shared_memory(self, version: bytes) -> None:
+        call, handle = await self.hold(version)
+        self.copy_mapping(handle)
+        call.cancel()
+
+    def copy_mapping(self, handle: data_pb.ShmHandle) -> None:
+        with open_shared(self._shm_dir, handle.name, handle.bytes) as mapping:
+            np.copyto(self.target, np.frombuffer(mapping, np.uint8))
+
+    async def by_chunks(self, version: bytes, stub: AdapterDataServiceStub | None = None) -> None:
+        call: Any = (stub or self._stub).FetchAdapter(
+            data_pb.FetchAdapterRequest(version=version, layout=self._layout)
+        )
+        async for response in call:
+            if response.HasField("chunk"):
+                chunk = response.chunk
+                assert crc32c(chunk.data) == chunk.crc32c
+                end = chunk.offset + len(chunk.data)
+                self.target[chunk.offset : end] = np.frombuffer(chunk.data, np.uint8)
+
+    def allocate(self, num_bytes: int) -> None:
+        self.target = np.zeros(num_bytes, np.uint8)
+        self.source = np.ones(num_bytes, np.uint8)
+
+    def copy(self) -> None:
+        self.target[:] = self.source
+
+
+class BareSender(AdapterDataServiceServicer):
+    """Sends one message as often as an image has chunks."""
+
+    def __init__(self, num_chunks: int) -> None:
+        self._num_chunks = num_chunks
+
+    async def FetchAdapter(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[data_pb.FetchAdapterResponse]:
+        response = data_pb.FetchAdapterResponse()
+        response.chunk.data = bytes(CHUNK_BYTES)
+        response.chunk.crc32c = crc32c(response.chunk.data)
+        for _ in range(self._num_chunks):
+            yield response
+
+
+async def serve_bare(num_chunks: int) -> None:
+    server = grpc.aio.server()
+    add_AdapterDataServiceServicer_to_server(BareSender(num_chunks), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"listening on 127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[str]:
+    """A Python process; the address that its first line ends with."""
+    command = [sys.executable, "-m", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+async def push(channel: grpc.aio.Channel, adapter_id: str, seed: int) -> tuple[bytes, float, int]:
+    """Upload an adapter; its version, the seconds it took, and its bytes."""
+    tensors = lora_tensors(CONFIG, LLAMA_3_8B, seed=seed, dtype=ml_dtypes.bfloat16)
+    config_json, weights = lora_files(CONFIG, tensors)
+    stub = AdapterServiceStub(channel)
+    start_s = time.monotonic()
+    upload: Any = await stub.CreateUpload(
+        pb.CreateUploadRequest(
+            adapter_id=adapter_id,
+            config_json=config_json,
+            weights_bytes=len(weights),
+            weights_sha256=hashlib.sha256(weights).digest(),
+        )
+    )
+    response: Any = await stub.UploadAdapter(requests(upload.upload_id, weights))
+    return response.version.digest, time.monotonic() - start_s, len(weights)
+
+
+def requests(upload_id: str, weights: bytes) -> Iterator[pb.UploadAdapterRequest]:
+    yield pb.UploadAdapterRequest(start=pb.UploadStart(upload_id=upload_id))
+    for offset in range(0, len(weights), CHUNK_BYTES):
+        data = weights[offset : offset + CHUNK_BYTES]
+        request = pb.UploadAdapterRequest()  # filled in place: the constructor copies slowly
+        request.chunk.offset, request.chunk.data = offset, data
+        request.chunk.crc32c = crc32c(data)
+        yield request
+
+
+async def timed(work: Callable[[], Any]) -> float:
+    start_s = time.perf_counter()
+    result = work()
+    if asyncio.iscoroutine(result):
+        await result
+    return time.perf_counter() - start_s
+
+
+async def measure(
+    fetcher: Fetcher, version: bytes, bare: AdapterDataServiceStub
+) -> dict[str, float]:
+    """One round. Everything but the fetch from disk finds the image in memory."""
+    start_s = time.perf_counter()
+    call, handle = await fetcher.hold(version)
+    from_disk_s = time.perf_counter() - start_s
+    fetcher.allocate(handle.bytes)
+    fetcher.copy()
+    copy_s = await timed(fetcher.copy)
+    shared_s = await timed(lambda: fetcher.by_shared_memory(version))
+    mapped_s = await timed(lambda: fetcher.copy_mapping(handle))
+    chunks_s = await timed(lambda: fetcher.by_chunks(version))
+    bare_s = await timed(lambda: fetcher.by_chunks(version, bare))
+    call.cancel()
+    gigabytes = handle.bytes / 1e9
+    return {
+        "memcpy_gb_per_s": gigabytes / copy_s,
+        "shared_memory_gb_per_s": gigabytes / shared_s,
+        "shared_memory_share_of_memcpy": copy_s / shared_s,
+        "map_and_copy_share_of_memcpy": copy_s / mapped_s,
+        "chunks_gb_per_s": gigabytes / chunks_s,
+        "bare_grpc_gb_per_s": gigabytes / bare_s,
+        "chunks_share_of_bare_grpc": bare_s / chunks_s,
+        "from_disk_ms": from_disk_s * 1e3,
+    }
+
+
+async def benchmark(rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
+        directory, shm_dir = Path(name), Path(shm)
+        model = write_base_model(directory / "model", LLAMA_3_8B)
+        digest = read_base_model(model).digest
+        layout = PageLayout(geometry=LLAMA_3_8B, dtype=Dtype.BF16)
+        num_chunks = image_bytes(resolve(CONFIG, LLAMA_3_8B), layout) // CHUNK_BYTES
+        with (
+            running(
+                *["lorry.adapter_store", "--address", "127.0.0.1:0", "--model", str(model)],
+                *["--backend", (directory / "adapters").as_uri(), "--shm-dir", str(shm_dir)],
+            ) as address,
+            running("benchmarks.store", "--bare", str(num_chunks)) as bare_address,
+        ):
+            async with open_channel(address) as channel, open_channel(bare_address) as bare:
+                fetcher = Fetcher(channel, shm_dir, layout_to_proto(layout, digest))
+                bare_stub = AdapterDataServiceStub(bare)
+                measured = []
+                for seed in range(rounds + 1):
+                    pushed, upload_s, weights_bytes = await push(channel, f"a-{seed}", seed)
+                    measured.append(await measure(fetcher, pushed, bare_stub))
+                    measured[-1]["upload_mb_per_s"] = weights_bytes / upload_s / 1e6
+    config: dict[str, Any] = {"model": "llama-3-8b", "rank": CONFIG["r"], "modules": MODULES}
+    config["image_bytes"] = fetcher.target.nbytes
+    return config, {key: spread(measured[1:], key) for key in measured[0]}
+
+
+def spread(rounds: Sequence[Mapping[str, float]], key: str) -> dict[str, float]:
+    values = [measured[key] for measured in rounds]
+    return {
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+def report(config: Mapping[str, Any], metrics: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=REPO, text=True)
+    return {
+        "benchmark": "store",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("grpcio", "protobuf", "numpy", "crc32c")},
+        },
+        "commit": commit.strip(),
+        "command": f"python -m benchmarks.store --rounds {rounds}",
+        "config": {**config, "rounds": rounds},
+        "metrics": metrics,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.bare:
+        asyncio.run(serve_bare(arguments.bare))
+        return
+    rounds = arguments.rounds
+    result = report(*asyncio.run(benchmark(rounds)), rounds)
+    print(json.dumps(result))
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
