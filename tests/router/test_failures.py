@@ -348,9 +348,7 @@ async def test_what_still_runs_after_the_grace_is_ended(model: Path) -> None:
         waiting, streaming = (asyncio.ensure_future(stack.stream(SPEC)) for _ in range(2))
         await submitted(stack, 2)
         stack.worker.draw(2, *tokens_of("abc"))
-        await until(
-            lambda: any(a.output.num_sent == 3 for a in stack.running.router._active.values())
-        )
+        await until(lambda: 3 in stack.nums_sent)
         await stack.running.drain()
         errors = [await error_of(call) for call in (waiting, streaming)]
         assert sorted(type(error).__name__ for error in errors) == ["Draining", "Interrupted"]

@@ -26,8 +26,7 @@ async def submitted(stack: Stack, num_submits: int) -> None:
 
 async def sent(stack: Stack, num_tokens: int) -> None:
     """Wait until the only request's client has taken so many tokens."""
-    active = stack.running.router._active
-    await until(lambda: [a.output.num_sent for a in active.values()] == [num_tokens])
+    await until(lambda: stack.nums_sent == [num_tokens])
 
 
 def store_with(*versions: bytes) -> FakeStore:

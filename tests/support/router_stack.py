@@ -74,6 +74,12 @@ class Stack:
         except grpc.aio.AioRpcError as failure:
             raise from_rpc(failure) from failure
 
+    @property
+    def nums_sent(self) -> list[int]:
+        """Tokens that the client of each active request has taken."""
+        active = self.running.router._active
+        return [active.output(request).num_sent for request in active]
+
     async def until_health(self, *, ready: bool) -> None:
         stub: Any = health_pb2_grpc.HealthStub(self.channel)
         wanted = health_pb2.HealthCheckResponse.SERVING

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import grpc.aio
 
+from lorry.router.active import ActiveRequests
 from lorry.router.config import Config
 from lorry.router.dispatcher import Dispatcher
+from lorry.router.fleet import Fleet
 from lorry.router.policies import ArrivalOrder, ResidencyPlacement
 from lorry.router.queues import RequestQueues
 from lorry.router.readiness import Readiness
@@ -55,16 +57,20 @@ async def running(config: Config) -> AsyncIterator[Running]:
             timeout_s=config.store_timeout_s,
             on_synced=readiness.set_catalogue_synced,
         )
+        dispatcher = _dispatcher(config)
+        active = ActiveRequests(dispatcher)
+        fleet = Fleet(config, dispatcher, active, on_workers=readiness.set_workers)
+        links = _links(config, fleet, base_model, metadata)
+        fleet.connect(links)
         router = Router(
             config,
-            _dispatcher(config),
+            dispatcher,
+            active,
+            fleet,
             tokenizer,
             store,
             max_context_tokens=base_model.max_context_tokens,
-            on_workers=readiness.set_workers,
         )
-        links = _links(config, router, base_model, metadata)
-        router.links.update(links)
         reader = SpecReader(base_model, served_model=config.served_model)
         server = await stack.enter_async_context(_serving(config, InferenceService(router, reader)))
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
@@ -94,13 +100,13 @@ def _dispatcher(config: Config) -> Dispatcher:
 
 
 def _links(
-    config: Config, router: Router, base_model: BaseModel, metadata: Metadata
+    config: Config, fleet: Fleet, base_model: BaseModel, metadata: Metadata
 ) -> dict[str, WorkerLink]:
     router_id = uuid.uuid4().hex
     return {
         address: WorkerLink(
             address,
-            router,
+            fleet,
             router_id=router_id,
             model_digest=base_model.digest,
             metadata=metadata,

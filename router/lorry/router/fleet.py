@@ -1,0 +1,150 @@
+"""The workers: what they say reaches the requests, and what is planned reaches them."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import grpc
+
+from lorry.router.active import ActiveRequests
+from lorry.router.config import Config
+from lorry.router.dispatcher import Dispatcher, Place, Prefetch, Submit, no_worker
+from lorry.router.request import Request, RequestState
+from lorry.router.worker import Worker
+from lorry.router.worker_link import Ended
+from lorry.rpc.errors import Draining, SlowReader, WorkerLost
+
+S = RequestState
+
+log = logging.getLogger(__name__)
+
+
+class Link(Protocol):
+    """What can be told to a worker; dropped while it is not attached."""
+
+    def submit(self, submit: Submit) -> None: ...
+    def cancel(self, place: Place) -> None: ...
+    def prefetch(self, prefetch: Prefetch) -> None: ...
+
+
+class Fleet:
+    """Hears the links' events. `connect` gives it the links, by the workers' names."""
+
+    def __init__(
+        self,
+        config: Config,
+        dispatcher: Dispatcher,
+        active: ActiveRequests,
+        *,
+        on_workers: Callable[[int], None],
+    ) -> None:
+        self._config = config
+        self._dispatcher = dispatcher
+        self._active = active
+        self._on_workers = on_workers
+        self._loop = asyncio.get_running_loop()
+        self._links: Mapping[str, Link] = {}
+        self._plan_handle: asyncio.Handle | None = None
+        self._stranded_handle: asyncio.TimerHandle | None = None
+        active.when_ended = self._request_ended
+
+    def connect(self, links: Mapping[str, Link]) -> None:
+        self._links = links
+
+    def plan_soon(self) -> None:
+        """Plan once for all that happens in this turn of the event loop."""
+        if self._plan_handle is None:
+            self._plan_handle = self._loop.call_soon(self._plan)
+
+    def worker_attached(self, worker: Worker) -> None:
+        self._dispatcher.attach(worker)
+        self._workers_changed()
+
+    def worker_lost(self, worker: Worker) -> None:
+        log.info("worker %s lost with %d requests", worker.name, worker.load)
+        for request in self._dispatcher.lose(worker):
+            self._end_without_worker(request)
+        self._workers_changed()
+
+    def worker_draining(self, worker: Worker) -> None:
+        self._workers_changed()
+
+    def submit_limit_raised(self, worker: Worker) -> None:
+        self.plan_soon()
+
+    def tokens_drawn(self, worker: Worker, seqs: Sequence[int], token_ids: Sequence[int]) -> None:
+        active = worker.active
+        for seq, token_id in zip(seqs, token_ids, strict=True):
+            request = active.get(seq)
+            if request is not None and request.state is not S.STOPPING:
+                self._draw(request, token_id)
+
+    def requests_ended(self, worker: Worker, ended: Sequence[Ended]) -> None:
+        for last_word in ended:
+            request = worker.active.get(last_word.seq)
+            if request is not None:
+                self._end_by_worker(worker, request, last_word)
+
+    def _draw(self, request: Request, token_id: int) -> None:
+        """The hot path: once for each output token."""
+        if request.state is S.SUBMITTED:
+            request.move_to(S.STREAMING)
+            request.first_token_s = request.first_token_s or self._loop.time()
+        request.output_ids.append(token_id)
+        output = self._active.output(request)
+        output.push(token_id)
+        if output.matched_stop is not None:
+            request.move_to(S.STOPPING)
+            self._links[request.worker_name].cancel(Place(request.worker_name, request.seq))
+        elif output.num_unsent > self._config.max_unsent_tokens:
+            message = f"the client has left {output.num_unsent} tokens unread"
+            self._active.fail(request, SlowReader(message))
+
+    def _end_by_worker(self, worker: Worker, request: Request, last_word: Ended) -> None:
+        error = last_word.error
+        if last_word.reason is not None or request.state is S.STOPPING:
+            self._active.complete(request, last_word)
+        elif error is not None and error.code is not grpc.StatusCode.UNAVAILABLE:
+            self._active.fail(request, error)
+        else:
+            if isinstance(error, Draining):
+                worker.draining = True
+            if not self._dispatcher.requeue(request):
+                self._end_without_worker(request)
+            self._workers_changed()
+
+    def _end_without_worker(self, request: Request) -> None:
+        if request.state is S.STOPPING or request.output_complete:
+            self._active.complete(request, None)
+        else:
+            self._active.cut_off(request, WorkerLost)
+
+    def _workers_changed(self) -> None:
+        """Plan again; requests that no worker can serve now wait for one, but not for long."""
+        self._on_workers(sum(not worker.draining for worker in self._dispatcher.workers))
+        if self._stranded_handle is not None:
+            self._stranded_handle.cancel()
+        wait_s = self._config.worker_wait_s
+        self._stranded_handle = self._loop.call_later(wait_s, self._fail_stranded)
+        self.plan_soon()
+
+    def _fail_stranded(self) -> None:
+        for request in self._dispatcher.stranded():
+            self._active.give_up(request, no_worker(), WorkerLost)
+
+    def _request_ended(self, place: Place | None) -> None:
+        if place is not None:
+            self._links[place.worker_name].cancel(place)
+        self.plan_soon()
+
+    def _plan(self) -> None:
+        self._plan_handle = None
+        for action in self._dispatcher.plan():
+            link = self._links[action.worker.name]
+            if isinstance(action, Prefetch):
+                link.prefetch(action)
+            else:
+                request = action.request
+                request.submitted_s = request.submitted_s or self._loop.time()
+                link.submit(action)
