@@ -1,0 +1,163 @@
+"""What can be checked of the images and of docker-compose.yml without a container engine."""
+
+import hashlib
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deploy import make_tokens
+from ruamel.yaml import YAML
+from tests.support.command import REPO, child_environment
+
+from lorry.client import Client, Request
+from lorry.rpc.errors import PermissionDenied, Unauthenticated
+from lorry.rpc.identity import Role, read_tokens
+
+COMPOSE: Mapping[str, Any] = YAML(typ="safe").load(REPO / "docker-compose.yml")
+SERVICES: Mapping[str, Any] = COMPOSE["services"]
+ADAPTER = REPO / "demo" / "adapters" / "reverse"
+
+
+def package_of(service: str) -> str:
+    return "lorry." + service.replace("-", "_")
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("deploy") / "secrets"
+    make_tokens.main(directory)
+    return directory
+
+
+def test_tokens_are_made_for_each_role_and_kept(secrets: Path) -> None:
+    before = {path.name: path.read_text() for path in secrets.iterdir()}
+    make_tokens.main(secrets)
+    assert {path.name: path.read_text() for path in secrets.iterdir()} == before
+    callers = read_tokens(secrets / "tokens.json")
+    for role in ("router", "worker", "admin", "infer"):
+        token = (secrets / f"{role}.token").read_text().strip()
+        assert callers[hashlib.sha256(token.encode()).digest()].roles == {Role(role)}
+        assert token not in (secrets / "tokens.json").read_text()
+    assert stat.S_IMODE(secrets.stat().st_mode) == 0o700
+
+
+def test_every_secret_is_one_that_is_made(secrets: Path) -> None:
+    files = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
+    assert files <= {path.name for path in secrets.iterdir()}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_runs_with_no_more_than_it_needs(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert "privileged" not in service
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_an_image_is_not_of_root_and_asks_for_its_readiness(name: str) -> None:
+    lines = (REPO / SERVICES[name]["build"]["dockerfile"]).read_text().splitlines()
+    port = SERVICES[name]["environment"][f"{variable_prefix(name)}ADDRESS"].rpartition(":")[2]
+    assert sum(line.startswith("FROM ") for line in lines) == 2
+    assert "USER 10001:10001" in lines
+    assert f"EXPOSE {port}" in lines
+    health = f'CMD ["python", "-m", "lorry.rpc.health", "--address", "127.0.0.1:{port}"]'
+    assert health in [line.strip() for line in lines]
+    assert lines[-1] == f'ENTRYPOINT ["python", "-m", "{package_of(name)}"]'
+    assert any(f"'.[{name}]'" in line for line in lines)
+
+
+def test_the_images_are_built_from_everything_that_the_distribution_needs() -> None:
+    let_through = {
+        line.removeprefix("!")
+        for line in (REPO / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    roots = {"adapter_store", "client", "kernels", "proto", "router", "worker"}
+    assert roots | {"README.md", "pyproject.toml", "constraints-cpu.txt"} <= let_through
+
+
+def variable_prefix(name: str) -> str:
+    return f"LORRY_{name.upper().replace('-', '_')}_"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_variable_is_an_option_of_its_service(name: str) -> None:
+    helped = subprocess.run(
+        [sys.executable, "-m", package_of(name), "--help"],
+        env=child_environment(COLUMNS="200"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    variables = [each for each in SERVICES[name]["environment"] if each.startswith("LORRY_")]
+    assert variables
+    for variable in variables:
+        assert variable.startswith(variable_prefix(name))
+        assert f"{variable}]" in helped.stdout.replace(",", "]")
+
+
+@contextmanager
+def running(name: str, secrets: Path, replacements: Mapping[str, str]) -> Iterator[str]:
+    """The service with the variables of its container, but for where things are."""
+    variables = {key: str(value) for key, value in SERVICES[name]["environment"].items()}
+    for secret, file in COMPOSE["secrets"].items():
+        replacements = {f"/run/secrets/{secret}": str(secrets / Path(file["file"]).name)} | {
+            **replacements
+        }
+    for old, new in sorted(replacements.items(), reverse=True):  # longer names first
+        variables = {key: value.replace(old, new) for key, value in variables.items()}
+    process = subprocess.Popen(
+        [sys.executable, "-m", package_of(name), "--address", "127.0.0.1:0"],
+        env=child_environment(**variables),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+async def test_the_services_work_together_as_configured(secrets: Path, tmp_path: Path) -> None:
+    replacements = {
+        "/model": str(REPO / "demo" / "model"),
+        "/var/lib/lorry": str(tmp_path),
+        "/run/lorry/images": str(tmp_path / "images"),
+        "${LORRY_DEVICE:-cuda}": "cpu",
+        "${LORRY_POOL_BYTES:-8589934592}": str(64 << 20),
+        "/tmp/triton": str(tmp_path / "triton"),
+    }
+    with ExitStack() as services:
+
+        def start(name: str) -> str:
+            return services.enter_context(running(name, secrets, replacements))
+
+        store = replacements["adapter-store:50052"] = start("adapter-store")
+        replacements["worker:50053"] = start("worker")
+        router = start("router")
+        admin, infer = (
+            (secrets / f"{role}.token").read_text().strip() for role in ("admin", "infer")
+        )
+        request = Request(prompt="banana>", adapter="reverse", temperature=0, max_tokens=16)
+        async with (
+            Client(router=router, store=store, token=admin) as operator,
+            Client(router=router, store=store, token=infer) as user,
+            Client(router=router, store=store) as stranger,
+        ):
+            await operator.adapters.push(ADAPTER)
+            assert (await user.generate(request)).text == "ananab"
+            with pytest.raises(PermissionDenied):
+                await user.adapters.push(ADAPTER, adapter_id="mine")
+            with pytest.raises(Unauthenticated):
+                await stranger.generate(request)
