@@ -8,7 +8,7 @@ import asyncio
 import enum
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -104,8 +104,23 @@ class Lease:
             for action in self._after_release:
                 action()
 
-    async def read(self, offset: int, num_bytes: int) -> Chunk:
-        """Up to `num_bytes` from `offset`, read off the event loop."""
+    async def chunks(self, offset: int, chunk_bytes: int) -> AsyncIterator[Chunk]:
+        """The image from `offset` on; the next chunk is read in a thread while one is sent."""
+        starts = iter(range(offset, self.header.image_bytes, chunk_bytes))
+        tasks = Tasks()
+        ahead = self._start_read(tasks, starts, chunk_bytes)
+        while ahead is not None:
+            chunk = await ahead
+            ahead = self._start_read(tasks, starts, chunk_bytes)
+            yield chunk
+
+    def _start_read(
+        self, tasks: Tasks, starts: Iterator[int], num_bytes: int
+    ) -> asyncio.Task[Chunk] | None:
+        start = next(starts, None)
+        return None if start is None else tasks.start(self._read(start, num_bytes))
+
+    async def _read(self, offset: int, num_bytes: int) -> Chunk:
         return await asyncio.to_thread(_read_chunk, self.path, offset, num_bytes)
 
 

@@ -217,10 +217,8 @@ async def send_chunks(
     image_bytes = lease.header.image_bytes
     if offset > image_bytes:
         raise InvalidRequest.of("offset", f"must be at most {image_bytes}, got {offset}")
-    while offset < image_bytes:
-        chunk = await lease.read(offset, chunk_bytes)
+    async for chunk in lease.chunks(offset, chunk_bytes):
         yield translation.chunk_to_proto(chunk)
-        offset += len(chunk.data)
 
 
 def max_chunk_bytes(request: data_pb.FetchAdapterRequest) -> int:
