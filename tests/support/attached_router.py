@@ -114,9 +114,14 @@ class AttachedRouter:
             self.finished[finished.seq] = finished
 
 
+def worker_stub(channel: grpc.aio.Channel) -> Any:
+    """Untyped, because the checkers disagree on what stubs return."""
+    return WorkerServiceStub(channel)
+
+
 async def until_ready(channel: grpc.aio.Channel) -> None:
     """Wait until a worker's health says that it can be used."""
-    stub = health_pb2_grpc.HealthStub(channel)
+    stub: Any = health_pb2_grpc.HealthStub(channel)
     request = health_pb2.HealthCheckRequest(service="readiness")
     async with asyncio.timeout(TIMEOUT_S):
         while True:
@@ -131,7 +136,7 @@ async def attached_router(
     channel: grpc.aio.Channel, router_id: str, *, welcomed: bool = True, **hello: Any
 ) -> AsyncIterator[AttachedRouter]:
     """A stream that is cancelled on exit."""
-    call = WorkerServiceStub(channel).Attach()
+    call = worker_stub(channel).Attach()
     defaults: dict[str, Any] = {"protocol_revision": PROTOCOL_REVISION}
     message = pb.Hello(router_id=router_id, **(defaults | hello))
     await call.write(pb.AttachRequest(hello=message))

@@ -38,6 +38,11 @@ class WorkerProcess:
         self._reader.join()
         return code
 
+    def later_output(self) -> str:
+        """What an ended worker has printed after its first line."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read()
+
     def _read_log(self) -> None:
         assert self.process.stderr is not None
         self.log += self.process.stderr

@@ -21,10 +21,11 @@ CONFIG = EngineConfig(model=Path("none"), pool_pages=1)
 class Engine:
     """A running engine and everything that it has sent."""
 
-    def __init__(self, client):
+    process: psutil.Process
+
+    def __init__(self, client: EngineClient) -> None:
         self.client = client
         self.events: list[Event] = []
-        self.process = None
 
     def of_type(self, cls):
         return [event for event in self.events if isinstance(event, cls)]

@@ -1,6 +1,7 @@
 """The front between streams and engine, without either's process."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,7 @@ def end(number: int, reason: FinishReason = FinishReason.LENGTH) -> Finished:
     return Finished(number, reason, 1, 2)
 
 
-def unread(stream: RouterStream):
+def unread(stream: RouterStream) -> list[Any]:
     """What the router has still to read."""
     events = list(stream._unread)
     stream._unread.clear()

@@ -4,7 +4,7 @@ import itertools
 
 import grpc.aio
 import pytest
-from tests.support.attached_router import attached_router, until_ready
+from tests.support.attached_router import attached_router, until_ready, worker_stub
 from tests.support.byte_model import write_byte_model
 from tests.support.scripted_engine import ECHO, FAIL, HOLD
 from tests.support.worker_process import worker_process
@@ -25,7 +25,6 @@ from lorry.rpc.errors import (
 )
 from lorry.v1 import common_pb2
 from lorry.v1 import worker_service_pb2 as pb
-from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 WINDOW = 6
 router_ids = (f"router-{number}" for number in itertools.count())
@@ -204,7 +203,7 @@ async def test_a_hello_that_does_not_match_is_refused(channel, hello, expected):
 
 
 async def test_a_stream_must_begin_with_hello(channel):
-    call = WorkerServiceStub(channel).Attach()
+    call = worker_stub(channel).Attach()
     await call.write(pb.AttachRequest(cancel=pb.Cancel(seqs=[1])))
     with pytest.raises(grpc.aio.AioRpcError, match="hello"):
         await call.read()
@@ -224,7 +223,7 @@ async def test_residency_begins_with_a_snapshot(router):
 
 
 async def test_the_status_needs_no_stream(channel, router):
-    status = await WorkerServiceStub(channel).GetWorkerStatus(pb.GetWorkerStatusRequest())
+    status = await worker_stub(channel).GetWorkerStatus(pb.GetWorkerStatusRequest())
     assert status.worker_id == "w-1"
     assert status.epoch == router.welcome.epoch
     assert status.status.pages_total == 100

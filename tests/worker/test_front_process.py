@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import grpc.aio
 import psutil
 import pytest
 from google.protobuf import duration_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.support.attached_router import attached_router, until_ready
+from tests.support.attached_router import attached_router, until_ready, worker_stub
 from tests.support.byte_model import write_byte_model
 from tests.support.scripted_engine import BABBLE, CRASH, ECHO, FLOOD, HANG, HOLD
 from tests.support.waiting import until
@@ -24,7 +25,6 @@ from lorry.v1 import common_pb2
 from lorry.v1 import worker_admin_service_pb2 as admin_pb
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.v1.worker_admin_service_pb2_grpc import WorkerAdminServiceStub
-from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 LENGTH = common_pb2.FINISH_REASON_LENGTH
 
@@ -49,7 +49,7 @@ async def exit_code(worker):
 
 
 async def health(channel):
-    stub = health_pb2_grpc.HealthStub(channel)
+    stub: Any = health_pb2_grpc.HealthStub(channel)
     return (await stub.Check(health_pb2.HealthCheckRequest(service="readiness"))).status
 
 
@@ -60,7 +60,7 @@ async def test_sigterm_ends_an_idle_worker_and_its_engine(model):
         assert await exit_code(worker) == 0
         assert not engine.is_running()
         assert await router.until_ended() is None
-        assert worker.process.stdout.read() == ""
+        assert worker.later_output() == ""
 
 
 async def test_ctrl_c_reaches_the_engine_only_through_the_front(model):
@@ -162,7 +162,7 @@ async def test_the_engine_dies_with_a_killed_front(model):
 
 async def test_a_router_that_does_not_read_loses_its_stream_and_delays_no_other(model):
     async with attached_worker(model) as (_, channel, router):
-        call = WorkerServiceStub(channel).Attach()
+        call = worker_stub(channel).Attach()
         hello = pb.Hello(router_id="slow", protocol_revision=PROTOCOL_REVISION)
         await call.write(pb.AttachRequest(hello=hello))
         for seq, first in enumerate([HOLD, FLOOD], start=1):
