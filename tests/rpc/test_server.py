@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -29,7 +30,7 @@ async def running() -> AsyncIterator[Running]:
 
 
 async def check(channel: grpc.aio.Channel, service: str) -> int:
-    stub = health_pb2_grpc.HealthStub(channel)
+    stub: Any = health_pb2_grpc.HealthStub(channel)
     response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
     return int(response.status)
 
@@ -57,7 +58,7 @@ async def test_draining_answers_not_serving_to_everything(running: Running) -> N
 
 async def test_watch_tells_each_change_of_readiness(running: Running) -> None:
     server, channel = running
-    stub = health_pb2_grpc.HealthStub(channel)
+    stub: Any = health_pb2_grpc.HealthStub(channel)
     watch = aiter(stub.Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=30))
     assert (await anext(watch)).status == NOT_SERVING
     await server.set_ready(True)

@@ -179,9 +179,11 @@ class ScriptedAdapters(AdapterServiceServicer):
         return adapter_service_pb2.GetUploadResponse(received_bytes=len(self.received))
 
     async def UploadAdapter(
-        self, requests: AsyncIterator[adapter_service_pb2.UploadAdapterRequest], context: Any
+        self,
+        request_iterator: AsyncIterator[adapter_service_pb2.UploadAdapterRequest],
+        context: Any,
     ) -> adapter_service_pb2.UploadAdapterResponse:
-        async for request in requests:
+        async for request in request_iterator:
             if request.HasField("start"):
                 self.offsets.append(request.start.offset)
             else:

@@ -1,8 +1,10 @@
 """What a service says of itself: its health, and a worker's status."""
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
+import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorry.client.retry import typed
@@ -18,7 +20,7 @@ async def is_ready(address: str, *, timeout_s: float) -> bool:
     """Whether the service takes requests; raises LorryError if it does not answer."""
     async with open_channel(address) as channel:
         try:
-            response = await health_pb2_grpc.HealthStub(channel).Check(
+            response = await _health_stub(channel).Check(
                 health_pb2.HealthCheckRequest(service=READINESS), timeout=timeout_s
             )
         except grpc.RpcError as error:
@@ -29,7 +31,7 @@ async def is_ready(address: str, *, timeout_s: float) -> bool:
 async def readiness(address: str) -> AsyncIterator[bool]:
     """Whether the service takes requests: now, and after each change; ends with the service."""
     async with open_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub = _health_stub(channel)
         try:
             async for response in stub.Watch(health_pb2.HealthCheckRequest(service=READINESS)):
                 yield bool(response.status == ServingStatus.Value("SERVING"))
@@ -49,3 +51,7 @@ async def worker_status(
         except grpc.RpcError as error:
             raise typed(error) from error
     return response
+
+
+def _health_stub(channel: grpc.aio.Channel) -> Any:  # it has no stubs for type checkers
+    return health_pb2_grpc.HealthStub(channel)

@@ -7,7 +7,7 @@ it happened and reaches the peer as INTERNAL, without its text.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, NamedTuple, Self, TypeVar
+from typing import ClassVar, NamedTuple, Self, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -268,10 +268,10 @@ def from_status(status: status_pb2.Status) -> LorryError:
 
 def from_rpc(error: grpc.RpcError) -> LorryError:
     """The error behind a failed call, whether the peer or gRPC itself ended it."""
-    status = rpc_status.from_call(error)
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
+    status = rpc_status.from_call(cast(grpc.Call, error))  # it has a Call's methods
     if status is not None:
         return from_status(status)
-    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     return RemoteError(error.details() or "", status_code=error.code(), status_reason="")
 
 

@@ -1,6 +1,7 @@
 """Ask a service for its health: ``python -m lorry.rpc.health --address 127.0.0.1:50051``."""
 
 import sys
+from typing import Any
 
 import cyclopts
 import grpc
@@ -23,7 +24,7 @@ def check(*, address: str, service: str = "readiness", timeout_s: float = 5.0) -
         Seconds to wait for an answer.
     """
     with grpc.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # it has no stubs for type checkers
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             status = stub.Check(request, timeout=timeout_s).status

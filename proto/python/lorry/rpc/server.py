@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import _async as reflection
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -28,7 +29,7 @@ class Server:
 
     port: int
     _services: Sequence[str]
-    _health: health.aio.HealthServicer
+    _health: HealthServicer
 
     async def set_ready(self, ready: bool) -> None:
         """Tell health checks of every service and of `readiness` whether to send requests here."""
@@ -70,7 +71,7 @@ async def serving(
         ],
     )
     register(server)
-    health_servicer = health.aio.HealthServicer()
+    health_servicer = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     _add_reflection([*services, health.SERVICE_NAME], server)
     running = Server(_bind(server, address), services, health_servicer)
