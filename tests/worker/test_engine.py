@@ -181,3 +181,15 @@ def test_status_counts_what_there_is(model: Path, adapter: Path, tmp_path: Path)
     assert status.adapter_loads == 1
     assert status.prefill_tokens_per_s > 0
     assert status.adapter_load_bytes_per_s > 0
+
+
+def test_measured_rates_are_of_whole_steps(model: Path, tmp_path: Path) -> None:
+    harness = EngineHarness(model, tmp_path)
+    ticks = iter(range(10_000))
+    harness.engine._clock = lambda: float(next(ticks))  # every look at the clock is a second later
+    for _ in range(3):
+        harness.submit([5] * 20, max_tokens=5)
+    harness.run()
+    status = harness.engine.status()
+    assert 0 < status.prefill_tokens_per_s <= 60
+    assert status.step_times_ms[4] >= 1000

@@ -27,6 +27,7 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, clock: Clock = time.monotonic) -> None:
         self.scheduler = scheduler
         self.gauges = Gauges()
+        self.host_s = 0.0  # spent on planning steps and on taking their results
         self._runner = runner
         self._clock = clock
         self._in_flight: deque[_Launched] = deque()
@@ -55,7 +56,9 @@ class Engine:
     def step(self) -> bool:
         """Plan and launch a step and read the one before; False if there was nothing to do."""
         self._finish_loads()
-        plan = self.scheduler.plan(self._clock(), list(self._pin_calls.values()))
+        planning_s = self._clock()
+        plan = self.scheduler.plan(planning_s, list(self._pin_calls.values()))
+        self.host_s += self._clock() - planning_s
         self._report(plan)
         for adapter in plan.loads:
             self._runner.adapters.begin_load(adapter)
@@ -91,8 +94,9 @@ class Engine:
     def _launch(self, batch: Batch | None) -> None:
         """Launch a step, then read results until the runner may take another one."""
         if batch is not None:
+            started_s = self._clock()
             read = self._runner.launch(batch, self.scheduler.table)
-            self._in_flight.append(_Launched(batch, read, self._clock()))
+            self._in_flight.append(_Launched(batch, read, started_s))
         keep = self._runner.max_in_flight - 1 if batch is not None else 0
         while len(self._in_flight) > keep:
             self._read(self._in_flight.popleft())
@@ -101,6 +105,7 @@ class Engine:
         token_ids = launched.read()
         now_s = self._clock()
         tokens, finished = self.scheduler.commit(launched.batch, token_ids, now_s)
+        self.host_s += self._clock() - now_s
         # Steps overlap: a step's time is what passed since the one before was read.
         started_s = max(launched.started_s, self._last_read_s)
         self.gauges.note_step(launched.batch, max(now_s - started_s, 1e-9))
