@@ -5,8 +5,12 @@ L = positions up to the longest context.
 """
 
 import torch
+import triton
+import triton.language as tl
 
 from lorry.kernels.pool_view import PoolView
+
+BLOCK_HEADS = 16
 
 
 def rope_reference(x_TXD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
@@ -45,3 +49,107 @@ def cos_sin_table(positions: int, head_dim: int, theta: float) -> torch.Tensor:
     angle = torch.outer(torch.arange(positions).float(), inverse)
     angle = torch.cat((angle, angle), dim=-1)
     return torch.stack((angle.cos(), angle.sin()), dim=1)
+
+
+@triton.jit
+def _rope_write_kv_kernel(
+    q_ptr,  # [T, Q, D], rotated in place
+    k_ptr,  # [T, K, D]
+    v_ptr,  # [T, K, D]
+    cos_sin_ptr,  # [L, 2, D], float32
+    position_ptr,  # [T]
+    page_ptr,  # [T]
+    pool_ptr,  # [pages, K or V, K, page tokens, D] of one layer
+    stride_qt,
+    stride_kt,
+    stride_vt,
+    page_stride,
+    QUERY_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    """One program for each row and block of heads; the heads of q, k and v are one sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    position = tl.load(position_ptr + row).to(tl.int64)
+    page = tl.load(page_ptr + row).to(tl.int64)
+
+    half = tl.arange(0, HEAD_DIM // 2)
+    table = cos_sin_ptr + position * (2 * HEAD_DIM) + half
+    cos_1 = tl.load(table)[None, :]
+    cos_2 = tl.load(table + HEAD_DIM // 2)[None, :]
+    sin_1 = tl.load(table + HEAD_DIM)[None, :]
+    sin_2 = tl.load(table + HEAD_DIM + HEAD_DIM // 2)[None, :]
+
+    is_q = (head < QUERY_HEADS)[:, None]
+    q_ptrs = q_ptr + row * stride_qt + head[:, None] * HEAD_DIM + half[None, :]
+    first, second = _rotate(q_ptrs, is_q, cos_1, sin_1, cos_2, sin_2, HEAD_DIM)
+    tl.store(q_ptrs, first.to(q_ptr.dtype.element_ty), mask=is_q)
+    tl.store(q_ptrs + HEAD_DIM // 2, second.to(q_ptr.dtype.element_ty), mask=is_q)
+
+    kv_head = head - QUERY_HEADS
+    slot = page * page_stride + kv_head * (PAGE_TOKENS * HEAD_DIM)
+    slot += position % PAGE_TOKENS * HEAD_DIM
+    cached = pool_ptr + slot[:, None] + half[None, :]
+    is_k = ((kv_head >= 0) & (kv_head < KV_HEADS))[:, None]
+    k_ptrs = k_ptr + row * stride_kt + kv_head[:, None] * HEAD_DIM + half[None, :]
+    first, second = _rotate(k_ptrs, is_k, cos_1, sin_1, cos_2, sin_2, HEAD_DIM)
+    tl.store(cached, first.to(pool_ptr.dtype.element_ty), mask=is_k)
+    tl.store(cached + HEAD_DIM // 2, second.to(pool_ptr.dtype.element_ty), mask=is_k)
+
+    # Values follow the keys in a slice just as their heads follow in this program's sequence.
+    is_v = ((kv_head >= KV_HEADS) & (kv_head < 2 * KV_HEADS))[:, None]
+    v_ptrs = v_ptr + row * stride_vt + (kv_head - KV_HEADS)[:, None] * HEAD_DIM + half[None, :]
+    tl.store(cached, tl.load(v_ptrs, mask=is_v, other=0.0), mask=is_v)
+    second = tl.load(v_ptrs + HEAD_DIM // 2, mask=is_v, other=0.0)
+    tl.store(cached + HEAD_DIM // 2, second, mask=is_v)
+
+
+@triton.jit
+def _rotate(x_ptrs, mask, cos_1, sin_1, cos_2, sin_2, HEAD_DIM: tl.constexpr):
+    """Both halves of the rotated heads in float32."""
+    first = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x_ptrs + HEAD_DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    return first * cos_1 - second * sin_1, second * cos_2 + first * sin_2
+
+
+def rope_write_kv(
+    q_TQD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    cos_sin_L2D: torch.Tensor,
+    position_T: torch.Tensor,
+    page_T: torch.Tensor,
+    pool: PoolView,
+    layer: int,
+) -> None:
+    """Rotate `q_TQD` in place; write rotated keys and the values into ``pool``.
+
+    Row t's token lies in page ``page_T[t]`` at ``position_T[t] % page tokens``; padded rows name
+    the dummy page. Heads of a row lie one after the other.
+    """
+    layout = pool.layout
+    num_rows, query_heads, head_dim = q_TQD.shape
+    kv_heads = layout.local_kv_heads
+    heads = query_heads + 2 * kv_heads
+    _rope_write_kv_kernel[(num_rows, triton.cdiv(heads, BLOCK_HEADS))](
+        q_TQD,
+        k_TKD,
+        v_TKD,
+        cos_sin_L2D,
+        position_T,
+        page_T,
+        pool.slices[layer:],
+        q_TQD.stride(0),
+        k_TKD.stride(0),
+        v_TKD.stride(0),
+        pool.layers * layout.slice_elements,
+        QUERY_HEADS=query_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE_TOKENS=layout.page_tokens,
+        BLOCK_HEADS=BLOCK_HEADS,
+        num_warps=4,
+    )

@@ -7,11 +7,14 @@ Shape suffixes: T = rows that sample, V = vocabulary.
 """
 
 import torch
+import triton
+import triton.language as tl
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
+BLOCK_V = 2048  # of a program: chunks of a row run side by side
 
 
 def sample_reference(
@@ -65,3 +68,115 @@ def _multiply(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]
     low_part = (x & 0xFFFF) * factor
     high_part = (x >> 16) * factor + (low_part >> 16)
     return high_part >> 16, (high_part << 16 | low_part & 0xFFFF) & WORD
+
+
+@triton.jit
+def _scores_kernel(
+    logits_ptr,  # [T, V]
+    temperature_ptr,  # [T]
+    seed_ptr,  # [T]
+    output_position_ptr,  # [T]
+    best_score_ptr,  # [T, chunks], float32
+    best_token_ptr,  # [T, chunks], int32
+    stride_lt,
+    vocabulary,
+    ROUNDS: tl.constexpr,
+    MULTIPLIER_0: tl.constexpr,
+    MULTIPLIER_1: tl.constexpr,
+    WEYL_0: tl.constexpr,
+    WEYL_1: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Best score and its token in each chunk of a row's vocabulary."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    token = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_row = token < vocabulary
+    score = tl.load(logits_ptr + row * stride_lt + token, mask=in_row, other=-float("inf"))
+    score = score.to(tl.float32)
+    temperature = tl.load(temperature_ptr + row)
+    if temperature > 0:
+        seed = tl.load(seed_ptr + row)
+        key_0 = seed.to(tl.uint32)
+        key_1 = (seed >> 32).to(tl.uint32)
+        c0 = token.to(tl.uint32)
+        c1 = tl.load(output_position_ptr + row).to(tl.uint32) + tl.zeros_like(c0)
+        c2 = tl.zeros_like(c0)
+        c3 = tl.zeros_like(c0)
+        for _ in tl.static_range(ROUNDS):
+            high_0 = tl.umulhi(c0, tl.full((), MULTIPLIER_0, tl.uint32))
+            high_1 = tl.umulhi(c2, tl.full((), MULTIPLIER_1, tl.uint32))
+            low_0 = c0 * tl.full((), MULTIPLIER_0, tl.uint32)
+            low_1 = c2 * tl.full((), MULTIPLIER_1, tl.uint32)
+            c0 = high_1 ^ c1 ^ key_0
+            c1 = low_1
+            c2 = high_0 ^ c3 ^ key_1
+            c3 = low_0
+            key_0 += tl.full((), WEYL_0, tl.uint32)
+            key_1 += tl.full((), WEYL_1, tl.uint32)
+        uniform = ((c0 >> 9).to(tl.float32) + 0.5) * (2.0**-23)
+        score = tl.where(in_row, score / temperature - tl.log(-tl.log(uniform)), score)
+    best, place = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+    at = row * tl.num_programs(1) + chunk
+    tl.store(best_score_ptr + at, best)
+    tl.store(best_token_ptr + at, chunk * BLOCK_V + place)
+
+
+@triton.jit
+def _best_kernel(
+    best_score_ptr,  # [T, chunks]
+    best_token_ptr,  # [T, chunks]
+    token_ptr,  # [T]
+    chunks,
+    BLOCK_C: tl.constexpr,
+):
+    """The token of the best chunk of each row."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.arange(0, BLOCK_C)
+    at = best_score_ptr + row * chunks + chunk
+    score = tl.load(at, mask=chunk < chunks, other=-float("inf"))
+    place = tl.argmax(score, 0, tie_break_left=True)
+    tl.store(token_ptr + row, tl.load(best_token_ptr + row * chunks + place).to(tl.int64))
+
+
+def sample(
+    logits_TV: torch.Tensor,
+    temperature_T: torch.Tensor,
+    seed_T: torch.Tensor,
+    output_position_T: torch.Tensor,
+    token_T: torch.Tensor,
+) -> None:
+    """Write ``argmax(logits / temperature + noise)`` of each row into `token_T` (int64).
+
+    Temperature 0 takes the most likely token; ties go to the smallest id. The noise is that of
+    `gumbel_noise`, whose 32 random bits are equal and whose logarithms may differ in the last ones.
+    """
+    num_rows, vocabulary = logits_TV.shape
+    chunks = triton.cdiv(vocabulary, BLOCK_V)
+    best_score = torch.empty(num_rows, chunks, dtype=torch.float32, device=logits_TV.device)
+    best_token = torch.empty(num_rows, chunks, dtype=torch.int32, device=logits_TV.device)
+    _scores_kernel[(num_rows, chunks)](
+        logits_TV,
+        temperature_T,
+        seed_T,
+        output_position_T,
+        best_score,
+        best_token,
+        logits_TV.stride(0),
+        vocabulary,
+        ROUNDS=PHILOX_ROUNDS,
+        MULTIPLIER_0=PHILOX_MULTIPLIERS[0],
+        MULTIPLIER_1=PHILOX_MULTIPLIERS[1],
+        WEYL_0=PHILOX_WEYL[0],
+        WEYL_1=PHILOX_WEYL[1],
+        BLOCK_V=BLOCK_V,
+        num_warps=4,
+    )
+    _best_kernel[(num_rows,)](
+        best_score,
+        best_token,
+        token_T,
+        chunks,
+        BLOCK_C=triton.next_power_of_2(chunks),
+        num_warps=1,
+    )

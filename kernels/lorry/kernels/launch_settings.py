@@ -1,0 +1,117 @@
+"""Launch settings as data, tuned on one NVIDIA H200 (triton 3.6, bf16, 2026-11-22).
+
+`python -m benchmarks.tune` measures the neighbours of each. A setting holds for all models: what
+differs between them (heads, widths, slices) is in the kernels' constants.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+
+from lorry.kernels.attention_plan import AttentionSetting
+from lorry.kernels.lora_plan import LoraSetting
+
+# 95 % of copy bandwidth at 1 GiB of KV with 4 programs a multiprocessor and blocks of 32 tokens in
+# 5 stages; with 3 stages, which leaves one buffer, 60 %.
+DECODE = AttentionSetting(
+    block_rows=16,
+    block_tokens=32,
+    programs_per_multiprocessor=4,
+    unit_cost=2,
+    min_share=8,
+    merge_stages=3,
+    num_warps=4,
+    num_stages=5,
+)
+PREFILL = AttentionSetting(
+    block_rows=64,
+    block_tokens=64,
+    programs_per_multiprocessor=2,
+    unit_cost=1,
+    min_share=4,
+    merge_stages=1,
+    num_warps=4,
+    num_stages=2,
+)
+# float32 is for tests: what compiles without spills.
+DECODE_FP32 = replace(DECODE, block_tokens=16, programs_per_multiprocessor=2, num_stages=3)
+PREFILL_FP32 = replace(
+    PREFILL, block_rows=16, block_tokens=16, programs_per_multiprocessor=2, num_stages=2
+)
+
+# By the largest number of rows of a step.
+LORA = {
+    16: LoraSetting(
+        tile_rows=16,
+        shrink_ranks=16,
+        shrink_splits=16,
+        shrink_programs_per_multiprocessor=8,
+        shrink_warps=4,
+        shrink_stages=1,
+        expand_ranks=16,
+        expand_columns=32,
+        expand_programs_per_multiprocessor=16,
+        expand_warps=1,
+        expand_stages=1,
+    ),
+    64: LoraSetting(
+        tile_rows=16,
+        shrink_ranks=16,
+        shrink_splits=4,
+        shrink_programs_per_multiprocessor=6,
+        shrink_warps=4,
+        shrink_stages=3,
+        expand_ranks=16,
+        expand_columns=32,
+        expand_programs_per_multiprocessor=16,
+        expand_warps=1,
+        expand_stages=1,
+    ),
+    512: LoraSetting(
+        tile_rows=16,
+        shrink_ranks=16,
+        shrink_splits=2,
+        shrink_programs_per_multiprocessor=8,
+        shrink_warps=4,
+        shrink_stages=3,
+        expand_ranks=16,
+        expand_columns=32,
+        expand_programs_per_multiprocessor=16,
+        expand_warps=1,
+        expand_stages=1,
+    ),
+    1 << 30: LoraSetting(
+        tile_rows=64,
+        shrink_ranks=16,
+        shrink_splits=4,
+        shrink_programs_per_multiprocessor=4,
+        shrink_warps=4,
+        shrink_stages=3,
+        expand_ranks=16,
+        expand_columns=64,
+        expand_programs_per_multiprocessor=8,
+        expand_warps=4,
+        expand_stages=1,
+    ),
+}
+LORA_FP32 = replace(LORA[64], shrink_warps=8, shrink_stages=1)
+
+
+def decode_setting(dtype: torch.dtype, group: int) -> AttentionSetting:
+    """For runs of few rows; `group` is the number of query heads of a KV head."""
+    setting = DECODE_FP32 if dtype == torch.float32 else DECODE
+    return replace(setting, block_rows=max(setting.block_rows, triton.next_power_of_2(group)))
+
+
+def prefill_setting(dtype: torch.dtype, group: int) -> AttentionSetting:
+    """For runs of many rows."""
+    setting = PREFILL_FP32 if dtype == torch.float32 else PREFILL
+    return replace(setting, block_rows=max(setting.block_rows, triton.next_power_of_2(group)))
+
+
+def lora_setting(dtype: torch.dtype, max_rows: int) -> LoraSetting:
+    """For steps of at most `max_rows` rows."""
+    if dtype == torch.float32:
+        return LORA_FP32
+    return next(setting for rows, setting in LORA.items() if max_rows <= rows)

@@ -1,0 +1,79 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.support.kernel_cases import (
+    MIXED_ADAPTERS,
+    Adapter,
+    layout_of,
+    mixes,
+    store_adapters,
+)
+from tests.support.kernel_checks import check_lora
+
+from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
+from lorry.kernels.page_layout import GROUPS, MODULES
+
+SETTING = LoraSetting(
+    tile_rows=4,
+    shrink_ranks=16,
+    shrink_splits=3,
+    shrink_programs_per_multiprocessor=2,
+    shrink_warps=4,
+    shrink_stages=1,
+    expand_ranks=16,
+    expand_columns=32,
+    expand_programs_per_multiprocessor=2,
+    expand_warps=4,
+    expand_stages=1,
+)
+MIXES = mixes(13, len(MIXED_ADAPTERS) - 1)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_lora_of_mixed_ranks_and_targets_matches_the_reference(device, mix):
+    pool, tables = store_adapters(MIXED_ADAPTERS[:-1], layout_of("tiny", torch.float32), device)
+    check_lora(MIXES[mix], pool, tables, SETTING)
+
+
+def test_lora_in_half_precision_matches_the_reference(device):
+    pool, tables = store_adapters(MIXED_ADAPTERS[:-1], layout_of("tiny", torch.float16), device)
+    check_lora([0, 0, 0, 1, -1, 2, 2, 3], pool, tables, SETTING, groups=(0, 3))
+
+
+def test_lora_of_the_largest_rank_matches_the_reference(device):
+    pool, tables = store_adapters(MIXED_ADAPTERS, layout_of("tiny", torch.float32), device)
+    check_lora([4, 4, 0, 4], pool, tables, SETTING, groups=(1,))
+
+
+@pytest.mark.parametrize(("name", "tp_size"), [("qwen2.5-0.5b", 1), ("qwen2.5-0.5b", 8)])
+def test_lora_of_odd_widths_matches_the_reference(device, name, tp_size):
+    adapters = (Adapter(MODULES, 3), Adapter(("q_proj", "v_proj", "down_proj"), 17))
+    pool, tables = store_adapters(adapters, layout_of(name, torch.float32, tp_size), device)
+    setting = replace(SETTING, shrink_splits=1)
+    check_lora([0, 1, 1], pool, tables, setting, groups=(0,))
+
+
+def test_only_present_modules_and_ranks_become_work(device):
+    layout = layout_of("tiny", torch.float32)
+    _, tables = store_adapters(MIXED_ADAPTERS, layout, device)
+    work = allocate_lora_work(SETTING, layout, max_rows=16, device=device)
+
+    def planned(slots):
+        plan_lora(torch.tensor(slots, dtype=torch.int32), tables, work)
+        return work.count_G2.tolist()
+
+    assert planned([-1, -1, -1]) == [[0, 0]] * len(GROUPS)
+    q_and_v = (192 + 64) // layout.row_unit
+    assert planned([1, -1]) == [[2, q_and_v], [0, 0], [0, 0], [0, 0]]
+    assert planned([1] * 5) == [[4, 2 * q_and_v], [0, 0], [0, 0], [0, 0]]
+    o = 192 // layout.row_unit
+    assert planned([3, 3, -1, 3])[1] == [2, 2 * o]
+
+
+def test_a_step_larger_than_the_work_list_is_refused(device):
+    layout = layout_of("tiny", torch.float32)
+    _, tables = store_adapters(MIXED_ADAPTERS[:1], layout, device)
+    work = allocate_lora_work(SETTING, layout, max_rows=4, device=device)
+    with pytest.raises(ValueError, match="5 rows exceed the 4"):
+        plan_lora(torch.zeros(5, dtype=torch.int32), tables, work)

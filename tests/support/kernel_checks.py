@@ -1,0 +1,95 @@
+"""Run a kernel and its reference on one case and compare; for the interpreter and for a GPU."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tests.support.kernel_cases import (
+    LAYER,
+    TOLERANCE,
+    Sequences,
+    precise_pool,
+    relative_error,
+    row_tiles,
+    widths_of,
+)
+
+from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
+from lorry.kernels.lora import AdapterTables, lora_reference
+from lorry.kernels.lora_expand import lora_expand_add
+from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
+from lorry.kernels.lora_shrink import lora_shrink
+from lorry.kernels.page_layout import GROUPS
+from lorry.kernels.paged_attention import paged_attention, paged_attention_reference
+from lorry.kernels.pool_view import PoolView
+
+
+def attend(sequences: Sequences, q_TQD: torch.Tensor, setting: AttentionSetting) -> torch.Tensor:
+    """The kernel's output, NaN where it writes nothing."""
+    layout = sequences.pool.layout
+    _, heads, head_dim = q_TQD.shape
+    work = allocate_attention_work(
+        setting,
+        max_rows=q_TQD.shape[0] + 5,
+        heads=heads,
+        kv_heads=layout.local_kv_heads,
+        head_dim=head_dim,
+        device=q_TQD.device,
+    )
+    work.partial_o.fill_(torch.nan)
+    work.partial_ml.fill_(torch.nan)
+    out_TQD = torch.full_like(q_TQD, torch.nan)
+    plan_attention(sequences.sequence_T, sequences.position_T, work)
+    paged_attention(q_TQD, sequences.pool, LAYER, sequences.block_table_SP, work, out_TQD)
+    assert not work.arrived_P.any(), "the next launch would merge too early"
+    return out_TQD
+
+
+def check_attention(sequences: Sequences, heads: int, setting: AttentionSetting) -> None:
+    pool = sequences.pool
+    rows = sequences.sequence_T.shape[0]
+    q_TQD = torch.randn(rows, heads, pool.layout.geometry.head_dim).to(pool.slices)
+    out_TQD = attend(sequences, q_TQD, setting)
+    expected = paged_attention_reference(
+        q_TQD.float(),
+        precise_pool(pool),
+        LAYER,
+        sequences.position_T.long(),
+        sequences.block_table_SP.long(),
+        sequences.tiles(),
+    )
+    is_row = sequences.sequence_T >= 0
+    assert relative_error(out_TQD[is_row], expected[is_row]) < TOLERANCE[pool.slices.dtype]
+    assert out_TQD[~is_row].isnan().all(), "padded rows are written"
+
+
+def check_lora(
+    slots: Sequence[int],
+    pool: PoolView,
+    tables: AdapterTables,
+    setting: LoraSetting,
+    groups: Sequence[int] = range(len(GROUPS)),
+    seed: int = 0,
+) -> None:
+    layout, device, dtype = pool.layout, pool.slices.device, pool.slices.dtype
+    torch.manual_seed(seed)
+    work = allocate_lora_work(setting, layout, max_rows=len(slots) + 3, device=device)
+    slot_T = torch.tensor(slots, dtype=torch.int32, device=device)
+    plan_lora(slot_T, tables, work)
+    is_base = np.asarray(slots) < 0
+    for group in groups:
+        modules = GROUPS[group]
+        x_TI = torch.randn(len(slots), widths_of(layout, modules[0])[0]).to(pool.slices)
+        x_TI[torch.from_numpy(is_base)] = torch.nan
+        widths = [widths_of(layout, module)[1] for module in modules]
+        base = torch.randn(len(slots), sum(widths)).to(pool.slices)
+        outputs = base.clone().split(widths, dim=1)
+        work.y.fill_(torch.nan)
+        y_STY = lora_shrink(x_TI, group, pool, tables, LAYER, work)
+        lora_expand_add(outputs, group, pool, tables, LAYER, work, y_STY)
+        expected = base.float().clone().split(widths, dim=1)
+        tiles = row_tiles(slots, device)
+        lora_reference(x_TI.float(), expected, modules, precise_pool(pool), tables, LAYER, tiles)
+        for output, wanted, kept in zip(outputs, expected, base.split(widths, dim=1), strict=True):
+            assert relative_error(output, wanted) < TOLERANCE[dtype], modules
+            assert torch.equal(output[is_base], kept[is_base]), "base rows are written"

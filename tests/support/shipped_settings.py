@@ -1,0 +1,128 @@
+"""Compile every shipped launch setting for sm_90 and print what each kernel takes, as JSON.
+
+Run as a module without TRITON_INTERPRET, whose kernels cannot be compiled.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from tests.support.kernel_cases import LAYERS, layout_of
+from tests.support.sm90 import compiling
+
+from lorry.kernels import activation, norm, rope, sampling
+from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
+from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
+from lorry.kernels.lora import AdapterTables
+from lorry.kernels.lora_expand import lora_expand_add
+from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
+from lorry.kernels.lora_shrink import lora_shrink
+from lorry.kernels.page_layout import GROUPS, MODULES
+from lorry.kernels.paged_attention import paged_attention
+from lorry.kernels.pool_view import allocate_pool
+
+DEVICE = torch.device("meta")
+MAX_ROWS = 1024
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ATTENTION_MODELS = [
+    ("llama-2-7b", BF16),
+    ("llama-3-8b", BF16),
+    ("llama-3-8b", FP16),
+    ("llama-3-8b", FP32),
+    ("llama-70b", BF16),
+    ("qwen2.5-0.5b", BF16),
+]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+
+def attend(model: str, dtype: torch.dtype, setting: AttentionSetting) -> None:
+    layout = layout_of(model, dtype)
+    shape = layout.geometry
+    work = allocate_attention_work(
+        setting,
+        max_rows=MAX_ROWS,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        device=DEVICE,
+    )
+    row = empty(MAX_ROWS)
+    q = empty(MAX_ROWS, shape.heads, shape.head_dim, dtype=dtype)
+    plan_attention(row, row, work)
+    paged_attention(q, allocate_pool(64, layout, DEVICE), 1, empty(512, 256), work, q)
+
+
+def adapt(dtype: torch.dtype, setting: LoraSetting, rows: int, group: int) -> None:
+    layout = layout_of("llama-3-8b", dtype)
+    pool = allocate_pool(64, layout, DEVICE)
+    tables = AdapterTables(
+        empty(64, 640),
+        empty(64),
+        empty(64, len(MODULES)),
+        empty(64, len(MODULES)),
+        empty(64, LAYERS, len(MODULES), dtype=FP32),
+    )
+    work = allocate_lora_work(setting, layout, max_rows=rows, device=DEVICE)
+    plan_lora(empty(rows), tables, work)
+    shapes = [layout.geometry.module_shape(module) for module in GROUPS[group]]
+    x_TI = empty(rows, shapes[0][0], dtype=dtype)
+    outputs = [empty(rows, output, dtype=dtype) for _, output in shapes]
+    y_STY = lora_shrink(x_TI, group, pool, tables, 1, work)
+    lora_expand_add(outputs, group, pool, tables, 1, work, y_STY)
+
+
+def rows_of_8b() -> None:
+    layout = layout_of("llama-3-8b", BF16)
+    shape = layout.geometry
+    x_TH, weight_H = empty(64, shape.hidden, dtype=BF16), empty(shape.hidden, dtype=BF16)
+    norm.rms_norm(x_TH, weight_H, 1e-5, x_TH)
+    norm.add_rms_norm(x_TH, x_TH, weight_H, 1e-5, x_TH)
+    gate_TI = empty(64, shape.intermediate, dtype=BF16)
+    activation.swiglu(gate_TI, gate_TI, gate_TI)
+    q, k, v = empty(64, 48, 128, dtype=BF16).split([32, 8, 8], dim=1)
+    table = empty(8192, 2, 128, dtype=FP32)
+    pool = allocate_pool(64, layout, DEVICE)
+    rope.rope_write_kv(q, k, v, table, empty(64), empty(64), pool, 1)
+    logits, long = empty(64, 128256, dtype=BF16), empty(64, dtype=torch.int64)
+    sampling.sample(logits, empty(64, dtype=FP32), long, long, long)
+
+
+def shipped() -> Iterator[tuple[str, Callable[[], None]]]:
+    for model, dtype in ATTENTION_MODELS:
+        shape = layout_of(model, dtype).geometry
+        group = shape.heads // shape.kv_heads
+        yield f"decode {model} {dtype}", partial(attend, model, dtype, decode_setting(dtype, group))
+        prefill = prefill_setting(dtype, group)
+        yield f"prefill {model} {dtype}", partial(attend, model, dtype, prefill)
+    for rows in (*[*LORA][:-1], MAX_ROWS):
+        for group in (0, len(GROUPS) - 1):
+            setting = lora_setting(BF16, rows)
+            yield f"lora {rows} rows {GROUPS[group]}", partial(adapt, BF16, setting, rows, group)
+    yield "lora float32", partial(adapt, FP32, lora_setting(FP32, 64), 64, 0)
+    yield "rows", rows_of_8b
+
+
+def main() -> None:
+    report = []
+    for name, launch in shipped():
+        with compiling() as kernels:
+            launch()
+        report += [
+            {
+                "setting": name,
+                "kernel": kernel.name,
+                "registers": kernel.registers,
+                "shared_bytes": kernel.shared_bytes,
+                "local_bytes": kernel.local_bytes,
+            }
+            for kernel in kernels
+        ]
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
