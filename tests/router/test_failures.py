@@ -291,6 +291,19 @@ async def test_the_clients_deadline_is_the_requests(model: Path) -> None:
         await serves_again(stack)
 
 
+async def test_a_deadline_does_not_reach_a_request_that_has_ended(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def reply(submit: Any) -> Reply:
+        return Reply(tokens_of("ok"))
+
+    async with router_stack(model, max_request_s=0.2, reply=reply) as stack:
+        await stack.stream(SPEC)
+        await asyncio.sleep(0.3)
+        await serves_again(stack)
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 # Ended by the worker
 
 

@@ -120,6 +120,16 @@ async def test_a_stop_string_ends_the_text_before_it_and_cancels_the_rest(model:
     assert answer.completed.timings.prefill.ToMilliseconds() == 30
 
 
+async def test_what_was_held_back_comes_with_the_end(model: Path) -> None:
+    stopping = common_pb2.StoppingOptions(stop_strings=["END"])
+    async with router_stack(model, reply=says("the EN")) as stack:
+        answer = await stack.stream(pb.GenerationSpec(prompt="p", stopping=stopping))
+        whole = await stack.generate(pb.GenerationSpec(prompt="p", stopping=stopping))
+    assert answer.text == whole.text == "the EN"
+    assert answer.completed is not None
+    assert answer.completed.finish_reason == LENGTH
+
+
 async def test_a_stop_string_does_not_count_before_min_tokens(model: Path) -> None:
     stopping = common_pb2.StoppingOptions(stop_strings=["b"], min_tokens=4)
     async with router_stack(model, reply=says("abcdeb!")) as stack:

@@ -38,6 +38,7 @@ def run(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:
 
 @given(texts, stop_lists, st.lists(st.integers(0, 20), max_size=6))
 @example("aab", ["aab", "ab", "b"], [1, 2])
+@example("abab", ["abab", "b"], [])
 def test_the_text_is_cut_at_the_first_stop_string(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:

@@ -47,5 +47,5 @@ class TextStream:
         text = self._detokenizer.flush()
         if self._matcher is None:
             return text
-        text = self._matcher.push(text, counts=self._num_tokens >= self._min_tokens)
+        text = self._matcher.push(text)
         return text if self.matched is not None else text + self._matcher.flush()
