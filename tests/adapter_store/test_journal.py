@@ -107,6 +107,7 @@ def test_a_change_that_could_not_be_synchronised_never_was(
     path = tmp_path / "catalogue"
     journal = Journal(path)
     journal.append(CHANGES[0])
+    before = path.read_bytes()
     sync, failures = os.fsync, [OSError(number, "no")]
 
     def failing_once(descriptor: int) -> None:
@@ -117,6 +118,7 @@ def test_a_change_that_could_not_be_synchronised_never_was(
     monkeypatch.setattr(os, "fsync", failing_once)
     with pytest.raises(error):
         journal.append(CHANGES[1])
+    assert path.read_bytes() == before
     journal.append(change(2, "other"))
     journal.close()
     assert read(path)[2] == [CHANGES[0], change(2, "other")]

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc.aio
 import pytest
@@ -71,7 +71,7 @@ async def image(client: Client, version: bytes) -> bytes:
 
 async def test_it_becomes_ready_and_drains_on_sigterm(tmp_path: Path) -> None:
     async with started(tmp_path) as store:
-        stub = health_pb2_grpc.HealthStub(store.client.channel)
+        stub: Any = health_pb2_grpc.HealthStub(store.client.channel)
         for service in ("", "readiness", "lorry.v1.AdapterService"):
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))
             async with asyncio.timeout(30):

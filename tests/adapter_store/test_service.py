@@ -195,7 +195,7 @@ async def test_a_malformed_update_is_refused(
     client: Client, fields: dict[str, Any], paths: list[str]
 ) -> None:
     adapter = await client.push("sql", CONFIG, weights())
-    wanted = {"name": "adapters/sql", "etag": adapter.etag} | fields
+    wanted: dict[str, Any] = {"name": "adapters/sql", "etag": adapter.etag, **fields}
     with pytest.raises(InvalidRequest):
         await update(client, pb.Adapter(**wanted), *paths)
     assert await client.get("adapters/sql") == adapter

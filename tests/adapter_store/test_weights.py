@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ from tests.support.adapters import TINY, Tensors, lora_config, lora_tensors
 
 from lorry.adapter_store.image import NUMPY_DTYPES
 from lorry.adapter_store.lora import tensor_names
-from lorry.adapter_store.peft_config import resolve
+from lorry.adapter_store.peft_config import parse_config, resolve
 from lorry.adapter_store.weights import CheckedWeights, check_weights
 from lorry.kernels.page_layout import MODULES, Dtype
+from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import AdapterInvalid
 
 CONFIG = lora_config(r=4, targets=MODULES, rank_pattern={"down_proj": 9}, layers_to_transform=[1])
@@ -132,3 +134,15 @@ def test_every_byte_and_every_scale_is_part_of_the_digest() -> None:
     digests.add(check(tensors).digest)
     assert len(digests) == 4
     assert check(dict(reversed(tensors.items()))).digest in digests
+
+
+DEMO = Path(__file__).parents[2] / "demo"
+
+
+@pytest.mark.parametrize("directory", sorted((DEMO / "adapters").iterdir()), ids=lambda p: p.name)
+def test_what_peft_trained_for_the_demo_is_accepted(directory: Path) -> None:
+    geometry = read_base_model(DEMO / "model").geometry
+    config = parse_config((directory / "adapter_config.json").read_text())
+    content = memoryview((directory / "adapter_model.safetensors").read_bytes())
+    for dtype in NUMPY_DTYPES.values():
+        check_weights(content, resolve(config, geometry), geometry, dtype)

@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 
 import pytest
@@ -58,7 +58,7 @@ def layout(request: pytest.FixtureRequest) -> PageLayout:
     return chosen
 
 
-def intervals(layout: PageLayout, targets: set[str], rank: int) -> list[tuple[int, int, str]]:
+def intervals(layout: PageLayout, targets: Iterable[str], rank: int) -> list[tuple[int, int, str]]:
     """First and last row unit of each A and B, in the order of the virtual space."""
     found = []
     for module, offsets in layout.offsets(targets, rank).items():

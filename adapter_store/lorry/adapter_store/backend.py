@@ -36,6 +36,7 @@ class Backend(Protocol):
 
     def staged(self, key: str) -> AbstractContextManager[Path]:
         """An upload's bytes as a local file."""
+        ...
 
     def keep(self, key: str, digest: bytes, content: Content) -> None:
         """Make an upload's bytes, durably, the content of `digest`, unless there is one."""
@@ -44,6 +45,7 @@ class Backend(Protocol):
 
     def weights(self, digest: bytes) -> AbstractContextManager[tuple[Content, Path]]:
         """A content and its safetensors as a local file."""
+        ...
 
     def drop(self, digest: bytes) -> None:
         """Delete a content."""

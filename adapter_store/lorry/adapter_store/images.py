@@ -161,7 +161,6 @@ class ImageTier:
             await asyncio.shield(image.build)
         finally:
             image.num_waiting -= 1
-        self._images.move_to_end(key)
         return Lease(image, self._after_release)
 
     async def discard(self, version: bytes) -> None:

@@ -137,7 +137,7 @@ def _matches(names: Names, path: str) -> bool:
 def _layers(value: object) -> frozenset[int] | None:
     if value is None or value == []:
         return None
-    layers = value if isinstance(value, list) else [value]
+    layers: list[Any] = value if isinstance(value, list) else [value]
     if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
         raise AdapterInvalid.of(
             "layers_to_transform", f"must be an integer or a list of integers, got {value!r}"[:300]
