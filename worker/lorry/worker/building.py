@@ -6,6 +6,7 @@ from lorry.kernels.page_layout import PageLayout
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView, allocate_pool
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.config import EngineConfig
+from lorry.worker.cuda_runner import CudaRunner
 from lorry.worker.engine import Engine
 from lorry.worker.model import LlamaModel
 from lorry.worker.pool import PagePool
@@ -51,4 +52,14 @@ def _runner(
     pool: PoolView,
     limits: SchedulerLimits,
 ) -> Runner:
-    return TorchRunner(base_model, model, pool, max_rank=config.max_rank)
+    if config.device == "cpu":
+        return TorchRunner(base_model, model, pool, max_rank=config.max_rank)
+    return CudaRunner(
+        base_model,
+        model,
+        pool,
+        max_rank=config.max_rank,
+        max_rows=limits.step_tokens,
+        max_running=limits.max_running,
+        max_context_tokens=limits.max_context_tokens,
+    )

@@ -13,6 +13,7 @@ from lorry.kernels.page_layout import BASE_MODEL
 from lorry.kernels.tiles import RowTiles, cut_tiles
 from lorry.worker.plan import Batch
 from lorry.worker.sequences import SequenceTable
+from lorry.worker.step_arrays import banned_tokens, step_arrays
 
 PROMPT_TILE_ROWS = 16
 LORA_TILE_ROWS = 16
@@ -41,29 +42,31 @@ class StepInput:
 
 
 def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -> StepInput:
-    """Lay out the step's rows on `device`: sequence after sequence, in the batch's order."""
-    first_S = np.cumsum(batch.length_S) - batch.length_S
-    sequence_T = np.repeat(np.arange(len(batch.row_S)), batch.length_S)
-    offset_T = np.arange(batch.num_tokens) - first_S[sequence_T]
-    position_T = batch.start_S[sequence_T] + offset_T
-    row_T = batch.row_S[sequence_T]
+    """Lay out the step's rows on `device`; every token that they need must have been read."""
+    arrays = step_arrays(batch, table)
+    tensors = {name: _tensor(array, device) for name, array in arrays.items()}
     most_pages = -(-int((batch.start_S + batch.length_S).max()) // table.page_tokens)
-    last_S = first_S + batch.length_S - 1
+    banned_NX = banned_tokens(batch, table)
     return StepInput(
-        token_id_T=_tensor(table.token_ids_RC[row_T, position_T], device),
-        position_T=_tensor(position_T, device),
-        page_T=_tensor(table.block_table_RP[row_T, position_T // table.page_tokens], device),
+        token_id_T=tensors["token_id"],
+        position_T=tensors["position"],
+        page_T=tensors["page"],
         block_table_SP=_tensor(table.block_table_RP[batch.row_S, :most_pages], device),
         attention_tiles=cut_tiles(
             np.arange(len(batch.row_S)),
-            first_S,
+            np.cumsum(batch.length_S) - batch.length_S,
             batch.length_S,
             tile_rows=1 if batch.is_decode_only else PROMPT_TILE_ROWS,
             num_rows=batch.num_tokens,
         ).to(device),
         lora_tiles=_lora_tiles(batch).to(device),
-        sample_row_N=_tensor(last_S[batch.samples_S], device),
-        sampling=_sampling_input(batch, table, device),
+        sample_row_N=tensors["sample_row"],
+        sampling=SamplingInput(
+            temperature_N=tensors["temperature"],
+            seed_N=tensors["seed"],
+            output_position_N=tensors["output_position"],
+            banned_NX=None if banned_NX is None else _tensor(banned_NX, device),
+        ),
     )
 
 
@@ -81,20 +84,6 @@ def _lora_tiles(batch: Batch) -> RowTiles:
         length[adapters],
         tile_rows=LORA_TILE_ROWS,
         num_rows=batch.num_tokens,
-    )
-
-
-def _sampling_input(batch: Batch, table: SequenceTable, device: torch.device) -> SamplingInput:
-    row_N = batch.row_S[batch.samples_S]
-    output_position_N = batch.output_position_S[batch.samples_S]
-    tokens_N = table.num_prompt_R[row_N] + output_position_N
-    early = tokens_N < table.min_tokens_R[row_N]
-    stop_NX = np.where(early[:, None], table.stop_ids_RX[row_N], -1)
-    return SamplingInput(
-        temperature_N=_tensor(table.temperature_R[row_N], device),
-        seed_N=_tensor(table.seed_R[row_N], device),
-        output_position_N=_tensor(output_position_N, device),
-        banned_NX=_tensor(stop_NX, device) if early.any() else None,
     )
 
 

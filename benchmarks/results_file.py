@@ -1,0 +1,62 @@
+"""One JSON file for each run, in the form that README and docs are made from."""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "numpy", "grpcio")
+
+
+def write_result(
+    name: str,
+    *,
+    benchmark: str,
+    device: str,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    directory: Path = RESULTS,
+    commit: str | None = None,
+) -> Path:
+    """Write ``NAME.json`` and print it as one line."""
+    result = {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "versions": {"python": platform.python_version()} | _versions(),
+        "commit": commit or _commit(),
+        "command": " ".join(["python -m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        "config": dict(config),
+        "metrics": dict(metrics),
+    }
+    path = directory / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result), flush=True)
+    return path
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """The checked-out commit; "unknown" where the tree came without its history."""
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,118 @@
+"""A scheduler driven without a model."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lorry.worker import messages as m
+from lorry.worker.plan import Batch, Plan
+from lorry.worker.pool import PagePool
+from lorry.worker.scheduler import Scheduler, SchedulerLimits
+from lorry.worker.sequences import SequenceTable
+
+PAGE_TOKENS = 4
+STOP = 99
+
+
+class Driver:
+    """Carries out plans without a model: every token is 1 until told otherwise."""
+
+    def __init__(
+        self,
+        *,
+        pages: int = 64,
+        adapter_pages: dict[bytes, int] | None = None,
+        instant_fetch: bool = True,
+        **limits: int,
+    ) -> None:
+        defaults = {"step_tokens": 16, "max_running": 8, "max_context_tokens": 128}
+        merged = defaults | limits
+        self.scheduler = Scheduler(
+            SchedulerLimits(**merged),
+            PagePool(pages + 1),
+            SequenceTable(merged["max_running"], merged["max_context_tokens"], PAGE_TOKENS),
+        )
+        self.adapter_pages = adapter_pages or {}
+        self.instant_fetch = instant_fetch
+        self.now_s = 0.0
+        self.next_token = 1
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, m.Finished] = {}
+        self.plans: list[Plan] = []
+        self.on_batch: Callable[[Batch], object] = lambda batch: None
+
+    def submit(self, number: int, prompt: int, max_tokens: int, version: bytes = b"") -> None:
+        self.send(number, prompt, max_tokens, version=version)
+
+    def send(
+        self,
+        number: int,
+        prompt: int,
+        max_tokens: int,
+        *,
+        version: bytes = b"",
+        remaining_s: float | None = None,
+    ) -> None:
+        submit = m.Submit(
+            request=number,
+            tenant="default",
+            version=version,
+            token_ids=[3] * prompt,
+            generated_tokens=0,
+            max_tokens=max_tokens,
+            min_tokens=0,
+            stop_token_ids=[STOP],
+            temperature=0.0,
+            seed=0,
+            remaining_s=remaining_s,
+        )
+        self.tokens[number] = []
+        self.note(self.scheduler.submit(submit, self.now_s))
+
+    def note(self, *finished: m.Finished | None) -> None:
+        for end in finished:
+            if end is not None:
+                assert end.request not in self.finished
+                self.finished[end.request] = end
+
+    def step(self) -> Plan:
+        scheduler = self.scheduler
+        plan = scheduler.plan(self.now_s, [])
+        self.plans.append(plan)
+        self.note(*plan.finished)
+        scheduler.check_integrity()
+        if self.instant_fetch:
+            for version in plan.fetches:
+                self.finish_fetch(version)
+        for adapter in plan.loads:
+            scheduler.residency.finish_load(adapter, self.now_s)
+        if plan.batch is not None:
+            self.on_batch(plan.batch)
+            drawn = np.full(int(plan.batch.samples_S.sum()), self.next_token, dtype=np.int32)
+            tokens, finished = scheduler.commit(plan.batch, drawn, self.now_s)
+            for number, token_id in zip(tokens.requests, tokens.token_ids, strict=True):
+                self.tokens[number].append(token_id)
+            self.note(*finished)
+        scheduler.check_integrity()
+        self.now_s += 1.0
+        return plan
+
+    def finish_fetch(self, version: bytes) -> None:
+        adapter = self.scheduler.residency.find(version)
+        assert adapter is not None
+        image = m.ImageReady(version, "", 0, 0, self.adapter_pages[version], 8, [])
+        self.scheduler.residency.finish_fetch(adapter, image)
+
+    def run(self, most_steps: int = 3000) -> None:
+        for _ in range(most_steps):
+            if not self.scheduler.requests:
+                return
+            self.step()
+        raise AssertionError(f"never finished: {sorted(self.scheduler.requests)}")
+
+    def rows_of(self, plan: Plan) -> dict[int, int]:
+        """Rows of each request in the step."""
+        batch = plan.batch
+        assert batch is not None
+        numbers = self.scheduler.table.number_R[batch.row_S].tolist()
+        return dict(zip(numbers, batch.length_S.tolist(), strict=True))

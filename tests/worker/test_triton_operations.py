@@ -1,0 +1,114 @@
+"""The Triton kernels compute a whole step as the torch references do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.support.engines import EngineHarness
+from tests.support.models import make_adapter, make_llama
+
+from lorry.kernels.pool_view import PoolView
+from lorry.rpc.base_model import BaseModel, read_base_model
+from lorry.worker.adapter_memory import DirectAdapterMemory
+from lorry.worker.model import LlamaModel, norm_epsilon, rope_table
+from lorry.worker.plan import Batch
+from lorry.worker.sequences import SequenceTable
+from lorry.worker.step_arrays import step_arrays
+from lorry.worker.step_input import build_step_input
+from lorry.worker.torch_operations import TorchOperations
+from lorry.worker.torch_runner import TorchRunner
+from lorry.worker.triton_operations import TritonOperations, allocate_device_state
+from lorry.worker.weights import CheckpointReader, load_weights
+
+PADDING = 3  # rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+
+
+def tensors(batch: Batch, table: SequenceTable) -> dict[str, torch.Tensor]:
+    """The step's rows as the kernels take them, padded."""
+    padding = {"page": 0, "sequence": -1, "slot": -1, "position": 0, "token_id": 0}
+    return {
+        name: torch.from_numpy(
+            np.concatenate([array, np.full(PADDING, padding[name])]).astype(
+                np.int64 if name == "token_id" else np.int32
+            )
+        )
+        for name, array in step_arrays(batch, table).items()
+        if name in padding
+    }
+
+
+def states(
+    base_model: BaseModel,
+    pool: PoolView,
+    memory: DirectAdapterMemory,
+    batch: Batch,
+    table: SequenceTable,
+    model: LlamaModel,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of the step's rows by the references and by the kernels."""
+    cos_sin, epsilon = rope_table(base_model), norm_epsilon(base_model)
+    step = build_step_input(batch, table, torch.device("cpu"))
+    expected = model.forward(
+        step.token_id_T, TorchOperations(step, memory.tables, pool, cos_sin, epsilon)
+    )
+    rows = tensors(batch, table)
+    device_state = allocate_device_state(
+        pool,
+        memory.tables,
+        torch.from_numpy(table.block_table_RP),
+        cos_sin,
+        epsilon,
+        max_rows=len(rows["slot"]),
+    )
+    operations = TritonOperations(
+        device_state,
+        position_T=rows["position"],
+        page_T=rows["page"],
+        sequence_T=rows["sequence"],
+        slot_T=rows["slot"],
+        has_adapters=True,
+    )
+    return expected, model.forward(rows["token_id"], operations)[: batch.num_tokens]
+
+
+# What padded rows compute from memory that nobody wrote is arbitrary, and never read.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
+def test_mixed_steps_have_the_references_hidden_states(model: Path, tmp_path: Path) -> None:
+    adapters = [
+        make_adapter(tmp_path / "a", model, seed=1, r=3, target_modules="all-linear"),
+        make_adapter(tmp_path / "b", model, seed=2, r=20, target_modules=["q_proj", "o_proj"]),
+        None,
+    ]
+    harness = EngineHarness(model, tmp_path, pool_pages=300, max_running=16, step_tokens=24)
+    runner = harness.engine._runner
+    assert isinstance(runner, TorchRunner)
+    for length in (1, 5, 9, 17, 30):
+        for adapter in adapters:
+            harness.submit(list(range(3, 3 + length)), adapter, max_tokens=4)
+    base_model = read_base_model(model)
+    pool = runner._pool
+    weights = load_weights(
+        base_model, CheckpointReader(base_model, torch.float32, torch.device("cpu"))
+    )
+    llama = LlamaModel(weights, base_model.geometry)
+    compared = 0
+    original = runner.launch
+
+    def launch(batch: Batch, table: SequenceTable):
+        nonlocal compared
+        if compared < 6:
+            with torch.inference_mode():
+                expected, actual = states(base_model, pool, runner.adapters, batch, table, llama)
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+            compared += 1
+        return original(batch, table)
+
+    runner.launch = launch  # type: ignore[method-assign]
+    harness.run()
+    assert compared == 6

@@ -1,0 +1,144 @@
+"""Copies page images to the GPU on a stream of their own, while steps go on.
+
+The copy stream waits, on the device, for the last launched step before it writes a page, since
+that step may still read what the page held. Files are registered for DMA where the driver allows;
+else images go through a pinned buffer.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from lorry.kernels.lora import AdapterTables
+from lorry.kernels.pool_view import PoolView
+from lorry.worker.adapter_memory import FinishedLoad
+from lorry.worker.adapter_tables import allocate_tables, describe
+from lorry.worker.host_images import HostImages
+from lorry.worker.messages import ImageReady
+from lorry.worker.residency import Adapter
+
+REGISTER_READ_ONLY = 0x08  # cudaHostRegisterReadOnly
+BOUNCE_BYTES = 64 << 20
+
+log = logging.getLogger(__name__)
+
+
+class _Copy(NamedTuple):
+    num_bytes: int
+    started: torch.cuda.Event
+    done: torch.cuda.Event
+
+
+class CudaAdapterMemory:
+    """See `AdapterMemory`. A thread enqueues the copies; pages are written on the copy stream."""
+
+    def __init__(self, pool: PoolView, *, max_rank: int) -> None:
+        device = pool.slices.device
+        self.tables: AdapterTables = allocate_tables(
+            pool.layout, num_slots=pool.num_pages - 1, max_rank=max_rank, device=device
+        )
+        self._pages = pool.slices.view(torch.uint8).view(-1, pool.layout.page_bytes)
+        self._images = HostImages()
+        self._stream = torch.cuda.Stream(device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-copies")
+        self._copies: deque[tuple[Adapter, Future[_Copy]]] = deque()
+        self._registered: set[int] = set()  # addresses of files
+        self._can_register = True
+        self._bounce: torch.Tensor | None = None
+
+    def map(self, image: ImageReady) -> None:
+        self._images.map(image)
+
+    def unmap(self, version: bytes) -> None:
+        data = self._images.unmap(version)
+        if data is not None:
+            self._thread.submit(self._unregister, data)
+
+    def begin_load(self, adapter: Adapter) -> None:
+        launched = torch.cuda.Event()
+        launched.record()
+        image = self._images.bytes_of(adapter.version)
+        file = self._images.file_of(adapter.version)
+        copy = self._thread.submit(self._copy, image, file, adapter.pages, launched)
+        self._copies.append((adapter, copy))
+
+    def finished_loads(self) -> list[FinishedLoad]:
+        finished = []
+        while self._copies and self._copies[0][1].done():
+            adapter, future = self._copies[0]
+            copy = future.result()
+            if not copy.done.query():
+                break
+            self._copies.popleft()
+            describe(self.tables, adapter)
+            seconds = max(copy.started.elapsed_time(copy.done) / 1e3, 1e-9)
+            finished.append(FinishedLoad(adapter, copy.num_bytes, seconds))
+        return finished
+
+    def _copy(
+        self, image: torch.Tensor, file: torch.Tensor, pages: list[int], launched: torch.cuda.Event
+    ) -> _Copy:
+        """Runs in the thread: enqueue the copies of one image."""
+        started, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        source = image.view(len(pages), -1)
+        is_registered = self._register(file)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(launched)
+            started.record()
+            for first, count, page in _runs(pages):
+                target, rows = self._pages[page : page + count], source[first : first + count]
+                if is_registered:
+                    target.copy_(rows, non_blocking=True)
+                else:
+                    self._copy_through_bounce(rows, target)
+            done.record()
+        return _Copy(len(image), started, done)
+
+    def _copy_through_bounce(self, rows: torch.Tensor, target: torch.Tensor) -> None:
+        if self._bounce is None:
+            self._bounce = torch.empty(BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
+        at_once = max(1, BOUNCE_BYTES // rows.shape[1])
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
+            self._stream.synchronize()  # the copy before has left the buffer
+            staged = self._bounce[: part.numel()].view_as(part)
+            staged.copy_(part)
+            target[first : first + len(part)].copy_(staged, non_blocking=True)
+
+    def _register(self, file: torch.Tensor) -> bool:
+        """Make a file's mapping readable by the GPU; False if the driver refuses."""
+        address = file.data_ptr()
+        if address in self._registered:
+            return True
+        if self._can_register:
+            started_s = time.monotonic()
+            error = int(
+                torch.cuda.cudart().cudaHostRegister(address, len(file), REGISTER_READ_ONLY)
+            )
+            if error == 0:
+                self._registered.add(address)
+                log.debug("registered %d bytes in %.3f s", len(file), time.monotonic() - started_s)
+                return True
+            log.warning("the driver does not map files (error %d): adapters are staged", error)
+            self._can_register = False
+        return False
+
+    def _unregister(self, file: torch.Tensor) -> None:
+        address = file.data_ptr()
+        if address in self._registered:
+            self._registered.remove(address)
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _runs(pages: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Consecutive pages: index of the first, how many, and its page."""
+    first = 0
+    for index in range(1, len(pages) + 1):
+        if index == len(pages) or pages[index] != pages[index - 1] + 1:
+            yield first, index - first, pages[first]
+            first = index

@@ -1,0 +1,98 @@
+"""Runs steps on a GPU as CUDA-graph replays, one launched before the last one is read."""
+
+import numpy as np
+import torch
+
+from lorry.kernels.page_layout import BASE_MODEL
+from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
+from lorry.rpc.base_model import BaseModel
+from lorry.worker.cuda_adapter_memory import CudaAdapterMemory
+from lorry.worker.model import LlamaModel, norm_epsilon, rope_table
+from lorry.worker.plan import Batch
+from lorry.worker.runner import ReadTokens
+from lorry.worker.sequence_pages import SequencePages
+from lorry.worker.sequences import SequenceTable
+from lorry.worker.step_arrays import banned_tokens, step_arrays
+from lorry.worker.step_buffers import StepBuffers
+from lorry.worker.step_graphs import StepGraphs
+from lorry.worker.triton_operations import allocate_device_state
+
+MAX_NEW_PAGES = 16384  # that travel with a step's other fields
+
+
+class CudaRunner:
+    """See `Runner`."""
+
+    max_in_flight = 2
+
+    def __init__(
+        self,
+        base_model: BaseModel,
+        model: LlamaModel,
+        pool: PoolView,
+        *,
+        max_rank: int,
+        max_rows: int,
+        max_running: int,
+        max_context_tokens: int,
+    ) -> None:
+        device, dtype = pool.slices.device, TORCH_DTYPES[pool.layout.dtype]
+        self.adapters = CudaAdapterMemory(pool, max_rank=max_rank)
+        self._pages = SequencePages(
+            max_running, -(-max_context_tokens // pool.layout.page_tokens), device
+        )
+        self._buffers = StepBuffers(
+            max_rows=max_rows,
+            max_samples=max_running,
+            max_new_pages=MAX_NEW_PAGES,
+            device=device,
+        )
+        state = allocate_device_state(
+            pool,
+            self.adapters.tables,
+            self._pages.table_RP,
+            rope_table(base_model).to(dtype=dtype, device=device),
+            norm_epsilon(base_model),
+            max_rows=max_rows,
+        )
+        self.graphs = StepGraphs(
+            model,
+            state,
+            self._buffers,
+            max_rows=max_rows,
+            max_samples=max_running,
+            hidden=base_model.geometry.hidden,
+            dtype=dtype,
+        )
+        with torch.inference_mode():
+            self.graphs.capture()
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
+        rows, samples = self.graphs.padded(batch.num_tokens, int(batch.samples_S.sum()))
+        place_U, page_U = self._pages.changes(batch, table)
+        for start in range(MAX_NEW_PAGES, len(place_U), MAX_NEW_PAGES):
+            part = slice(start, start + MAX_NEW_PAGES)
+            self._pages.write_now(place_U[part], page_U[part])
+        first = slice(MAX_NEW_PAGES)
+        values = step_arrays(batch, table)
+        values |= {"page_place": place_U[first], "new_page": page_U[first]}
+        self._buffers.fill(values, padded_rows=rows, padded_samples=samples)
+        self._pages.write(self._buffers.device, len(page_U[first]))
+        self.graphs.set_banned(banned_tokens(batch, table))
+        has_adapters = bool((batch.slot_S != BASE_MODEL).any())
+        self.graphs.replay(rows, samples, has_adapters=has_adapters)
+        return self._reader(int(batch.samples_S.sum()))
+
+    def _reader(self, samples: int) -> ReadTokens:
+        tokens = torch.empty(samples, dtype=torch.int64, pin_memory=True)
+        tokens.copy_(self.graphs.token_N[:samples], non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> np.ndarray:
+            copied.synchronize()
+            token_N: np.ndarray = tokens.numpy().astype(np.int32)
+            return token_N
+
+        return read

@@ -1,0 +1,48 @@
+"""A step's rows and samples as arrays, made from its batch and the sequence table.
+
+Shape suffixes: T = rows of the step, S = sequences of the step, N = rows that sample,
+X = stop tokens.
+"""
+
+import numpy as np
+
+from lorry.worker.plan import Batch
+from lorry.worker.sequences import NO_TOKEN, SequenceTable
+
+
+def step_arrays(batch: Batch, table: SequenceTable) -> dict[str, np.ndarray]:
+    """Fields of the step's rows (T) and samples (N): sequence after sequence, in batch order.
+
+    A token id below 0 is -1 - row of the sequence whose newest token no step's results told yet.
+    """
+    first_S = np.cumsum(batch.length_S) - batch.length_S
+    owner_T = np.repeat(np.arange(len(batch.row_S)), batch.length_S)
+    position_T = batch.start_S[owner_T] + np.arange(batch.num_tokens) - first_S[owner_T]
+    row_T = batch.row_S[owner_T]
+    token_T = np.where(
+        position_T < table.num_read_R[row_T], table.token_ids_RC[row_T, position_T], -1 - row_T
+    )
+    row_N = batch.row_S[batch.samples_S]
+    return {
+        "token_id": token_T,
+        "position": position_T,
+        "page": table.block_table_RP[row_T, position_T // table.page_tokens],
+        "sequence": row_T,
+        "slot": batch.slot_S[owner_T],
+        "sample_row": (first_S + batch.length_S - 1)[batch.samples_S],
+        "state_row": row_N,
+        "seed": table.seed_R[row_N],
+        "temperature": table.temperature_R[row_N],
+        "output_position": batch.output_position_S[batch.samples_S],
+    }
+
+
+def banned_tokens(batch: Batch, table: SequenceTable) -> np.ndarray | None:
+    """Stop tokens of the samples that have not drawn their least number of tokens yet."""
+    row_N = batch.row_S[batch.samples_S]
+    tokens_N = table.num_prompt_R[row_N] + batch.output_position_S[batch.samples_S]
+    early_N = tokens_N < table.min_tokens_R[row_N]
+    if not early_N.any():
+        return None
+    banned_NX: np.ndarray = np.where(early_N[:, None], table.stop_ids_RX[row_N], NO_TOKEN)
+    return banned_NX

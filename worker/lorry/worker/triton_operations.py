@@ -1,0 +1,149 @@
+"""The operations of a step by Triton kernels over the step buffers of a bucket."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorry.kernels.activation import swiglu
+from lorry.kernels.attention_plan import (
+    AttentionSetting,
+    AttentionWork,
+    allocate_attention_work,
+    plan_attention,
+)
+from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
+from lorry.kernels.lora import AdapterTables
+from lorry.kernels.lora_expand import lora_expand_add
+from lorry.kernels.lora_plan import LoraWork, allocate_lora_work, plan_lora
+from lorry.kernels.lora_shrink import lora_shrink
+from lorry.kernels.norm import add_rms_norm, rms_norm
+from lorry.kernels.paged_attention import paged_attention
+from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
+from lorry.kernels.rope import rope_write_kv
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """What all steps share on the device."""
+
+    pool: PoolView
+    tables: AdapterTables
+    block_table_RP: torch.Tensor  # int32, by row of the sequence table
+    cos_sin_L2D: torch.Tensor
+    epsilon: float
+    decode_work: AttentionWork
+    prefill_work: AttentionWork
+    lora_works: Sequence[LoraWork]  # by ascending max_rows
+
+    def lora_work(self, rows: int) -> LoraWork:
+        """The one that was tuned for steps of `rows` rows."""
+        return next(work for work in self.lora_works if rows <= work.max_rows)
+
+
+def allocate_device_state(
+    pool: PoolView,
+    tables: AdapterTables,
+    block_table_RP: torch.Tensor,
+    cos_sin_L2D: torch.Tensor,
+    epsilon: float,
+    *,
+    max_rows: int,
+) -> DeviceState:
+    """Work lists for steps of up to `max_rows` rows."""
+    geometry, device = pool.layout.geometry, pool.slices.device
+    dtype, group = TORCH_DTYPES[pool.layout.dtype], geometry.heads // geometry.kv_heads
+
+    def attention(setting: AttentionSetting) -> AttentionWork:
+        return allocate_attention_work(
+            setting,
+            max_rows=max_rows,
+            heads=geometry.heads,
+            kv_heads=geometry.kv_heads,
+            head_dim=geometry.head_dim,
+            device=device,
+        )
+
+    return DeviceState(
+        pool=pool,
+        tables=tables,
+        block_table_RP=block_table_RP,
+        cos_sin_L2D=cos_sin_L2D,
+        epsilon=epsilon,
+        decode_work=attention(decode_setting(dtype, group)),
+        prefill_work=attention(prefill_setting(dtype, group)),
+        lora_works=[
+            allocate_lora_work(lora_setting(dtype, rows), pool.layout, max_rows=rows, device=device)
+            for rows in sorted({min(limit, max_rows) for limit in LORA})
+        ],
+    )
+
+
+class TritonOperations:
+    """See `Operations`. The constructor plans the step's work lists on the device."""
+
+    def __init__(
+        self,
+        state: DeviceState,
+        *,
+        position_T: torch.Tensor,
+        page_T: torch.Tensor,
+        sequence_T: torch.Tensor,
+        slot_T: torch.Tensor,
+        has_adapters: bool,
+    ) -> None:
+        self._state = state
+        self._position_T = position_T
+        self._page_T = page_T
+        plan_attention(sequence_T, position_T, state.decode_work, max_run=1)
+        plan_attention(sequence_T, position_T, state.prefill_work, min_run=2)
+        self._lora_work = state.lora_work(len(slot_T)) if has_adapters else None
+        if self._lora_work:
+            plan_lora(slot_T, state.tables, self._lora_work)
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
+        out_TH = torch.empty_like(x_TH)
+        rms_norm(x_TH, weight_H, self._state.epsilon, out_TH)
+        return out_TH
+
+    def add_rms_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        add_rms_norm(x_TH, residual_TH, weight_H, self._state.epsilon, x_TH)
+        return x_TH, residual_TH
+
+    def rope_write_kv(
+        self, q_TQD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, layer: int
+    ) -> torch.Tensor:
+        state = self._state
+        rope_write_kv(
+            q_TQD,
+            k_TKD,
+            v_TKD,
+            state.cos_sin_L2D,
+            self._position_T,
+            self._page_T,
+            state.pool,
+            layer,
+        )
+        return q_TQD
+
+    def attention(self, q_TQD: torch.Tensor, layer: int) -> torch.Tensor:
+        state = self._state
+        out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
+        for work in (state.decode_work, state.prefill_work):
+            paged_attention(q_TQD, state.pool, layer, state.block_table_RP, work, out_TQD)
+        return out_TQD
+
+    def add_lora(
+        self, x_TI: torch.Tensor, outputs: Sequence[torch.Tensor], group: int, layer: int
+    ) -> None:
+        state, work = self._state, self._lora_work
+        if work is not None:
+            y_STY = lora_shrink(x_TI, group, state.pool, state.tables, layer, work)
+            lora_expand_add(outputs, group, state.pool, state.tables, layer, work, y_STY)
+
+    def swiglu(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
+        out_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype, device=gate_TI.device)
+        swiglu(gate_TI, up_TI, out_TI)
+        return out_TI
