@@ -1,3 +1,4 @@
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -64,12 +65,12 @@ async def test_stream_yields_chunks_and_then_the_completion() -> None:
 
 
 async def test_leaving_a_stream_early_cancels_its_generation() -> None:
-    inference = ScriptedInference()
+    inference = ScriptedInference(pause_after=1)
     async with client_of(inference) as client:
-        async with client.stream(Request(prompt="word " * 100_000)) as stream:
+        async with client.stream(PROMPT) as stream:
             async for _ in stream:
                 break
-        await inference.ended.wait()
+        await asyncio.wait_for(inference.ended.wait(), 10)
 
 
 async def test_options_reach_the_router_as_given() -> None:
@@ -174,11 +175,13 @@ async def test_retries_stop_when_the_next_would_be_past_the_deadline() -> None:
 
 
 async def test_a_deadline_ends_a_stream_and_its_generation() -> None:
-    inference = ScriptedInference()
+    inference = ScriptedInference(pause_after=1)
+    texts: list[str] = []
     async with client_of(inference) as client:
         with pytest.raises(DeadlineExpired):
-            await collect(client, Request(prompt="w " * 1_000_000), [], timeout_s=0.3)
-        await inference.ended.wait()
+            await collect(client, PROMPT, texts, timeout_s=0.3)
+        await asyncio.wait_for(inference.ended.wait(), 10)
+    assert texts == ["a"]
 
 
 async def test_no_service_is_a_typed_error() -> None:

@@ -83,6 +83,14 @@ async def test_a_service_that_is_never_ready_stays_listening(log: Path) -> None:
         assert not service.ready.is_set()
 
 
+async def test_watching_a_service_does_not_keep_it_from_draining(log: Path) -> None:
+    service, _ = tiny(log, "patient")
+    await service.start()
+    await service.ready.wait()
+    await service.stop(grace_s=10)
+    assert service.exit_status == 0
+
+
 async def test_a_service_that_ignores_sigterm_is_killed_with_all_it_started(
     log: Path, tmp_path: Path
 ) -> None:

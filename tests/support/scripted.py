@@ -79,12 +79,18 @@ class Script:
 class ScriptedInference(InferenceServiceServicer):
     """Answers with the prompt's words, one token each."""
 
-    def __init__(self, *failures: Exception, break_after: int | None = None) -> None:
-        """`break_after` so many chunks a stream ends UNAVAILABLE."""
+    def __init__(
+        self,
+        *failures: Exception,
+        break_after: int | None = None,
+        pause_after: int | None = None,
+    ) -> None:
+        """After so many chunks a stream ends UNAVAILABLE, or sends no more."""
         self.script = Script(*failures)
         self.specs: list[inference_service_pb2.GenerationSpec] = []
         self.ended = asyncio.Event()  # a stream has ended, however
         self._break_after = break_after
+        self._pause_after = pause_after
 
     async def Generate(
         self, request: inference_service_pb2.GenerateRequest, context: Any
@@ -105,6 +111,8 @@ class ScriptedInference(InferenceServiceServicer):
         for index, word in enumerate(request.spec.prompt.split()):
             if index == self._break_after:
                 raise _Broken("the connection broke")
+            if index == self._pause_after:
+                await asyncio.Event().wait()
             chunk = inference_service_pb2.TokenChunk(token_ids=[index], text=word)
             yield inference_service_pb2.StreamGenerateResponse(chunk=chunk)
             await asyncio.sleep(0)

@@ -1,7 +1,8 @@
 """A service that does nothing, as a process: it keeps the contract of `python -m lorry.*`.
 
-Its first argument is how it behaves: ready, never-ready, die-at-start, die-later, or stubborn,
-which ignores SIGTERM and writes the id of a child of its own to the file of the second argument.
+Its first argument is how it behaves: ready, never-ready, die-at-start, die-later, patient, which
+drains for as long as any call is open, or stubborn, which ignores SIGTERM and writes the id of a
+child of its own to the file of the second argument.
 """
 
 import asyncio
@@ -28,7 +29,11 @@ def main(behaviour: str, *arguments: str) -> None:
 
 async def serve(behaviour: str) -> None:
     async with serving(
-        _register, services=[], address="127.0.0.1:0", authenticator=Authenticator(), grace_s=0
+        _register,
+        services=[],
+        address="127.0.0.1:0",
+        authenticator=Authenticator(),
+        grace_s=600 if behaviour == "patient" else 0,
     ) as server:
         if behaviour == "stubborn":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -35,12 +35,11 @@ class RunningServices:
         try:
             content = json.loads(path.read_text())
             running = cls(pid=content["pid"], endpoints=Endpoints(**content["endpoints"]))
-            os.kill(running.pid, 0)
-        except (FileNotFoundError, ProcessLookupError):
+        except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"state file {path} is damaged, delete it: {error!r}") from error
-        return running
+        return running if _is_alive(running.pid) else None
 
     @contextlib.contextmanager
     def recorded(self, path: Path) -> Iterator[None]:
@@ -53,6 +52,16 @@ class RunningServices:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def find_endpoints(

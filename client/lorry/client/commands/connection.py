@@ -33,7 +33,7 @@ class Connection:
     """File that holds the bearer token; default: none is sent."""
 
     timeout_s: Annotated[float, Parameter(env_var="LORRY_TIMEOUT_S")] = 300.0
-    """Seconds that a call may take, with its retries."""
+    """Seconds that a call may take, with its retries; an upload has an hour of its own."""
 
     state_file: Annotated[Path, Parameter(env_var=STATE_FILE_VARIABLE)] = DEFAULT_STATE_FILE
     """Where `lorry up` wrote down the addresses of its services."""
