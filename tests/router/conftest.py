@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from tests.support.byte_model import write_byte_model
 
 

@@ -1,6 +1,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lorry.router.detokenizer import Detokenizer, TokenTable, UnsupportedTokenizer
 from tests.support.byte_model import (
     BOS,
     EOS,
@@ -10,9 +13,6 @@ from tests.support.byte_model import (
     byte_tokenizer,
     tokens_of,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-from lorry.router.detokenizer import Detokenizer, TokenTable, UnsupportedTokenizer
 
 BYTES = byte_tokenizer()
 BYTE_TABLE = TokenTable.of_tokenizer(BYTES)

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tests.support.router_requests import dispatcher, request, worker
 
 from lorry.router.dispatcher import MAX_RESUBMITS, Dispatcher, Place, Prefetch, Submit
 from lorry.router.request import AT_WORKER, Request, RequestState
@@ -16,6 +15,7 @@ from lorry.rpc.errors import (
     LorryError,
     NoWorker,
 )
+from tests.support.router_requests import dispatcher, request, worker
 
 S = RequestState
 

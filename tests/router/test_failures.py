@@ -1,18 +1,15 @@
 """Requests that end badly: each with its documented status, and everything is free afterwards."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
-from tests.support.byte_model import LONG, tokens_of
-from tests.support.fake_store import FakeStore
-from tests.support.fake_worker import ABORTED, LENGTH, Reply
-from tests.support.router_stack import Stack, error_of, read_answer, router_stack
-from tests.support.waiting import until
 
+from lorry.router.generation import Generation
 from lorry.rpc.errors import (
     AdapterIncompatible,
     AdapterNotFound,
@@ -32,6 +29,11 @@ from lorry.rpc.errors import (
 )
 from lorry.v1 import common_pb2
 from lorry.v1 import inference_service_pb2 as pb
+from tests.support.byte_model import LONG, tokens_of
+from tests.support.fake_store import FakeStore
+from tests.support.fake_worker import ABORTED, LENGTH, Reply
+from tests.support.router_stack import Stack, error_of, read_answer, router_stack
+from tests.support.waiting import until
 
 SPEC = pb.GenerationSpec(prompt="p")
 
@@ -199,6 +201,24 @@ async def test_a_client_whose_connection_breaks_is_cancelled(model: Path) -> Non
         await serves_again(stack)
 
 
+@pytest.mark.parametrize("how", ["the context is left", "the client is lost"])
+async def test_either_end_of_a_generation_is_enough(model: Path, how: str) -> None:
+    """A lost client may never let its handler go on, and other callers have no client."""
+    generation = Generation(request_id="r", tenant="default", adapter=None, prompt="p")
+    async with router_stack(model) as stack:
+        client_left: list[Callable[[], None]] = []
+        async with stack.running.router.generate(
+            generation, remaining_s=None, streaming=True, when_client_left=client_left.append
+        ):
+            await submitted(stack, 1)
+            if how == "the client is lost":
+                client_left[0]()
+                await stack.worker.until(lambda: stack.worker.cancels == [1])
+        await stack.worker.until(lambda: stack.worker.cancels == [1])
+        client_left[0]()
+        await serves_again(stack)
+
+
 def unread(stack: Stack) -> grpc.aio.Channel:
     """A channel over which little is sent ahead of what the client reads."""
     return grpc.aio.insecure_channel(
@@ -256,6 +276,17 @@ async def test_a_client_that_reads_again_in_time_gets_everything(model: Path) ->
 
 
 # Ended by a deadline
+
+
+async def test_a_deadline_while_the_store_does_not_answer(model: Path) -> None:
+    store = FakeStore()
+    store.hanging = True
+    spec = pb.GenerationSpec(prompt="p", adapter="adapters/unknown")
+    async with router_stack(model, store=store, max_request_s=0.2, store_timeout_s=20) as stack:
+        error = await error_of(stack.stream(spec))
+        assert isinstance(error, DeadlineExpired)
+        assert error.metadata["state"] == "RECEIVED"
+        await serves_again(stack)
 
 
 async def test_a_deadline_in_the_queue(model: Path) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import grpc
 import pytest
+
+from lorry.v1 import common_pb2
+from lorry.v1 import inference_service_pb2 as pb
 from tests.support.byte_model import BOS, CONTEXT_TOKENS, EOS, tokens_of
 from tests.support.fake_store import FakeStore
 from tests.support.fake_worker import LENGTH, STOP, Reply
 from tests.support.router_stack import router_stack
-
-from lorry.v1 import common_pb2
-from lorry.v1 import inference_service_pb2 as pb
 
 VERSION = bytes(range(32))
 

@@ -1,14 +1,14 @@
 import asyncio
 
 import pytest
-from tests.router.test_translation import completion
-from tests.support.byte_model import byte_tokenizer, tokens_of
 
 from lorry.router.detokenizer import TokenTable
 from lorry.router.generation import Chunk
 from lorry.router.output import Output
 from lorry.router.text_stream import TextStream
 from lorry.rpc.errors import NoWorker
+from tests.router.test_translation import completion
+from tests.support.byte_model import byte_tokenizer, tokens_of
 
 TABLE = TokenTable.of_tokenizer(byte_tokenizer())
 

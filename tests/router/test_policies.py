@@ -1,10 +1,9 @@
 from typing import Any
 
-from tests.support.router_requests import queues, request, worker
-
 from lorry.router.policies import ArrivalOrder, ResidencyPlacement
 from lorry.router.request import RequestState
 from lorry.router.worker import Worker
+from tests.support.router_requests import queues, request, worker
 
 
 def busy(load: int, **fields: Any) -> Worker:

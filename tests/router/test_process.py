@@ -14,16 +14,16 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from tests.support.byte_model import tokens_of
-from tests.support.command import child_environment
-from tests.support.fake_store import FakeStore
-from tests.support.fake_worker import LENGTH, FakeWorker, Reply
-from tests.support.router_stack import Stack, read_answer
 
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import NoWorker, from_rpc
 from lorry.v1 import inference_service_pb2 as pb
 from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tests.support.byte_model import tokens_of
+from tests.support.command import child_environment
+from tests.support.fake_store import FakeStore
+from tests.support.fake_worker import LENGTH, FakeWorker, Reply
+from tests.support.router_stack import Stack, read_answer
 
 SPEC = pb.GenerationSpec(prompt="p")
 

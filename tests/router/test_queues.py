@@ -1,9 +1,9 @@
 import pytest
-from tests.support.router_requests import queues, request
 
 from lorry.router.queues import QueueKey
 from lorry.router.request import Request, RequestState
 from lorry.rpc.errors import QueueFull, TenantLimit
+from tests.support.router_requests import queues, request
 
 
 def queued(waiting, asked: Request) -> Request:

@@ -1,9 +1,9 @@
 import itertools
 
 import pytest
-from tests.support.router_requests import request
 
 from lorry.router.request import FINAL, TRANSITIONS, IllegalTransition, RequestState
+from tests.support.router_requests import request
 
 
 def test_every_state_has_its_row() -> None:

@@ -8,11 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.byte_model import tokens_of
-from tests.support.fake_store import FakeStore
-from tests.support.fake_worker import Reply
-from tests.support.router_stack import error_of, router_stack
-from tests.support.waiting import until
 
 from lorry.router.catalogue import AdapterVersion
 from lorry.router.store import Store
@@ -20,6 +15,11 @@ from lorry.rpc.channel import open_channel
 from lorry.rpc.errors import AdapterNotFound, StoreUnavailable
 from lorry.rpc.names import AdapterName
 from lorry.v1 import inference_service_pb2 as pb
+from tests.support.byte_model import tokens_of
+from tests.support.fake_store import FakeStore
+from tests.support.fake_worker import Reply
+from tests.support.router_stack import error_of, router_stack
+from tests.support.waiting import until
 
 A = AdapterName("t", "a")
 ONE, TWO = AdapterVersion(b"1", 8), AdapterVersion(b"2", 16)
@@ -158,6 +158,15 @@ async def test_silence_makes_it_connect_again() -> None:
     fake = FakeStore()
     async with watching(fake, silence_s=0.2):
         await until(lambda: len(fake.watches) >= 3)
+
+
+async def test_messages_keep_the_watch() -> None:
+    fake = FakeStore()
+    async with watching(fake, silence_s=0.5):
+        for index in range(12):
+            fake.publish(str(A), bytes([index]))
+            await asyncio.sleep(0.1)
+        assert len(fake.watches) == 1
 
 
 async def test_while_the_watch_is_broken_known_names_are_asked_too() -> None:

@@ -2,10 +2,10 @@ import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.byte_model import EOS, byte_tokenizer, tokens_of
 
 from lorry.router.detokenizer import TokenTable
 from lorry.router.text_stream import TextStream
+from tests.support.byte_model import EOS, byte_tokenizer, tokens_of
 
 TABLE = TokenTable.of_tokenizer(byte_tokenizer())
 pieces = st.lists(

@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.support.byte_model import BOS, tokens_of, write_byte_model
 
 from lorry.router.detokenizer import UnsupportedTokenizer
 from lorry.router.generation import Chat, ChatMessage
 from lorry.router.tokenizer import Tokenizer
 from lorry.rpc.errors import InvalidRequest
+from tests.support.byte_model import BOS, tokens_of, write_byte_model
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import ParseDict
-from tests.support.byte_model import EOS, NUM_TOKENS
 
 from lorry.router.generation import Chat, ChatMessage, Completion, FinishReason
 from lorry.router.translation import SpecReader, to_completed
@@ -22,6 +21,7 @@ from lorry.rpc.errors import (
 from lorry.rpc.names import AdapterName
 from lorry.v1 import common_pb2
 from lorry.v1 import inference_service_pb2 as pb
+from tests.support.byte_model import EOS, NUM_TOKENS
 
 
 @pytest.fixture(scope="module")

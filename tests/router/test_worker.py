@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+
 from tests.support.router_requests import request, worker
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lorry.rpc.errors import Draining, NoWorker, WorkerLost
+from lorry.v1 import common_pb2, worker_service_pb2
+from lorry.v1 import inference_service_pb2 as pb
 from tests.support.byte_model import tokens_of
 from tests.support.fake_store import FakeStore
 from tests.support.fake_worker import ABORTED, CANCELLED, LENGTH, FakeWorker, Reply
 from tests.support.router_stack import Stack, error_of, router_stack
 from tests.support.waiting import until
-
-from lorry.rpc.errors import Draining, NoWorker, WorkerLost
-from lorry.v1 import common_pb2, worker_service_pb2
-from lorry.v1 import inference_service_pb2 as pb
 
 SPEC = pb.GenerationSpec(prompt="p")
 OK = Reply(tokens_of("ok"))
@@ -151,6 +151,16 @@ async def test_a_stream_goes_on_elsewhere_without_a_gap_or_a_repeat(
     assert answer.completed.usage.completion_tokens == len(token_ids)
 
 
+async def test_heartbeats_keep_an_idle_stream(model: Path) -> None:
+    async with router_stack(model, worker_silence_s=0.5) as stack:
+        call = asyncio.ensure_future(stack.stream(SPEC))
+        await submitted(stack, 1)
+        await asyncio.sleep(1.2)
+        stack.worker.finish(1, LENGTH)
+        await call
+        assert len(stack.worker.hellos) == 1
+
+
 async def test_late_tokens_of_a_lost_stream_are_ignored(model: Path) -> None:
     async with router_stack(model, worker_wait_s=10) as stack:
         call = asyncio.ensure_future(stack.stream(SPEC))
@@ -178,6 +188,7 @@ async def test_a_third_loss_ends_the_request(model: Path) -> None:
         await stack.until_health(ready=True)
         stack.worker.reply = lambda submit: OK
         assert (await stack.stream(SPEC)).text == "ok"
+        assert stack.worker.cancels == [], "a seq of an old stream means nothing on the new one"
         stack.check_idle()
 
 

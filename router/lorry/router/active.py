@@ -52,7 +52,7 @@ class ActiveRequests:
 
     def add(self, request: Request, output: Output) -> None:
         """Take a request that the dispatcher has received."""
-        deadline = self._loop.call_at(request.deadline_s, self._expire, request)
+        deadline = self._loop.call_at(request.deadline_s, self.expire, request)
         self._held[request] = _Held(output, deadline)
         self._none.clear()
 
@@ -99,7 +99,10 @@ class ActiveRequests:
         else:
             self.fail(request, error)
 
-    def _expire(self, request: Request) -> None:
+    def expire(self, request: Request) -> None:
+        """Its deadline has passed. Does nothing if the request has ended."""
+        if request.ended:
+            return
         waited_s = self._loop.time() - request.arrival_s
         self.fail(
             request,

@@ -76,9 +76,8 @@ class Output:
         self._end()
 
     def fail(self, error: LorryError) -> None:
-        """End with an error; tokens that the client has not taken are dropped."""
+        """End with an error, which the client gets before tokens that it has not taken."""
         self._error = error
-        self._unsent_ids, self._unsent_text = [], ""
         self._end()
 
     async def next_chunk(self) -> Chunk | None:

@@ -69,7 +69,7 @@ class Router:
         request, output = self._receive(generation, remaining_s, streaming=streaming)
         when_client_left(lambda: self._active.end(request, S.CANCELLED))
         try:
-            await self._prepare(request)
+            await self._prepare_in_time(request)
             yield output
         except LorryError:
             self._active.end(request, S.FAILED)
@@ -118,6 +118,13 @@ class Router:
         output = Output(text, streaming=streaming)
         self._active.add(request, output)
         return request, output
+
+    async def _prepare_in_time(self, request: Request) -> None:
+        try:
+            async with asyncio.timeout_at(request.deadline_s):
+                await self._prepare(request)
+        except TimeoutError:
+            self._active.expire(request)
 
     async def _prepare(self, request: Request) -> None:
         """Fill in what the dispatcher must know and queue the request."""
