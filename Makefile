@@ -31,8 +31,9 @@ test: $(READY) ## all tests that need neither a GPU nor root
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-gpu: ## the tests of tests/gpu with this machine's own torch; fails without a GPU
-	PYTHONPATH=adapter_store:client:kernels:proto/python:router:worker \
-		$(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
+	PYTHONPATH=adapter_store:client:kernels:proto/python:router:worker:. \
+		$(PYTHON) -m pytest tests/gpu -c /dev/null --rootdir . --import-mode=importlib \
+		-p no:cacheprovider $(PYTEST_ARGS)
 
 check: $(READY) .cache/third_party/google/rpc/status.proto ## linters, type checkers, protos
 	$(BIN)/ruff format --check .

@@ -31,8 +31,6 @@ import ml_dtypes
 import numpy as np
 import psutil
 from crc32c import crc32c
-from tests.support.adapter_store import write_base_model
-from tests.support.adapters import lora_config, lora_files, lora_tensors
 
 from lorry.adapter_store.image import image_bytes
 from lorry.adapter_store.peft_config import resolve
@@ -49,6 +47,8 @@ from lorry.v1.adapter_data_service_pb2_grpc import (
     add_AdapterDataServiceServicer_to_server,
 )
 from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
+from tests.support.adapter_store import write_base_model
+from tests.support.adapters import lora_config, lora_files, lora_tensors
 
 REPO = Path(__file__).parents[1]
 RESULT = REPO / "benchmarks" / "results" / "store.json"

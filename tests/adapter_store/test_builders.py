@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.support.adapters import TINY, lora_config
-from tests.support.waiting import until
 
 from lorry.adapter_store import builders as module
 from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.peft_config import resolve
 from lorry.kernels.page_layout import Dtype
 from lorry.rpc.errors import AdapterInvalid, LorryError, StoreUnavailable
+from tests.support.adapters import TINY, lora_config
+from tests.support.waiting import until
 
 CONFIG = lora_config()
 # Backtracks for longer than anyone waits, on names like model.layers.0.self_attn.q_proj.

@@ -9,8 +9,6 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from tests.support.adapter_store import RunningStore, running_store
-from tests.support.adapters import lora_config, lora_files, lora_tensors
 
 from lorry.adapter_store import catalogue as module
 from lorry.adapter_store.records import Adapter
@@ -18,6 +16,8 @@ from lorry.rpc.errors import Draining, RevisionCompacted, StoreFull, from_rpc
 from lorry.rpc.names import AdapterName
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1 import catalogue_service_pb2 as catalogue_pb
+from tests.support.adapter_store import RunningStore, running_store
+from tests.support.adapters import lora_config, lora_files, lora_tensors
 
 CONFIG = lora_config(r=2)
 WEIGHTS = lora_files(CONFIG, lora_tensors(CONFIG))[1]

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.support.adapters import TINY, lora_config
 
 from lorry.adapter_store import durable
 from lorry.adapter_store.file_backend import FileBackend
@@ -13,6 +12,7 @@ from lorry.adapter_store.peft_config import resolve
 from lorry.adapter_store.records import Content, UploadRecord
 from lorry.rpc.errors import StoreFull, VersionNotFound
 from lorry.rpc.names import AdapterName
+from tests.support.adapters import TINY, lora_config
 
 SPEC = resolve(lora_config(), TINY)
 DIGEST = b"d" * 32

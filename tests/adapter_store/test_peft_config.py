@@ -7,13 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tests.support.adapters import TINY, lora_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorry.adapter_store.lora import module_path
 from lorry.adapter_store.peft_config import MAX_CONFIG_BYTES, parse_config, resolve
 from lorry.kernels.page_layout import MODULES
 from lorry.rpc.errors import AdapterInvalid
+from tests.support.adapters import TINY, lora_config
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "suffixes": {"targets": ["q_proj", "down_proj"]},

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.support.adapter_store import Client, write_base_model
-from tests.support.adapters import lora_config, lora_files, lora_tensors
-from tests.support.command import child_environment
-from tests.support.waiting import until
 
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.shared_memory import shm_namespace_id
 from lorry.v1 import adapter_data_service_pb2 as data_pb
+from tests.support.adapter_store import Client, write_base_model
+from tests.support.adapters import lora_config, lora_files, lora_tensors
+from tests.support.command import child_environment
+from tests.support.waiting import until
 
 CONFIG = lora_config(r=4)
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
-from tests.support.adapter_store import Client, RunningStore, running_store
-from tests.support.adapters import lora_config, lora_files, lora_tensors
-from tests.support.waiting import until
 
 from lorry.kernels.page_layout import MODULES
 from lorry.rpc.errors import (
@@ -26,6 +23,9 @@ from lorry.rpc.errors import (
 from lorry.rpc.identity import Caller, Role
 from lorry.rpc.names import AdapterName
 from lorry.v1 import adapter_service_pb2 as pb
+from tests.support.adapter_store import Client, RunningStore, running_store
+from tests.support.adapters import lora_config, lora_files, lora_tensors
+from tests.support.waiting import until
 
 CONFIG = lora_config(r=4)
 TOKENS = {

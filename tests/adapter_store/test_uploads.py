@@ -7,15 +7,6 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from tests.support.adapter_store import (
-    CHUNK_BYTES,
-    Client,
-    RunningStore,
-    running_store,
-    upload_requests,
-)
-from tests.support.adapters import lora_config, lora_files, lora_tensors
-from tests.support.waiting import until
 
 from lorry.adapter_store.limits import Limits
 from lorry.rpc.errors import (
@@ -30,6 +21,15 @@ from lorry.rpc.errors import (
     from_rpc,
 )
 from lorry.v1 import adapter_service_pb2 as pb
+from tests.support.adapter_store import (
+    CHUNK_BYTES,
+    Client,
+    RunningStore,
+    running_store,
+    upload_requests,
+)
+from tests.support.adapters import lora_config, lora_files, lora_tensors
+from tests.support.waiting import until
 
 CONFIG = lora_config(r=64)
 WEIGHTS = lora_files(CONFIG, lora_tensors(CONFIG))[1]

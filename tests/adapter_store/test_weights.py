@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 from safetensors.numpy import save
-from tests.support.adapters import TINY, Tensors, lora_config, lora_tensors
 
 from lorry.adapter_store.image import NUMPY_DTYPES
 from lorry.adapter_store.lora import tensor_names
@@ -15,6 +14,7 @@ from lorry.adapter_store.weights import CheckedWeights, check_weights
 from lorry.kernels.page_layout import MODULES, Dtype
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import AdapterInvalid
+from tests.support.adapters import TINY, Tensors, lora_config, lora_tensors
 
 CONFIG = lora_config(r=4, targets=MODULES, rank_pattern={"down_proj": 9}, layers_to_transform=[1])
 A_NAME, B_NAME = tensor_names(1, "down_proj")

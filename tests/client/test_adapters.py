@@ -4,7 +4,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.support.scripted import ScriptedAdapters, serving_scripted
 
 from lorry.client import Client
 from lorry.client.retry import RetryPolicy
@@ -17,6 +16,7 @@ from lorry.rpc.errors import (
     StoreFull,
     StoreUnavailable,
 )
+from tests.support.scripted import ScriptedAdapters, serving_scripted
 
 IMPATIENT = RetryPolicy(attempts=3, first_delay_s=0.001, max_delay_s=0.002)
 WEIGHTS = os.urandom(3 * CHUNK_BYTES + 12345)

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.support.command import Result, child_environment, lorry
-from tests.support.scripted import ScriptedAdapters, ScriptedInference, serving_scripted
 
 from lorry.client.cli import app
 from lorry.rpc.errors import AdapterNotFound, NoWorker, QueueFull
+from tests.support.command import Result, child_environment, lorry
+from tests.support.scripted import ScriptedAdapters, ScriptedInference, serving_scripted
 
 LONGEST_ID = "a" * 63
 COMMANDS = [

@@ -5,7 +5,6 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
-from tests.support.scripted import ScriptedInference, serving_scripted
 
 from lorry.client import ChatMessage, Client, Request
 from lorry.client.generation import FinishReason
@@ -21,6 +20,7 @@ from lorry.rpc.errors import (
     Unauthenticated,
 )
 from lorry.rpc.identity import Authenticator, Caller, Role
+from tests.support.scripted import ScriptedInference, serving_scripted
 
 IMPATIENT = RetryPolicy(attempts=3, first_delay_s=0.001, max_delay_s=0.002)
 PROMPT = Request(prompt="a b c", max_tokens=3)

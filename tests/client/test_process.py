@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.support.waiting import until
 
 from lorry.client.local.process import (
     TRANSITIONS,
@@ -16,6 +15,7 @@ from lorry.client.local.process import (
     ServiceProcess,
     State,
 )
+from tests.support.waiting import until
 
 REPO = Path(__file__).parents[2]
 

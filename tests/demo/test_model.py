@@ -2,6 +2,8 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from demo import expect, ninth, tasks
 from demo.paths import (
     ADAPTERS_DIR,
@@ -13,7 +15,6 @@ from demo.paths import (
 )
 from demo.reference import Reference
 from demo.specs import ADAPTERS, ALL_MODULES, BASE_NAME
-from safetensors.torch import load_file
 
 # peft still reads the property under the name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")

@@ -1,9 +1,9 @@
 import pytest
+
 from demo.answers import Answer, DemoFailed, Expected, compare, read_expected
 from demo.run import check_one_step_held_all
 from demo.scoreboard import Pushed, Scoreboard
 from demo.tasks import TASKS
-
 from lorry.v1.worker_service_pb2 import WorkerStatus
 
 EXPECTED = [

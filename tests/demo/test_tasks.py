@@ -4,6 +4,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+
 from demo import tasks
 from demo.tasks import ALL_TASKS, TASKS, VOWELS
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.engines import EngineHarness
 
 from lorry.worker.config import DtypeName
+from tests.support.engines import EngineHarness
 
 DEMO = Path(__file__).parents[2] / "demo"
 REQUESTS: list[dict[str, Any]] = json.loads((DEMO / "expected.json").read_text())

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+
 from tests.support.sm90 import SHARED_LIMIT_BYTES
 
 MAX_REGISTERS = 255

@@ -2,6 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
+from lorry.kernels.page_layout import GROUPS, MODULES
 from tests.support.kernel_cases import (
     MIXED_ADAPTERS,
     Adapter,
@@ -10,9 +13,6 @@ from tests.support.kernel_cases import (
     store_adapters,
 )
 from tests.support.kernel_checks import check_lora
-
-from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
-from lorry.kernels.page_layout import GROUPS, MODULES
 
 SETTING = LoraSetting(
     tile_rows=4,
@@ -24,7 +24,7 @@ SETTING = LoraSetting(
     expand_ranks=16,
     expand_columns=32,
     expand_programs_per_multiprocessor=2,
-    expand_warps=4,
+    expand_warps=2,
     expand_stages=1,
 )
 MIXES = mixes(13, len(MIXED_ADAPTERS) - 1)

@@ -3,11 +3,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.support.kernel_cases import DTYPES, geometry, store_sequences
-from tests.support.kernel_checks import check_attention
 
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
 from lorry.kernels.page_layout import PageLayout
+from tests.support.kernel_cases import DTYPES, geometry, store_sequences
+from tests.support.kernel_checks import check_attention
 
 SETTING = AttentionSetting(
     block_rows=16,

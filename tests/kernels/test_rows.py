@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.support.kernel_cases import TOLERANCE, layout_of, poisoned_pool, relative_error
 
 from lorry.kernels.activation import swiglu, swiglu_reference
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from lorry.kernels.rope import cos_sin_table, rope_write_kv, rope_write_kv_reference
 from lorry.kernels.sampling import sample, sample_reference
+from tests.support.kernel_cases import TOLERANCE, layout_of, poisoned_pool, relative_error
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]

@@ -3,10 +3,10 @@ import logging
 import grpc
 import grpc.aio
 import pytest
-from tests.support.services import METHODS, serving_all
 
 from lorry.rpc.errors import InvalidRequest, LorryError, QueueFull, Violation, from_rpc
 from lorry.rpc.identity import Authenticator
+from tests.support.services import METHODS, serving_all
 
 KINDS = {method.kind: path for path, method in METHODS.items()}  # one method of each
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from tests.support.services import METHODS, serving_all
 
 from lorry.rpc.errors import PermissionDenied, Unauthenticated, from_rpc
 from lorry.rpc.identity import (
@@ -19,6 +18,7 @@ from lorry.rpc.identity import (
     is_loopback_peer,
     read_tokens,
 )
+from tests.support.services import METHODS, serving_all
 
 # Who may call what; admin may call everything.
 TABLE: dict[str, set[Role]] = {

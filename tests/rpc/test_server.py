@@ -1,9 +1,10 @@
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -11,10 +12,10 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
-from tests.support.services import METHODS, serving_all
 
 from lorry.rpc.identity import Authenticator, Caller, Role
 from lorry.rpc.server import Server, check_address, serving, stop_requested
+from tests.support.services import METHODS, serving_all
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -85,13 +86,23 @@ async def test_reflection_lists_every_service_and_describes_it(
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 async def test_reflection_needs_a_token(running: Running, version: str) -> None:
+    # Nothing is sent: a message that the refusal overtakes may hide it (grpc/grpc issue 36066).
     with pytest.raises(grpc.aio.AioRpcError) as failed:
-        await reflect(running[1], version, "Bearer guess")
+        await reflect(running[1], version, "Bearer guess", [])
     assert failed.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
+LIST_AND_DESCRIBE = [
+    reflection_pb2.ServerReflectionRequest(list_services=""),
+    reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICES[0]),
+]
+
+
 async def reflect(
-    channel: grpc.aio.Channel, version: str, authorization: str
+    channel: grpc.aio.Channel,
+    version: str,
+    authorization: str,
+    requests: Sequence[reflection_pb2.ServerReflectionRequest] = LIST_AND_DESCRIBE,
 ) -> list[reflection_pb2.ServerReflectionResponse]:
     call: grpc.aio.StreamStreamMultiCallable[
         reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
@@ -100,10 +111,6 @@ async def reflect(
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
-    requests = [
-        reflection_pb2.ServerReflectionRequest(list_services=""),
-        reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICES[0]),
-    ]
     responses = call(iter(requests), metadata=(("authorization", authorization),), timeout=10)
     return [response async for response in responses]
 
@@ -179,3 +186,23 @@ async def test_the_health_command_tells_why_there_is_no_answer() -> None:
     assert status == 1
     assert stderr.startswith("127.0.0.1:1 readiness: UNAVAILABLE")
     assert "Traceback" not in stderr
+
+
+async def test_an_open_watch_does_not_hold_the_server_up() -> None:
+    stack = contextlib.AsyncExitStack()
+    server = await stack.enter_async_context(
+        serving(
+            lambda server: None,
+            services=[],
+            address="127.0.0.1:0",
+            authenticator=Authenticator(),
+            grace_s=600,
+        )
+    )
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watch = aiter(stub.Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=600))
+        assert (await anext(watch)).status == NOT_SERVING
+        async with asyncio.timeout(30):
+            await stack.aclose()
+            assert {answer.status async for answer in watch} <= {NOT_SERVING}

@@ -13,7 +13,6 @@ import grpc.aio
 import numpy as np
 from crc32c import crc32c
 from safetensors.numpy import save_file
-from tests.support.adapters import TINY
 
 from lorry.adapter_store.file_backend import FileBackend
 from lorry.adapter_store.limits import Limits
@@ -32,6 +31,7 @@ from lorry.v1 import common_pb2
 from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
 from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from lorry.v1.catalogue_service_pb2_grpc import CatalogueServiceStub
+from tests.support.adapters import TINY
 
 CHUNK_BYTES = 16 << 10
 UNLIMITED = 1 << 30

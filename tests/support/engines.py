@@ -22,7 +22,7 @@ class EngineHarness:
 
     def __init__(self, model: Path, image_directory: Path, **config: Any) -> None:
         self._base_model = read_base_model(model)
-        defaults = {"pool_pages": 2000, "max_running": 64, "threads": 1}
+        defaults: dict[str, Any] = {"pool_pages": 2000, "max_running": 64, "threads": 1}
         self.config = EngineConfig(model=model, **(defaults | config))
         self.engine = build_engine(self.config, self._base_model)
         self.tokens: dict[int, list[int]] = {}

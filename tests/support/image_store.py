@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from crc32c import crc32c
-from tests.support.adapters import Tensors
 
 from lorry.adapter_store.image import ImageHeader, build_image
 from lorry.rpc.base_model import BaseModel
@@ -24,6 +23,7 @@ from lorry.v1.adapter_data_service_pb2_grpc import (
     AdapterDataServiceServicer,
     add_AdapterDataServiceServicer_to_server,
 )
+from tests.support.adapters import Tensors
 
 CHUNK_BYTES = 4096
 

@@ -4,15 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tests.support.kernel_cases import (
-    LAYER,
-    TOLERANCE,
-    Sequences,
-    precise_pool,
-    relative_error,
-    row_tiles,
-    widths_of,
-)
 
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
 from lorry.kernels.lora import AdapterTables, lora_reference
@@ -22,6 +13,15 @@ from lorry.kernels.lora_shrink import lora_shrink
 from lorry.kernels.page_layout import GROUPS
 from lorry.kernels.paged_attention import paged_attention, paged_attention_reference
 from lorry.kernels.pool_view import PoolView
+from tests.support.kernel_cases import (
+    LAYER,
+    TOLERANCE,
+    Sequences,
+    precise_pool,
+    relative_error,
+    row_tiles,
+    widths_of,
+)
 
 
 def attend(sequences: Sequences, q_TQD: torch.Tensor, setting: AttentionSetting) -> torch.Tensor:

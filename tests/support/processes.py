@@ -7,14 +7,15 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
-from tests.support.command import REPO, SOURCE_ROOTS
 
 from lorry.client import Client
 from lorry.rpc.channel import open_channel
 from lorry.v1 import worker_service_pb2
 from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
+from tests.support.command import REPO, SOURCE_ROOTS
 
 START_TIMEOUT_S = 120.0
 HEARTBEAT_S = 1.2
@@ -133,7 +134,7 @@ async def ready(address: str, *, timeout_s: float = START_TIMEOUT_S) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     async with asyncio.timeout(timeout_s), grpc.aio.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 request = health_pb2.HealthCheckRequest(service="readiness")

@@ -10,8 +10,6 @@ from typing import Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.support.fake_store import FakeStore
-from tests.support.fake_worker import FakeWorker, Reply
 
 from lorry.router.config import Config
 from lorry.router.lifetime import Running, running
@@ -19,6 +17,8 @@ from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import LorryError, from_rpc
 from lorry.v1 import inference_service_pb2 as pb
 from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tests.support.fake_store import FakeStore
+from tests.support.fake_worker import FakeWorker, Reply
 
 
 @dataclass

@@ -2,11 +2,10 @@
 
 import sys
 
-from tests.support import scripted_engine
-
 from lorry.rpc.command import run_service
 from lorry.worker.config import Config
 from lorry.worker.process import run
+from tests.support import scripted_engine
 
 if __name__ == "__main__":
     run_service(

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from tests.support.kernel_cases import LAYERS, layout_of
-from tests.support.sm90 import compiling
 
 from lorry.kernels import activation, norm, rope, sampling
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
@@ -21,6 +19,8 @@ from lorry.kernels.lora_shrink import lora_shrink
 from lorry.kernels.page_layout import GROUPS, MODULES
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import allocate_pool
+from tests.support.kernel_cases import LAYERS, layout_of
+from tests.support.sm90 import compiling
 
 DEVICE = torch.device("meta")
 MAX_ROWS = 1024

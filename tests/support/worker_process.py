@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
 from tests.support.command import child_environment
 
 EXIT_TIMEOUT_S = 30

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy import make_tokens
 from ruamel.yaml import YAML
-from tests.support.command import REPO, child_environment
 
+from deploy import make_tokens
 from lorry.client import Client, Request
 from lorry.rpc.errors import PermissionDenied, Unauthenticated
 from lorry.rpc.identity import Role, read_tokens
+from tests.support.command import REPO, child_environment
 
 COMPOSE: Mapping[str, Any] = YAML(typ="safe").load(REPO / "docker-compose.yml")
 SERVICES: Mapping[str, Any] = COMPOSE["services"]

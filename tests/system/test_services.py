@@ -10,10 +10,8 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
-from demo import tasks
-from tests.support.command import REPO
-from tests.support.processes import Stack, ready
 
+from demo import tasks
 from lorry.client import Client, Request
 from lorry.rpc.errors import (
     AdapterInvalid,
@@ -23,6 +21,8 @@ from lorry.rpc.errors import (
     LorryError,
     PoolTooSmall,
 )
+from tests.support.command import REPO
+from tests.support.processes import Stack, ready
 
 ADAPTERS = ["reverse", "rot13", "double-letters"]
 EXPECTED: list[dict[str, Any]] = json.loads((REPO / "demo" / "expected.json").read_text())
@@ -46,11 +46,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 def greedy(word: str, adapter: str = "", **fields: Any) -> Request:
+    defaults: dict[str, Any] = {"max_tokens": 32}
     return Request(
-        prompt=tasks.make_prompt(word),
-        adapter=adapter,
-        temperature=0.0,
-        **({"max_tokens": 32} | fields),
+        prompt=tasks.make_prompt(word), adapter=adapter, temperature=0.0, **(defaults | fields)
     )
 
 

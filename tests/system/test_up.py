@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from tests.support.command import REPO, Result, child_environment, lorry
 from tests.support.waiting import until
 

@@ -11,6 +11,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+
 from tests.support.command import REPO
 
 MODEL = REPO / "demo" / "model"

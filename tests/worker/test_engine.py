@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.engines import EngineHarness
-from tests.support.models import make_adapter, make_llama
 
 from lorry.worker import messages as m
+from tests.support.engines import EngineHarness
+from tests.support.models import make_adapter, make_llama
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.support import scripted_engine
-from tests.support.command import child_environment
-from tests.support.waiting import until
 
 from lorry.worker import engine_client
 from lorry.worker.config import EngineConfig
 from lorry.worker.engine_client import EngineClient
 from lorry.worker.messages import Cancel, Event, Finished, Started, Submit
+from tests.support import scripted_engine
+from tests.support.command import child_environment
+from tests.support.waiting import until
 
 CONFIG = EngineConfig(model=Path("none"), pool_pages=1)
 

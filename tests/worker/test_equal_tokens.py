@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from tests.support.engines import EngineHarness
 from tests.support.models import EOS, Greedy, Reference, first_difference, make_adapter, make_llama
 

@@ -5,6 +5,11 @@ import signal
 
 import grpc.aio
 import pytest
+
+from lorry.rpc.base_model import read_base_model
+from lorry.rpc.errors import AdapterInUse, InvalidRequest, VersionNotFound, from_rpc, from_status
+from lorry.v1 import worker_admin_service_pb2 as pb
+from lorry.v1.worker_admin_service_pb2_grpc import WorkerAdminServiceStub
 from tests.support.adapters import lora_config, lora_tensors
 from tests.support.attached_router import attached_router, until_ready
 from tests.support.byte_model import write_byte_model
@@ -12,11 +17,6 @@ from tests.support.image_store import ImageStore, serving_images
 from tests.support.scripted_engine import ECHO
 from tests.support.waiting import until
 from tests.support.worker_process import worker_process
-
-from lorry.rpc.base_model import read_base_model
-from lorry.rpc.errors import AdapterInUse, InvalidRequest, VersionNotFound, from_rpc, from_status
-from lorry.v1 import worker_admin_service_pb2 as pb
-from lorry.v1.worker_admin_service_pb2_grpc import WorkerAdminServiceStub
 
 UNKNOWN = b"u" * 32
 

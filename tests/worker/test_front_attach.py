@@ -4,10 +4,6 @@ import itertools
 
 import grpc.aio
 import pytest
-from tests.support.attached_router import attached_router, until_ready, worker_stub
-from tests.support.byte_model import write_byte_model
-from tests.support.scripted_engine import ECHO, FAIL, HOLD
-from tests.support.worker_process import worker_process
 
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import (
@@ -25,6 +21,10 @@ from lorry.rpc.errors import (
 )
 from lorry.v1 import common_pb2
 from lorry.v1 import worker_service_pb2 as pb
+from tests.support.attached_router import attached_router, until_ready, worker_stub
+from tests.support.byte_model import write_byte_model
+from tests.support.scripted_engine import ECHO, FAIL, HOLD
+from tests.support.worker_process import worker_process
 
 WINDOW = 6
 router_ids = (f"router-{number}" for number in itertools.count())

@@ -7,13 +7,13 @@ import random
 import grpc.aio
 import pytest
 from safetensors.numpy import load_file
+
+from lorry.rpc.base_model import read_base_model
 from tests.support.attached_router import attached_router, until_ready
 from tests.support.image_store import ImageStore, serving_images
 from tests.support.models import Reference, first_difference, make_adapter, make_llama
 from tests.support.waiting import until
 from tests.support.worker_process import worker_process
-
-from lorry.rpc.base_model import read_base_model
 
 EOS = 2
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

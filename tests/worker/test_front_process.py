@@ -13,11 +13,6 @@ import psutil
 import pytest
 from google.protobuf import duration_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.support.attached_router import attached_router, until_ready, worker_stub
-from tests.support.byte_model import write_byte_model
-from tests.support.scripted_engine import BABBLE, CRASH, ECHO, FLOOD, HANG, HOLD
-from tests.support.waiting import until
-from tests.support.worker_process import worker_process
 
 from lorry.rpc.errors import Draining, SlowReader, WorkerLost, from_rpc, from_status
 from lorry.rpc.protocol import PROTOCOL_REVISION
@@ -25,6 +20,11 @@ from lorry.v1 import common_pb2
 from lorry.v1 import worker_admin_service_pb2 as admin_pb
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.v1.worker_admin_service_pb2_grpc import WorkerAdminServiceStub
+from tests.support.attached_router import attached_router, until_ready, worker_stub
+from tests.support.byte_model import write_byte_model
+from tests.support.scripted_engine import BABBLE, CRASH, ECHO, FLOOD, HANG, HOLD
+from tests.support.waiting import until
+from tests.support.worker_process import worker_process
 
 LENGTH = common_pb2.FINISH_REASON_LENGTH
 

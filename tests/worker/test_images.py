@@ -8,10 +8,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.support.adapters import lora_config, lora_tensors
-from tests.support.byte_model import write_byte_model
-from tests.support.image_store import ImageStore, serving_images
-from tests.support.waiting import until
 
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
 from lorry.rpc.base_model import read_base_model
@@ -32,6 +28,10 @@ from lorry.worker.image_header import ImageFormat
 from lorry.worker.images import ImageFetcher, ImageSource
 from lorry.worker.local_images import local_images
 from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
+from tests.support.adapters import lora_config, lora_tensors
+from tests.support.byte_model import write_byte_model
+from tests.support.image_store import ImageStore, serving_images
+from tests.support.waiting import until
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 

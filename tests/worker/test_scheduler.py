@@ -1,9 +1,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.schedules import STOP, Driver
 
 from lorry.worker import messages as m
 from lorry.worker.residency import AdapterState
+from tests.support.schedules import STOP, Driver
 
 
 def test_prompt_is_computed_in_chunks_beside_decodes() -> None:
@@ -24,8 +24,7 @@ def test_rows_of_one_adapter_are_consecutive() -> None:
     driver = Driver(adapter_pages={b"a": 1, b"b": 1})
     for number in range(1, 7):
         driver.submit(number, 2, 4, version=[b"a", b"b", b""][number % 3])
-    for _ in range(3):
-        plan = driver.step()
+    *_, plan = [driver.step() for _ in range(3)]
     assert plan.batch is not None
     slots = plan.batch.slot_S.tolist()
     assert slots == sorted(slots)

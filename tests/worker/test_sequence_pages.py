@@ -1,11 +1,11 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.schedules import Driver
 
 from lorry.worker.plan import Batch
 from lorry.worker.sequence_pages import SequencePages
 from lorry.worker.sequences import SequenceTable
+from tests.support.schedules import Driver
 
 REQUESTS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=12)
 

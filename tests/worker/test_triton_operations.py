@@ -5,8 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.support.engines import EngineHarness
-from tests.support.models import make_adapter, make_llama
 
 from lorry.kernels.pool_view import PoolView
 from lorry.rpc.base_model import BaseModel, read_base_model
@@ -20,6 +18,8 @@ from lorry.worker.torch_operations import TorchOperations
 from lorry.worker.torch_runner import TorchRunner
 from lorry.worker.triton_operations import TritonOperations, allocate_device_state
 from lorry.worker.weights import CheckpointReader, load_weights
+from tests.support.engines import EngineHarness
+from tests.support.models import make_adapter, make_llama
 
 PADDING = 3  # rows
 

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.models import make_llama
 
 from lorry.rpc.base_model import UnsupportedModel, read_base_model
 from lorry.worker.weights import CheckpointReader, RandomWeights, load_weights
+from tests.support.models import make_llama
 
 CPU = torch.device("cpu")
 

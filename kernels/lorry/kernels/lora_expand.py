@@ -48,10 +48,11 @@ def _expand_kernel(
     TILE_ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    VECTOR_UNITS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program walks the pieces, each a row unit of a tile's output."""
+    """One program walks the pieces: row units of a tile's output."""
     programs = tl.num_programs(0)
     next_piece = load_piece(piece_ptr, tl.program_id(0))
     num_work = tl.load(count_ptr + 1)
@@ -72,20 +73,22 @@ def _expand_kernel(
         pages = page_ptr + slot * stride_ps
         scale = tl.load(scale_ptr + slot * stride_ss + module)
         if rows == 1:
-            column = column_unit * ROW_UNIT + tl.arange(0, ROW_UNIT)
+            in_piece = tl.arange(0, VECTOR_UNITS)
+            is_unit = column_unit + in_piece < row_units
+            column = (column_unit + in_piece)[:, None] * ROW_UNIT + tl.arange(0, ROW_UNIT)[None, :]
             is_column = column < width
             base = tl.load(outs + column, mask=is_column, other=0.0).to(tl.float32)
-            acc = tl.zeros((ROW_UNIT,), tl.float32)
+            acc = tl.zeros((VECTOR_UNITS, ROW_UNIT), tl.float32)
             splits = tl.arange(0, SPLITS_BLOCK)
-            for start in tl.range(0, num_ranks, RANKS, num_stages=STAGES):
+            for start in range(0, num_ranks, RANKS):
                 rank = start + tl.arange(0, RANKS)
                 is_rank = rank < num_ranks
                 b = load_units(
                     pool_ptr,
                     pages,
-                    unit + rank * row_units,
-                    is_rank,
-                    tl.arange(0, ROW_UNIT),
+                    unit + rank[:, None] * row_units + in_piece[None, :],
+                    is_rank[:, None] & is_unit[None, :],
+                    tl.arange(0, ROW_UNIT)[None, None, :],
                     page_stride,
                     ROW_UNIT,
                     SLICE_UNITS,
@@ -93,7 +96,7 @@ def _expand_kernel(
                 y_ptrs = ys + splits[:, None] * stride_ys + rank[None, :]
                 is_y = (splits < SPLITS)[:, None] & is_rank[None, :]
                 y = tl.sum(tl.load(y_ptrs, mask=is_y, other=0.0), 0)
-                acc += tl.sum(y[:, None] * b.to(tl.float32), 0)
+                acc += tl.sum(y[:, None, None] * b.to(tl.float32), 0)
             total = base + scale * acc
             tl.store(outs + column, total.to(out_ptr.dtype.element_ty), mask=is_column)
         else:
@@ -110,7 +113,7 @@ def _expand_kernel(
                         pages,
                         unit + rank * row_units,
                         is_rank,
-                        in_unit,
+                        in_unit[None, :],
                         page_stride,
                         ROW_UNIT,
                         SLICE_UNITS,
@@ -176,10 +179,12 @@ def lora_expand_add(
         TILE_ROWS=setting.tile_rows,
         RANKS=setting.expand_ranks,
         COLUMNS=min(setting.expand_columns, layout.row_unit),
+        VECTOR_UNITS=setting.vector_units,
         STAGES=setting.expand_stages,
         PRECISION="ieee" if first.dtype == torch.float32 else "tf32",
         num_warps=setting.expand_warps,
         num_stages=setting.expand_stages,
+        maxnreg=setting.expand_registers,
     )
 
 

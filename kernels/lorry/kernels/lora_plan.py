@@ -47,7 +47,13 @@ class LoraSetting:
     expand_columns: int  # of the matrix form at a time, at most a row unit
     expand_programs_per_multiprocessor: int
     expand_warps: int
-    expand_stages: int
+    expand_stages: int  # of the matrix form
+    expand_registers: int | None = None  # of a thread at most, so that more programs run at once
+
+    @property
+    def vector_units(self) -> int:
+        """Row units of an expand piece of one row: a warp reads one, and sums without the others."""
+        return self.expand_warps
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +134,7 @@ def _plan_kernel(
     GROUP_MODULES: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     SHRINK_RANKS: tl.constexpr,
+    VECTOR_UNITS: tl.constexpr,
     PLANNERS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -153,13 +160,14 @@ def _plan_kernel(
     stacked = tl.zeros((BLOCK_T,), tl.int32)
     a_unit = tl.full((BLOCK_T,), 0x7FFFFFFF, tl.int32)
     units = tl.zeros((BLOCK_T,), tl.int32)
+    step = tl.where(rows == 1, VECTOR_UNITS, 1)
     for module in range(0, group_modules):
         offset = tl.load(a_ptr + module, mask=is_tile, other=-1)
         is_present = offset >= 0
         stacked += tl.where(is_present, rank, 0)
         a_unit = tl.where(is_present, tl.minimum(a_unit, offset), a_unit)
         row_units = tl.load(row_units_ptr + first_module + module)
-        units += tl.where(is_present, row_units, 0)
+        units += tl.where(is_present, (row_units + step - 1) // step, 0)
 
     pieces = (stacked + SHRINK_RANKS - 1) // SHRINK_RANKS
     piece = tl.cumsum(pieces, 0) - pieces
@@ -181,15 +189,17 @@ def _plan_kernel(
         is_present = offset >= 0
         row_units = tl.load(row_units_ptr + first_module + module)
         for j in range(planner, row_units, PLANNERS):
-            tl.store(fields + j * PIECE_FIELDS, t, mask=is_present)
-            tl.store(fields + j * PIECE_FIELDS + 1, rows, mask=is_present)
-            tl.store(fields + j * PIECE_FIELDS + 2, slot, mask=is_present)
-            tl.store(fields + j * PIECE_FIELDS + 3, module + slot * 0, mask=is_present)
-            tl.store(fields + j * PIECE_FIELDS + 4, j + slot * 0, mask=is_present)
-            tl.store(fields + j * PIECE_FIELDS + 5, offset, mask=is_present)
-            tl.store(fields + j * PIECE_FIELDS + 6, rank, mask=is_present)
-            tl.store(fields + j * PIECE_FIELDS + 7, y_column, mask=is_present)
-        fields += tl.where(is_present, row_units * PIECE_FIELDS, 0)
+            is_mine = is_present & (j * step < row_units)
+            tl.store(fields + j * PIECE_FIELDS, t, mask=is_mine)
+            tl.store(fields + j * PIECE_FIELDS + 1, rows, mask=is_mine)
+            tl.store(fields + j * PIECE_FIELDS + 2, slot, mask=is_mine)
+            tl.store(fields + j * PIECE_FIELDS + 3, module + slot * 0, mask=is_mine)
+            tl.store(fields + j * PIECE_FIELDS + 4, j * step, mask=is_mine)
+            tl.store(fields + j * PIECE_FIELDS + 5, offset, mask=is_mine)
+            tl.store(fields + j * PIECE_FIELDS + 6, rank, mask=is_mine)
+            tl.store(fields + j * PIECE_FIELDS + 7, y_column, mask=is_mine)
+        pieces_here = (row_units + step - 1) // step
+        fields += tl.where(is_present, pieces_here * PIECE_FIELDS, 0)
         y_column += tl.where(is_present, rank, 0)
 
     if planner == 0:
@@ -220,6 +230,7 @@ def plan_lora(slot_T: torch.Tensor, tables: AdapterTables, work: LoraWork) -> No
         GROUP_MODULES=tuple(len(group) for group in GROUPS),
         TILE_ROWS=work.setting.tile_rows,
         SHRINK_RANKS=work.setting.shrink_ranks,
+        VECTOR_UNITS=work.setting.vector_units,
         PLANNERS=PLANNERS,
         BLOCK_T=block_t,
         num_warps=16 if block_t > ROWS_OF_8_WARPS else 8,

@@ -62,7 +62,7 @@ def _shrink_kernel(
                     pages,
                     unit + step,
                     is_rank,
-                    tl.arange(0, ROW_UNIT),
+                    tl.arange(0, ROW_UNIT)[None, :],
                     page_stride,
                     ROW_UNIT,
                     SLICE_UNITS,
@@ -81,7 +81,7 @@ def _shrink_kernel(
                     pages,
                     unit + step,
                     is_rank,
-                    tl.arange(0, ROW_UNIT),
+                    tl.arange(0, ROW_UNIT)[None, :],
                     page_stride,
                     ROW_UNIT,
                     SLICE_UNITS,
@@ -105,11 +105,11 @@ def load_units(
     ROW_UNIT: tl.constexpr,
     SLICE_UNITS: tl.constexpr,
 ):
-    """Elements `in_unit` of the row unit of each row, zero where `is_row` is not set."""
+    """Elements `in_unit` of each row unit in the last dimension; zero where `is_row` is not set."""
     page = tl.load(page_ptr + unit // SLICE_UNITS, mask=is_row, other=0)
     offset = page.to(tl.int64) * page_stride + unit % SLICE_UNITS * ROW_UNIT
-    element = offset[:, None] + in_unit[None, :]
-    return tl.load(pool_ptr + element, mask=is_row[:, None], other=0.0)
+    element = tl.expand_dims(offset, -1) + in_unit
+    return tl.load(pool_ptr + element, mask=tl.expand_dims(is_row, -1), other=0.0)
 
 
 def lora_shrink(

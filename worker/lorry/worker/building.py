@@ -19,8 +19,7 @@ from lorry.worker.weights import CheckpointReader, RandomWeights, WeightReader, 
 
 def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
     """Load the model and allocate the pool; the dummy page comes on top of `pool_pages`."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads)
     device = torch.device(config.device)
     layout = PageLayout(geometry=base_model.geometry, dtype=config.page_dtype)
     weights = load_weights(base_model, _weight_reader(config, base_model, device))

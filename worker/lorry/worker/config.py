@@ -35,7 +35,7 @@ class EngineConfig:
     step_tokens: int = STEP_TOKENS["cpu"]  # at least max_running: a step has a row of each
     max_rank: int = MAX_RANK
     max_context_tokens: int | None = None  # None: the model's
-    threads: int | None = None  # None: torch decides
+    threads: int = 1
 
     @property
     def page_dtype(self) -> Dtype:
@@ -110,7 +110,7 @@ class Config:
     """Tokens of prompt and output together; by default, and at most, what the model allows."""
 
     threads: int | None = None
-    """CPU threads of the engine; by default torch decides."""
+    """CPU threads of the engine; by default half of the cores, since the others serve."""
 
     max_fetches: int = 8
     """Page images that are fetched from the adapter store at the same time."""
@@ -178,5 +178,5 @@ class Config:
             step_tokens=step_tokens,
             max_rank=self.max_rank,
             max_context_tokens=context,
-            threads=self.threads,
+            threads=self.threads or max(1, (os.cpu_count() or 1) // 2),
         )

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +49,7 @@ class CudaAdapterMemory:
         self._copies: deque[tuple[Adapter, Future[_Copy]]] = deque()
         self._registered: set[int] = set()  # addresses of files
         self._can_register = True
+        self._runtime: Any = torch.cuda.cudart()
         self._bounce: torch.Tensor | None = None
 
     def map(self, image: ImageReady) -> None:
@@ -117,9 +118,7 @@ class CudaAdapterMemory:
             return True
         if self._can_register:
             started_s = time.monotonic()
-            error = int(
-                torch.cuda.cudart().cudaHostRegister(address, len(file), REGISTER_READ_ONLY)
-            )
+            error = int(self._runtime.cudaHostRegister(address, len(file), REGISTER_READ_ONLY))
             if error == 0:
                 self._registered.add(address)
                 log.debug("registered %d bytes in %.3f s", len(file), time.monotonic() - started_s)
@@ -132,7 +131,7 @@ class CudaAdapterMemory:
         address = file.data_ptr()
         if address in self._registered:
             self._registered.remove(address)
-            torch.cuda.cudart().cudaHostUnregister(address)
+            self._runtime.cudaHostUnregister(address)
 
 
 def _runs(pages: list[int]) -> Iterator[tuple[int, int, int]]:

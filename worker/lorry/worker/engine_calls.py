@@ -25,7 +25,8 @@ class EngineCalls:
         future = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
             self._send(build(number))
-            failure = await asyncio.wait_for(future, TIMEOUT_S)
+            async with asyncio.timeout(TIMEOUT_S):
+                failure = await future
         except TimeoutError as error:
             raise DeadlineExpired(f"the engine did not do it within {TIMEOUT_S:.0f} s") from error
         finally:

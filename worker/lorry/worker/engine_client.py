@@ -177,7 +177,8 @@ class EngineClient:
         if self._num_messages and not self._lost.done():
             self.send(Stop())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), STOP_S)
+                async with asyncio.timeout(STOP_S):
+                    await process.wait()
         if process.returncode is None:
             process.kill()
             await process.wait()

@@ -13,7 +13,7 @@ from lorry.worker.messages import Started, Stop
 HEARTBEAT_S = 1.0
 IDLE_WAIT_S = 0.1  # bounds how late a deadline is noticed when there is nothing to compute
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lorry.worker.engine_process")  # __name__ is __main__ here
 
 
 def serve(engine: Engine, channel: EngineChannel) -> None:

@@ -125,7 +125,8 @@ class ServiceProcess:
             if self._process.returncode is None:
                 self.move_to(State.STOPPING)
                 self._process.terminate()
-                await asyncio.wait_for(self._process.wait(), grace_s)
+                async with asyncio.timeout(grace_s):
+                    await self._process.wait()
         except TimeoutError:
             self._write_log(f"killed: still running {grace_s:g} s after SIGTERM\n".encode())
         finally:

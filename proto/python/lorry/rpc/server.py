@@ -6,6 +6,7 @@ import ipaddress
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -23,13 +24,32 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+class EndingHealth(HealthServicer):  # type: ignore[misc]  # the package has no types
+    """Health whose watches end when the server drains; else they would hold it up to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = asyncio.Event()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        ended = asyncio.ensure_future(self.ended.wait())
+        try:
+            await asyncio.wait([watch, ended], return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
+        finally:
+            watch.cancel()
+            ended.cancel()
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """A running server."""
 
     port: int
     _services: Sequence[str]
-    _health: HealthServicer
+    _health: EndingHealth
 
     async def set_ready(self, ready: bool) -> None:
         """Tell health checks of every service and of `readiness` whether to send requests here."""
@@ -71,7 +91,7 @@ async def serving(
         ],
     )
     register(server)
-    health_servicer = HealthServicer()
+    health_servicer = EndingHealth()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     _add_reflection([*services, health.SERVICE_NAME], server)
     running = Server(_bind(server, address), services, health_servicer)
@@ -83,6 +103,7 @@ async def serving(
         yield running
     finally:
         await running.start_draining()
+        health_servicer.ended.set()
         await server.stop(grace_s)
 
 
