@@ -121,17 +121,25 @@ class GenerationStream:
     def cancel(self) -> None:
         self._call.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
         try:
-            message, self._first = self._first, None
-            while message is not None:
+            while (message := await self._next()) is not None:
                 if message.HasField("chunk"):
-                    yield Chunk(tuple(message.chunk.token_ids), message.chunk.text)
-                elif message.HasField("completed"):
+                    return Chunk(tuple(message.chunk.token_ids), message.chunk.text)
+                if message.HasField("completed"):
                     self.completion = Completion.from_proto(message.completed)
-                message = await self._read()
         except grpc.RpcError as error:
             raise typed(error) from error
+        raise StopAsyncIteration
+
+    async def _next(self) -> pb.StreamGenerateResponse | None:
+        if self._first is None:
+            return await self._read()
+        message, self._first = self._first, None
+        return message
 
     async def _read(self) -> pb.StreamGenerateResponse | None:
         message = await self._call.read()

@@ -8,7 +8,9 @@ stream that is being written, the asyncio API may hide the server's status behin
 import asyncio
 from collections.abc import Callable, Iterator
 
-from lorry.client.weights import AdapterFiles
+from crc32c import crc32c
+
+from lorry.client.weights import AdapterFiles, Piece
 from lorry.rpc.channel import Metadata
 from lorry.v1.adapter_service_pb2 import UploadAdapterRequest, UploadAdapterResponse, UploadStart
 from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
@@ -31,9 +33,9 @@ async def send(
 
     def requests() -> Iterator[UploadAdapterRequest]:
         yield UploadAdapterRequest(start=start)
-        for chunk in files.chunks(start.offset):
-            loop.call_soon_threadsafe(progress, chunk.offset, files.weights_bytes)
-            yield UploadAdapterRequest(chunk=chunk)
+        for piece in files.pieces(start.offset):
+            loop.call_soon_threadsafe(progress, piece.offset, files.weights_bytes)
+            yield _chunk(piece)
 
     def on_end(_: object) -> None:
         loop.call_soon_threadsafe(ended.set)
@@ -47,3 +49,12 @@ async def send(
         call.cancel()
     progress(files.weights_bytes, files.weights_bytes)
     return response
+
+
+def _chunk(piece: Piece) -> UploadAdapterRequest:
+    """Filled in place: a ready WeightChunk as an argument would be copied, 1 ms per MiB."""
+    request = UploadAdapterRequest()
+    request.chunk.offset = piece.offset
+    request.chunk.data = piece.data
+    request.chunk.crc32c = crc32c(piece.data)
+    return request

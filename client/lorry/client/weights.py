@@ -5,14 +5,18 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from crc32c import crc32c
-
-from lorry.v1.common_pb2 import WeightChunk
+from typing import NamedTuple
 
 CHUNK_BYTES = 1 << 20
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+class Piece(NamedTuple):
+    """Consecutive bytes of the weights, at most CHUNK_BYTES."""
+
+    offset: int
+    data: bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +51,10 @@ class AdapterFiles:
                 weights_sha256=digest,
             )
 
-    def chunks(self, offset: int) -> Iterator[WeightChunk]:
+    def pieces(self, offset: int) -> Iterator[Piece]:
         """The weights from `offset` on; blocks while it reads."""
         with self.weights.open("rb") as file:
             file.seek(offset)
             while data := file.read(CHUNK_BYTES):
-                yield WeightChunk(offset=offset, data=data, crc32c=crc32c(data))
+                yield Piece(offset, data)
                 offset += len(data)

@@ -86,8 +86,8 @@ def _expand_kernel(
                 b = load_units(
                     pool_ptr,
                     pages,
-                    unit + rank[:, None] * row_units + in_piece[None, :],
-                    is_rank[:, None] & is_unit[None, :],
+                    unit + in_piece[:, None] + rank[None, :] * row_units,
+                    is_unit[:, None] & is_rank[None, :],
                     tl.arange(0, ROW_UNIT)[None, None, :],
                     page_stride,
                     ROW_UNIT,
@@ -96,7 +96,7 @@ def _expand_kernel(
                 y_ptrs = ys + splits[:, None] * stride_ys + rank[None, :]
                 is_y = (splits < SPLITS)[:, None] & is_rank[None, :]
                 y = tl.sum(tl.load(y_ptrs, mask=is_y, other=0.0), 0)
-                acc += tl.sum(y[:, None, None] * b.to(tl.float32), 0)
+                acc += tl.sum(y[None, :, None] * b.to(tl.float32), 1)  # in this order a warp owns a unit
             total = base + scale * acc
             tl.store(outs + column, total.to(out_ptr.dtype.element_ty), mask=is_column)
         else:
