@@ -64,11 +64,11 @@ def test_only_present_modules_and_ranks_become_work(device):
         return work.count_G2.tolist()
 
     assert planned([-1, -1, -1]) == [[0, 0]] * len(GROUPS)
-    q_and_v = (192 + 64) // layout.row_unit
-    assert planned([1, -1]) == [[2, q_and_v], [0, 0], [0, 0], [0, 0]]
-    assert planned([1] * 5) == [[4, 2 * q_and_v], [0, 0], [0, 0], [0, 0]]
-    o = 192 // layout.row_unit
-    assert planned([3, 3, -1, 3])[1] == [2, 2 * o]
+    q, v, o = (units // layout.row_unit for units in (192, 64, 192))
+    matrix, vector = q + v, -(-q // 2) + -(-v // 2)  # two row units for a row alone
+    assert planned([1, -1]) == [[2, vector], [0, 0], [0, 0], [0, 0]]
+    assert planned([1] * 5) == [[4, matrix + vector], [0, 0], [0, 0], [0, 0]]
+    assert planned([3, 3, -1, 3])[1] == [2, o + -(-o // 2)]
 
 
 def test_a_step_larger_than_the_work_list_is_refused(device):

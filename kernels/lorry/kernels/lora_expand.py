@@ -96,7 +96,9 @@ def _expand_kernel(
                 y_ptrs = ys + splits[:, None] * stride_ys + rank[None, :]
                 is_y = (splits < SPLITS)[:, None] & is_rank[None, :]
                 y = tl.sum(tl.load(y_ptrs, mask=is_y, other=0.0), 0)
-                acc += tl.sum(y[None, :, None] * b.to(tl.float32), 1)  # in this order a warp owns a unit
+                acc += tl.sum(
+                    y[None, :, None] * b.to(tl.float32), 1
+                )  # in this order a warp owns a unit
             total = base + scale * acc
             tl.store(outs + column, total.to(out_ptr.dtype.element_ty), mask=is_column)
         else:

@@ -52,7 +52,7 @@ class LoraSetting:
 
     @property
     def vector_units(self) -> int:
-        """Row units of an expand piece of one row: a warp reads one, and sums without the others."""
+        """Row units of an expand piece of one row: a warp sums one without the others."""
         return self.expand_warps
 
 
