@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test check proto test-gpu baseline clean
+.PHONY: help demo test check proto test-gpu figures baseline clean
 
 PYTHON ?= python3
 # Where pip finds a CPU build of torch, if the default index has only CUDA builds,
@@ -53,6 +53,9 @@ proto: $(READY) ## regenerate proto/python/lorry/v1
 	rm -f proto/python/lorry/v1/*_pb2*
 	$(PROTOC) --python_out=proto/python --grpc_python_out=proto/python \
 		--mypy_out=proto/python --mypy_grpc_out=proto/python proto/lorry/v1/*.proto
+
+figures: $(READY) ## write README's measurements from benchmarks/results
+	$(BIN)/python -m benchmarks.figures
 
 baseline: .cache/third_party/google/rpc/status.proto ## at a release only: what buf breaking compares with
 	$(BIN)/buf build proto -o proto/baseline.binpb

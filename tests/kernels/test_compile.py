@@ -25,7 +25,7 @@ def kernels() -> list[dict[str, Any]]:
 
 def test_every_kernel_of_the_engine_is_compiled(kernels):
     assert {kernel["kernel"] for kernel in kernels} == {
-        "_attention_kernel",
+        "attention_kernel",
         "_best_kernel",
         "_expand_kernel",
         "_plan_kernel",
