@@ -81,13 +81,13 @@ def test_plans_split_short_runs_from_long_ones(device):
         )
         for _ in range(2)
     )
-    sequence = torch.tensor([0, 1, 1, *[2] * 20, 3, -1], dtype=torch.int32)
-    position = torch.tensor([9, 5, 6, *range(20), 40, 0], dtype=torch.int32)
+    sequence = torch.tensor([0, *[1] * 8, *[2] * 9, 3, -1], dtype=torch.int32)
+    position = torch.tensor([9, *range(8), *range(9), 40, 0], dtype=torch.int32)
     plan_attention(sequence, position, short, max_run=short.tile_rows)
     plan_attention(sequence, position, long, min_run=long.tile_rows + 1)
     first_row, rows = 0, 1
-    assert short.tile_N8[:3, [first_row, rows]].tolist() == [[0, 1], [1, 2], [23, 1]]
-    assert long.tile_N8[:3, [first_row, rows]].tolist() == [[3, 8], [11, 8], [19, 4]]
+    assert short.tile_N8[:3, [first_row, rows]].tolist() == [[0, 1], [1, 8], [18, 1]]
+    assert long.tile_N8[:3, [first_row, rows]].tolist() == [[9, 8], [17, 1], [0, 0]]
 
 
 def test_a_step_larger_than_the_work_list_is_refused(device):

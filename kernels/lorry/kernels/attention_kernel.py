@@ -1,0 +1,204 @@
+"""The kernel of paged attention: split-KV over shares of a plan, merged by the last to finish.
+
+Shape suffixes: T = rows of the step, Q = query heads, K = KV heads, D = head dimension,
+S = sequences, P = pages of a sequence. A pair is a row and a query head of the unit's KV head.
+"""
+
+import triton
+import triton.language as tl
+
+from lorry.kernels.attention_plan import PROGRAM_FIELDS, TILE_FIELDS
+
+NOTHING_SEEN = tl.constexpr(-1e30)  # a finite maximum: the difference of two infinities is NaN
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr,  # [T, Q, D]
+    pool_ptr,  # [pages, K or V, K, page tokens, D] of one layer
+    block_table_ptr,  # [S, P]
+    out_ptr,  # [T, Q, D]
+    tile_ptr,
+    program_ptr,
+    share_ptr,
+    partial_o_ptr,
+    partial_ml_ptr,
+    arrived_ptr,
+    stride_qt,
+    stride_qh,
+    stride_ot,
+    stride_oh,
+    stride_bt,
+    page_stride,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    UNIT_COST: tl.constexpr,
+    MERGE_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program walks its share of the costs, unit by unit."""
+    program = tl.program_id(0)
+    tile = tl.load(program_ptr + program * PROGRAM_FIELDS)
+    kv_head = tl.load(program_ptr + program * PROGRAM_FIELDS + 1)
+    start = tl.load(program_ptr + program * PROGRAM_FIELDS + 2)
+    left = tl.load(program_ptr + program * PROGRAM_FIELDS + 3)
+    share = tl.load(share_ptr)
+    slot = 2 * program  # of a partial result: only the first and the last unit can be cut
+
+    pair = tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, HEAD_DIM)
+    while left > 0:
+        first_row = tl.load(tile_ptr + tile * TILE_FIELDS)
+        rows = tl.load(tile_ptr + tile * TILE_FIELDS + 1)
+        sequence = tl.load(tile_ptr + tile * TILE_FIELDS + 2)
+        position = tl.load(tile_ptr + tile * TILE_FIELDS + 3)
+        cost_before = tl.load(tile_ptr + tile * TILE_FIELDS + 4)
+        unit_blocks = tl.load(tile_ptr + tile * TILE_FIELDS + 5)
+        stop = tl.minimum(unit_blocks + UNIT_COST, start + left)
+        first_block = tl.maximum(start - UNIT_COST, 0)
+        count = stop - UNIT_COST - first_block
+        if count > 0:
+            row = first_row.to(tl.int64) + pair // GROUP
+            head = kv_head * GROUP + pair % GROUP
+            is_row = (pair // GROUP < rows)[:, None]
+            q = tl.load(
+                q_ptr + (row * stride_qt + head * stride_qh)[:, None] + d[None, :],
+                mask=is_row,
+                other=0.0,
+            )
+            m, total, acc = _attend(
+                q,
+                pool_ptr + kv_head * (PAGE_TOKENS * HEAD_DIM),
+                block_table_ptr + sequence.to(tl.int64) * stride_bt,
+                position + pair // GROUP,
+                position + rows,
+                first_block,
+                first_block + count,
+                page_stride,
+                scale_log2,
+                KV_HEADS,
+                HEAD_DIM,
+                PAGE_TOKENS,
+                BLOCK_ROWS,
+                BLOCK_TOKENS,
+                PRECISION,
+            )
+
+            is_whole = count == unit_blocks
+            if not is_whole:
+                o_offset = (slot * BLOCK_ROWS + pair)[:, None] * HEAD_DIM + d[None, :]
+                tl.store(partial_o_ptr + o_offset, acc, mask=is_row)
+                tl.store(partial_ml_ptr + 2 * slot * BLOCK_ROWS + pair, m)
+                tl.store(partial_ml_ptr + (2 * slot + 1) * BLOCK_ROWS + pair, total)
+                unit_start = cost_before + kv_head * (unit_blocks + UNIT_COST)
+                first = (unit_start + UNIT_COST) // share
+                last = (unit_start + UNIT_COST + unit_blocks - 1) // share
+                tl.debug_barrier()  # all threads' partials precede the arrival
+                arrived = tl.atomic_add(arrived_ptr + first, 1, sem="acq_rel")
+                is_whole = arrived == last - first
+                if is_whole:
+                    tl.store(arrived_ptr + first, 0)
+                    total, acc = _merge(
+                        partial_o_ptr,
+                        partial_ml_ptr,
+                        is_row,
+                        first,
+                        last,
+                        (first * share < unit_start).to(tl.int32),
+                        HEAD_DIM,
+                        BLOCK_ROWS,
+                        MERGE_STAGES,
+                    )
+            if is_whole:
+                o = acc / total[:, None]
+                out_offset = (row * stride_ot + head * stride_oh)[:, None] + d[None, :]
+                tl.store(out_ptr + out_offset, o.to(out_ptr.dtype.element_ty), mask=is_row)
+
+        left -= stop - start
+        start = 0
+        slot = 2 * program + 1
+        kv_head += 1
+        tile += kv_head // KV_HEADS
+        kv_head = kv_head % KV_HEADS
+
+
+@triton.jit
+def _attend(
+    q,
+    pool_ptr,
+    block_table_ptr,
+    position,
+    num_tokens,
+    first_block,
+    end_block,
+    page_stride,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Maximum, sum and weighted values of the scores of a unit's blocks, in base 2."""
+    d = tl.arange(0, HEAD_DIM)
+    m = tl.full((BLOCK_ROWS,), NOTHING_SEEN, tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    acc = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
+    for block in range(first_block, end_block):
+        token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        is_cached = token < num_tokens  # beyond lie stale bytes, which may be anything
+        page = tl.load(block_table_ptr + token // PAGE_TOKENS, mask=is_cached, other=0)
+        offset = page.to(tl.int64) * page_stride + token % PAGE_TOKENS * HEAD_DIM
+        k_ptr = pool_ptr + offset[:, None] + d[None, :]
+        k = tl.load(k_ptr, mask=is_cached[:, None], other=0.0)
+        v_ptr = k_ptr + KV_HEADS * PAGE_TOKENS * HEAD_DIM
+        v = tl.load(v_ptr, mask=is_cached[:, None], other=0.0)
+
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        score = tl.where(token[None, :] <= position[:, None], score, -float("inf"))
+        new_m = tl.maximum(m, tl.max(score, 1))
+        weight = tl.exp2(score - new_m[:, None])
+        keep = tl.exp2(m - new_m)
+        total = total * keep + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+        m = new_m
+    return m, total, acc
+
+
+@triton.jit
+def _merge(
+    partial_o_ptr,
+    partial_ml_ptr,
+    is_row,
+    first,
+    last,
+    first_slot,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sum and weighted values of a unit that the programs `first` to `last` share."""
+    pair = tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, HEAD_DIM)
+    m = tl.full((BLOCK_ROWS,), NOTHING_SEEN, tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    acc = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
+    for program in tl.range(first, last + 1, num_stages=STAGES):
+        slot = 2 * program + tl.where(program == first, first_slot, 0)
+        part_m = tl.load(partial_ml_ptr + 2 * slot * BLOCK_ROWS + pair)
+        part_total = tl.load(partial_ml_ptr + (2 * slot + 1) * BLOCK_ROWS + pair)
+        o_offset = (slot * BLOCK_ROWS + pair)[:, None] * HEAD_DIM + d[None, :]
+        part_o = tl.load(partial_o_ptr + o_offset, mask=is_row, other=0.0)
+        new_m = tl.maximum(m, part_m)
+        weight = tl.exp2(part_m - new_m)
+        keep = tl.exp2(m - new_m)
+        total = total * keep + weight * part_total
+        acc = acc * keep[:, None] + weight[:, None] * part_o
+        m = new_m
+    return total, acc
