@@ -29,6 +29,7 @@ from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.worker import messages as m
 from lorry.worker.building import build_engine
 from lorry.worker.config import EngineConfig
+from lorry.worker.cuda_runner import CudaRunner
 from lorry.worker.engine import Engine
 
 CONFIGS = Path(__file__).parent / "models"
@@ -103,6 +104,7 @@ class Run:
     def run(self, prompts: Sequence[list[int]], max_context_tokens: int) -> dict[str, Any]:
         before = self._engine.status()
         scheduler_before_s = self._engine.host_s
+        replays, padded_rows = self._replays(), self._padded_rows()
         started_s = time.perf_counter()
         self._engine.handle(
             [
@@ -127,7 +129,7 @@ class Run:
             self._note(self._engine.take_events(), time.perf_counter() - started_s)
         seconds = time.perf_counter() - started_s
         after = self._engine.status()
-        steps = after.steps - before.steps
+        steps, after_replays = after.steps - before.steps, self._replays()
         return {
             "seconds": seconds,
             "req_per_s": len(self._trace) / seconds,
@@ -139,8 +141,19 @@ class Run:
             "adapter_loads": after.adapter_loads - before.adapter_loads,
             "adapter_evictions": after.adapter_evictions - before.adapter_evictions,
             "preemptions": after.preemptions - before.preemptions,
+            "graph_replays": after_replays - replays,
+            "eager_steps": steps - (after_replays - replays),
+            "padded_rows": self._padded_rows() - padded_rows,
             "scheduler_ms_per_step": (self._engine.host_s - scheduler_before_s) / steps * 1e3,
         }
+
+    def _replays(self) -> int:
+        runner = self._engine.runner
+        return runner.graphs.replays if isinstance(runner, CudaRunner) else 0
+
+    def _padded_rows(self) -> int:
+        runner = self._engine.runner
+        return runner.padded_rows if isinstance(runner, CudaRunner) else 0
 
     def _note(self, events: list[m.Event], now_s: float) -> None:
         for event in events:

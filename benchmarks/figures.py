@@ -62,7 +62,7 @@ def _router() -> Iterator[str]:
         clients = row["config"]["clients"]
         for load, metrics in row["metrics"].items():
             rate = _spread(metrics["tokens_per_cpu_s"], ",.0f")
-            yield f"- The router streams {rate} tokens per CPU-second to {clients} clients ({load})."
+            yield f"- Tokens that the router streams to {clients} clients per CPU-second: {rate}, {load}."
         yield f"  {_source(row)}."
 
 

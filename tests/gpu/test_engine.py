@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorry.worker.config import DtypeName
+from lorry.worker.cuda_runner import CudaRunner
 from tests.support.engines import EngineHarness
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -49,3 +51,82 @@ def test_half_precision_keeps_the_adapters_accuracy(dtype: DtypeName, tmp_path: 
         tokens == request["token_ids"] for tokens, request in zip(got, REQUESTS, strict=True)
     )
     assert right >= 0.97 * len(REQUESTS)
+
+
+def decoding_harness(directory: Path, **config: Any) -> EngineHarness:
+    """An engine in which requests of all adapters decode."""
+    harness = EngineHarness(DEMO / "model", directory, device="cuda", dtype="bf16", **config)
+    for request in REQUESTS[:48]:
+        adapter = DEMO / "adapters" / request["adapter"] if request["adapter"] else None
+        harness.submit(prompt_ids(request["prompt"]), adapter, 200, stop_token_ids=[])
+    for _ in range(20):
+        harness.step()
+    return harness
+
+
+def test_steady_steps_never_wait_for_the_device(tmp_path: Path) -> None:
+    harness = decoding_harness(tmp_path, pool_pages=8000)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(50):
+            harness.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    harness.run()
+
+
+def test_every_step_is_a_graph_replay(tmp_path: Path) -> None:
+    harness = decoding_harness(tmp_path, pool_pages=8000)
+    harness.run()
+    runner = harness.engine.runner
+    assert isinstance(runner, CudaRunner)
+    assert runner.graphs.replays == harness.engine.scheduler.steps
+
+
+def test_the_same_steps_draw_the_same_tokens(tmp_path: Path) -> None:
+    first, second = (decoding_harness(tmp_path, pool_pages=8000) for _ in range(2))
+    for harness in (first, second):
+        harness.run()
+    assert first.tokens == second.tokens
+
+
+def test_eviction_and_preemption_leave_no_trace_in_fp32_tokens(tmp_path: Path) -> None:
+    harness = EngineHarness(
+        DEMO / "model", tmp_path, device="cuda", dtype="fp32", pool_pages=90, step_tokens=64
+    )
+    expected = {}
+    for _ in range(2):
+        for request in REQUESTS:
+            adapter = DEMO / "adapters" / request["adapter"] if request["adapter"] else None
+            number = harness.submit(prompt_ids(request["prompt"]), adapter, request["max_tokens"])
+            expected[number] = request["token_ids"]
+        harness.run()
+    assert harness.tokens == expected
+    status = harness.engine.status()
+    assert status.adapter_evictions > 0
+    assert status.preemptions > 0
+
+
+def test_stop_tokens_wait_for_min_tokens(tmp_path: Path) -> None:
+    harness = EngineHarness(DEMO / "model", tmp_path, device="cuda", dtype="fp32")
+    prompt = prompt_ids(REQUESTS[0]["prompt"])
+    number = harness.submit(prompt, None, 30, min_tokens=25)
+    other = harness.submit(prompt, None, 30)
+    harness.run()
+    assert len(harness.tokens[number]) >= 25
+    assert len(harness.tokens[other]) < 25
+
+
+def test_seeded_samples_do_not_depend_on_the_crowd(tmp_path: Path) -> None:
+    prompt = prompt_ids(REQUESTS[0]["prompt"])
+    drawn = []
+    for crowd in (0, 20):
+        harness = EngineHarness(DEMO / "model", tmp_path, device="cuda", dtype="fp32")
+        for seed in range(crowd):
+            harness.submit(prompt, None, 20, temperature=1.2, seed=seed, stop_token_ids=[])
+        number = harness.submit(
+            prompt, None, 20, temperature=1.0, seed=2**64 - 3, stop_token_ids=[]
+        )
+        harness.run()
+        drawn.append(harness.tokens[number])
+    assert drawn[0] == drawn[1]

@@ -9,6 +9,7 @@ import torch
 from lorry.kernels.pool_view import PoolView
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.worker.adapter_memory import DirectAdapterMemory
+from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.model import LlamaModel, norm_epsilon, rope_table
 from lorry.worker.plan import Batch
 from lorry.worker.sequences import SequenceTable
@@ -72,7 +73,7 @@ def states(
         page_T=rows["page"],
         sequence_T=rows["sequence"],
         slot_T=rows["slot"],
-        has_adapters=True,
+        groups=LoraGroups.ALL,
     )
     return expected, model.forward(rows["token_id"], operations)[: batch.num_tokens]
 
@@ -86,7 +87,7 @@ def test_mixed_steps_have_the_references_hidden_states(model: Path, tmp_path: Pa
         None,
     ]
     harness = EngineHarness(model, tmp_path, pool_pages=300, max_running=16, step_tokens=24)
-    runner = harness.engine._runner
+    runner = harness.engine.runner
     assert isinstance(runner, TorchRunner)
     for length in (1, 5, 9, 17, 30):
         for adapter in adapters:

@@ -12,13 +12,16 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from lorry.kernels.lora import AdapterTables
+from lorry.kernels.page_layout import BASE_MODEL
 from lorry.kernels.pool_view import PoolView
 from lorry.worker.adapter_memory import FinishedLoad
 from lorry.worker.adapter_tables import allocate_tables, describe
 from lorry.worker.host_images import HostImages
+from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.messages import ImageReady
 from lorry.worker.residency import Adapter
 
@@ -43,6 +46,7 @@ class CudaAdapterMemory:
             pool.layout, num_slots=pool.num_pages - 1, max_rank=max_rank, device=device
         )
         self._pages = pool.slices.view(torch.uint8).view(-1, pool.layout.page_bytes)
+        self._changes_all_S = np.zeros(pool.num_pages - 1, dtype=np.bool_)  # beyond attention
         self._images = HostImages()
         self._stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-copies")
@@ -77,9 +81,22 @@ class CudaAdapterMemory:
                 break
             self._copies.popleft()
             describe(self.tables, adapter)
+            self._note_groups(adapter)
             seconds = max(copy.started.elapsed_time(copy.done) / 1e3, 1e-9)
             finished.append(FinishedLoad(adapter, copy.num_bytes, seconds))
         return finished
+
+    def groups_of(self, slot_S: np.ndarray) -> LoraGroups:
+        """What the adapters in these slots change together."""
+        slots = slot_S[slot_S != BASE_MODEL]
+        if not len(slots):
+            return LoraGroups.NONE
+        return LoraGroups.ALL if self._changes_all_S[slots].any() else LoraGroups.ATTENTION
+
+    def _note_groups(self, adapter: Adapter) -> None:
+        assert adapter.image is not None
+        groups = LoraGroups.of(module.name for module in adapter.image.modules)
+        self._changes_all_S[adapter.slot] = groups is LoraGroups.ALL
 
     def _copy(
         self, image: torch.Tensor, file: torch.Tensor, pages: list[int], launched: torch.cuda.Event

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from lorry.kernels.page_layout import BASE_MODEL
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.cuda_adapter_memory import CudaAdapterMemory
@@ -41,6 +40,7 @@ class CudaRunner:
         self._pages = SequencePages(
             max_running, -(-max_context_tokens // pool.layout.page_tokens), device
         )
+        self.padded_rows = 0
         self._buffers = StepBuffers(
             max_rows=max_rows,
             max_samples=max_running,
@@ -80,8 +80,8 @@ class CudaRunner:
         self._buffers.fill(values, padded_rows=rows, padded_samples=samples)
         self._pages.write(self._buffers.device, len(page_U[first]))
         self.graphs.set_banned(banned_tokens(batch, table))
-        has_adapters = bool((batch.slot_S != BASE_MODEL).any())
-        self.graphs.replay(rows, samples, has_adapters=has_adapters)
+        self.graphs.replay(rows, samples, self.adapters.groups_of(batch.slot_S))
+        self.padded_rows += rows - batch.num_tokens
         return self._reader(int(batch.samples_S.sum()))
 
     def _reader(self, samples: int) -> ReadTokens:

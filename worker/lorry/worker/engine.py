@@ -28,7 +28,7 @@ class Engine:
         self.scheduler = scheduler
         self.gauges = Gauges()
         self.host_s = 0.0  # spent on planning steps and on taking their results
-        self._runner = runner
+        self.runner = runner
         self._clock = clock
         self._in_flight: deque[_Launched] = deque()
         self._reclaims: set[bytes] = set()  # of images that a load still reads
@@ -61,7 +61,7 @@ class Engine:
         self.host_s += self._clock() - planning_s
         self._report(plan)
         for adapter in plan.loads:
-            self._runner.adapters.begin_load(adapter)
+            self.runner.adapters.begin_load(adapter)
         self._loads_under_way += len(plan.loads)
         self._answer_pins()
         self._launch(plan.batch)
@@ -83,7 +83,7 @@ class Engine:
         self.gauges.adapter_evictions += len(plan.evicted)
 
     def _finish_loads(self) -> None:
-        for adapter, num_bytes, seconds in self._runner.adapters.finished_loads():
+        for adapter, num_bytes, seconds in self.runner.adapters.finished_loads():
             self.scheduler.residency.finish_load(adapter, self._clock())
             self.gauges.note_load(num_bytes, seconds)
             self._loads_under_way -= 1
@@ -95,9 +95,9 @@ class Engine:
         """Launch a step, then read results until the runner may take another one."""
         if batch is not None:
             started_s = self._clock()
-            read = self._runner.launch(batch, self.scheduler.table)
+            read = self.runner.launch(batch, self.scheduler.table)
             self._in_flight.append(_Launched(batch, read, started_s))
-        keep = self._runner.max_in_flight - 1 if batch is not None else 0
+        keep = self.runner.max_in_flight - 1 if batch is not None else 0
         while len(self._in_flight) > keep:
             self._read(self._in_flight.popleft())
 
@@ -132,7 +132,7 @@ class Engine:
             self._events.append(m.ReleaseImage(image.version))
             return
         try:
-            self._runner.adapters.map(image)
+            self.runner.adapters.map(image)
         except (OSError, ValueError) as error:
             failure = m.Failure("STORE_UNAVAILABLE", f"the page image cannot be mapped: {error}")
             self._fail(adapter, failure)
@@ -178,7 +178,7 @@ class Engine:
             self._events.append(m.AdminResult(evict.call))
 
     def _give_up_image(self, adapter: Adapter) -> None:
-        self._runner.adapters.unmap(adapter.version)
+        self.runner.adapters.unmap(adapter.version)
         self.scheduler.residency.drop_image(adapter)
         self._events.append(m.ReleaseImage(adapter.version))
 

@@ -6,13 +6,16 @@ share one memory pool and the step buffers; replays are ordered by the stream.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from lorry.kernels.sampling import sample
 from lorry.worker.buckets import bucket_of, bucket_sizes
+from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.model import LlamaModel
 from lorry.worker.sequences import NO_TOKEN
 from lorry.worker.step_buffers import StepBuffers
@@ -52,28 +55,22 @@ class StepGraphs:
             (max_samples, MAX_STOP_IDS), NO_TOKEN, dtype=torch.int64, device=device
         )
         self._has_banned = False
-        self._bodies: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._bodies: dict[tuple[int, LoraGroups], torch.cuda.CUDAGraph] = {}
         self._heads: dict[int, torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:
         """Warm up and capture everything, largest first so that memory is shared best."""
         started_s = time.monotonic()
         memory = torch.cuda.graph_pool_handle()
-        for key, run in self._captures():
-            run()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory):
-                run()
-            if isinstance(key, tuple):
-                self._bodies[key] = graph
-            else:
-                self._heads[key] = graph
-        log.info(
-            "captured %d graphs in %.1f s",
-            len(self._bodies) + len(self._heads),
-            time.monotonic() - started_s,
-        )
+        for rows in reversed(self.row_buckets):
+            for groups in LoraGroups:
+                run = partial(self._body, rows, groups)
+                self._bodies[rows, groups] = _captured(run, memory)
+            log.info("captured steps of %d rows: %.1f s", rows, time.monotonic() - started_s)
+        for samples in reversed(self.sample_buckets):
+            self._heads[samples] = _captured(partial(self._head, samples), memory)
+        count = len(self._bodies) + len(self._heads)
+        log.info("captured %d graphs in %.1f s", count, time.monotonic() - started_s)
 
     def padded(self, rows: int, samples: int) -> tuple[int, int]:
         """The buckets of a step."""
@@ -82,9 +79,9 @@ class StepGraphs:
             bucket_of(samples, self.sample_buckets) if samples else 0,
         )
 
-    def replay(self, rows: int, samples: int, *, has_adapters: bool) -> None:
+    def replay(self, rows: int, samples: int, groups: LoraGroups) -> None:
         """Run a step of the buckets `rows` and `samples`."""
-        self._bodies[rows, has_adapters].replay()
+        self._bodies[rows, groups].replay()
         if samples:
             self._heads[samples].replay()
         self.replays += 1
@@ -99,14 +96,7 @@ class StepGraphs:
             self._banned_NX[:samples, :width].copy_(ids, non_blocking=True)
         self._has_banned = banned_NX is not None
 
-    def _captures(self) -> Iterator[tuple[tuple[int, bool] | int, Callable[[], None]]]:
-        for rows in reversed(self.row_buckets):
-            for has_adapters in (True, False):
-                yield (rows, has_adapters), lambda r=rows, a=has_adapters: self._body(r, a)  # type: ignore[misc]
-        for samples in reversed(self.sample_buckets):
-            yield samples, lambda n=samples: self._head(n)  # type: ignore[misc]
-
-    def _body(self, rows: int, has_adapters: bool) -> None:
+    def _body(self, rows: int, groups: LoraGroups) -> None:
         """The rows through the layers, into the hidden states."""
         buffers = {name: buffer[:rows] for name, buffer in self._buffers.items()}
         operations = TritonOperations(
@@ -115,7 +105,7 @@ class StepGraphs:
             page_T=buffers["page"],
             sequence_T=buffers["sequence"],
             slot_T=buffers["slot"],
-            has_adapters=has_adapters,
+            groups=groups,
         )
         token_id = buffers["token_id"]
         drawn = self._last_token_R[(-1 - token_id).clamp(min=0)]
@@ -137,3 +127,13 @@ class StepGraphs:
             self.token_N[:samples],
         )
         self._last_token_R[buffers["state_row"]] = self.token_N[:samples]
+
+
+def _captured(run: Callable[[], None], memory: Any) -> torch.cuda.CUDAGraph:
+    """The graph of `run`, which runs once before to compile its kernels."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory):
+        run()
+    return graph

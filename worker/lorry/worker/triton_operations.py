@@ -21,6 +21,7 @@ from lorry.kernels.norm import add_rms_norm, rms_norm
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.kernels.rope import rope_write_kv
+from lorry.worker.lora_groups import LoraGroups
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +91,16 @@ class TritonOperations:
         page_T: torch.Tensor,
         sequence_T: torch.Tensor,
         slot_T: torch.Tensor,
-        has_adapters: bool,
+        groups: LoraGroups,
     ) -> None:
         self._state = state
         self._position_T = position_T
         self._page_T = page_T
         plan_attention(sequence_T, position_T, state.decode_work, max_run=1)
         plan_attention(sequence_T, position_T, state.prefill_work, min_run=2)
-        self._lora_work = state.lora_work(len(slot_T)) if has_adapters else None
-        if self._lora_work:
+        self._groups = groups.value
+        self._lora_work = state.lora_work(len(slot_T))
+        if self._groups:
             plan_lora(slot_T, state.tables, self._lora_work)
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
@@ -139,7 +141,7 @@ class TritonOperations:
         self, x_TI: torch.Tensor, outputs: Sequence[torch.Tensor], group: int, layer: int
     ) -> None:
         state, work = self._state, self._lora_work
-        if work is not None:
+        if group in self._groups:
             y_STY = lora_shrink(x_TI, group, state.pool, state.tables, layer, work)
             lora_expand_add(outputs, group, state.pool, state.tables, layer, work, y_STY)
 
