@@ -59,11 +59,14 @@ def _popularity(alpha: float) -> str:
 
 def _router() -> Iterator[str]:
     for row in results("router"):
-        clients = row["config"]["clients"]
-        for load, metrics in row["metrics"].items():
-            rate = _spread(metrics["tokens_per_cpu_s"], ",.0f")
-            yield f"- Tokens that the router streams to {clients} clients per CPU-second: {rate}, {load}."
+        yield f"- Tokens that the router streams per CPU-second to {row['config']['clients']} clients:"
+        rates = row["metrics"].items()
+        yield f"  {', '.join(f'{_rate(rate)} ({load})' for load, rate in rates)}."
         yield f"  {_source(row)}."
+
+
+def _rate(metrics: dict[str, Any]) -> str:
+    return _spread(metrics["tokens_per_cpu_s"], ",.0f")
 
 
 def _store() -> Iterator[str]:

@@ -11,7 +11,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints-cpu.txt '.[adapter-store]'
 
 FROM python:3.11-slim-bookworm
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin lorry \    && install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/lorry
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin lorry \
+    && install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/lorry
 COPY --from=build /opt/lorry /opt/lorry
 ENV PATH=/opt/lorry/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001:10001

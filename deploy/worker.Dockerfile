@@ -7,11 +7,17 @@ WORKDIR /source
 RUN python -m venv /opt/lorry
 ENV PATH=/opt/lorry/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY . .
-# Another index for torch, such as https://download.pytorch.org/whl/cpu for a worker without a GPU.ARG TORCH_INDEX=https://pypi.org/simpleRUN --mount=type=cache,target=/root/.cache/pip \
+# Another index for torch, such as https://download.pytorch.org/whl/cpu for a worker without a GPU.
+ARG TORCH_INDEX=https://pypi.org/simple
+RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints-cpu.txt --extra-index-url "$TORCH_INDEX" '.[worker]'
 
 FROM python:3.11-slim-bookworm
-# Triton compiles the launchers of its kernels with the C compiler.RUN apt-get update \    && apt-get install --yes --no-install-recommends gcc libc6-dev \    && rm -rf /var/lib/apt/lists/*RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin lorry
+# Triton compiles the launchers of its kernels with the C compiler.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin lorry
 COPY --from=build /opt/lorry /opt/lorry
 ENV PATH=/opt/lorry/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001:10001

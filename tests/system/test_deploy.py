@@ -1,6 +1,7 @@
 """What can be checked of the images and of docker-compose.yml without a container engine."""
 
 import hashlib
+import re
 import stat
 import subprocess
 import sys
@@ -72,6 +73,18 @@ def test_an_image_is_not_of_root_and_asks_for_its_readiness(name: str) -> None:
     assert health in [line.strip() for line in lines]
     assert lines[-1] == f'ENTRYPOINT ["python", "-m", "{package_of(name)}"]'
     assert any(f"'.[{name}]'" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_an_image_makes_its_user_and_declares_its_variables(name: str) -> None:
+    text = (REPO / SERVICES[name]["build"]["dockerfile"]).read_text()
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line[:1] not in ("", "#")]
+    steps = [tuple(line.split(maxsplit=1)) for line in lines]
+    runs = " ".join(argument for instruction, argument in steps if instruction == "RUN")
+    assert "useradd --uid 10001" in runs
+    assert not re.search(r"\\|\b(ARG|RUN)\b", runs), "a line has lost its end"
+    declared = {argument.split("=")[0] for step, argument in steps if step in ("ARG", "ENV")}
+    assert set(re.findall(r"\$(\w+)", text)) <= declared
 
 
 def test_the_images_are_built_from_everything_that_the_distribution_needs() -> None:

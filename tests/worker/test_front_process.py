@@ -205,7 +205,7 @@ async def test_drain_aborts_what_outlasts_the_grace(model):
 
 
 async def test_nothing_is_left_in_shared_memory_not_even_of_killed_workers(model, tmp_path):
-    options = [f"--shm-dir={tmp_path / 'lorry'}"]
+    options = [f"--local-dir={tmp_path}"]
     with worker_process(model, *options) as killed:
         (left,) = tmp_path.iterdir()
         (left / "image").write_bytes(b"x")
@@ -233,8 +233,8 @@ def test_a_directory_without_a_model_is_named(tmp_path):
 
 def test_a_directory_that_cannot_hold_images_is_named(model):
     with (
-        pytest.raises(AssertionError, match=r"shm_dir: .*/none"),
-        worker_process(model, "--shm-dir=/none/lorry"),
+        pytest.raises(AssertionError, match=r"local_dir: .*/none"),
+        worker_process(model, "--local-dir=/none"),
     ):
         pass
 

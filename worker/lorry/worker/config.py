@@ -70,6 +70,9 @@ class Config:
     shm_dir: Path = Path(f"/dev/shm/lorry-{os.getuid()}")
     """Where the adapter store of this machine keeps page images, as this process sees it."""
 
+    local_dir: Path = Path("/dev/shm")
+    """Where this worker makes a directory of its own, for page images that come in chunks."""
+
     worker_id: str = dataclasses.field(default_factory=socket.gethostname)
     """Name of this worker in the routers' logs."""
 

@@ -49,7 +49,7 @@ class LocalImages:
                 os.posix_fallocate(descriptor, 0, num_bytes)
             except OSError as error:
                 raise StoreFull(
-                    f"{self.directory.parent} of the worker has no room for {num_bytes} bytes",
+                    f"local_dir {self.directory.parent} of the worker has no room for {num_bytes} bytes",
                     bytes=num_bytes,
                 ) from error
             yield LocalImage(path, descriptor)
@@ -69,7 +69,7 @@ def local_images(parent: Path) -> Iterator[LocalImages]:
     try:  # not yet under its final name, so that it is never seen without its lock
         fresh = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
     except OSError as error:
-        raise ValueError(f"shm_dir: {error}") from error
+        raise ValueError(f"local_dir: {error}") from error
     descriptor = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

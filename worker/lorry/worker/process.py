@@ -101,7 +101,7 @@ async def _fetching(
         max_rank=config.max_rank,
     )
     metadata = bearer(read_token(config.token_file))
-    with local_images(config.shm_dir.parent) as local:
+    with local_images(config.local_dir) as local:
         async with open_channel(config.store) as channel:
             source = ImageSource(
                 channel, image_format, shm_dir=config.shm_dir, local=local, metadata=metadata
