@@ -55,7 +55,12 @@ async def running_stack(model, shm_dir, *options, shared=True):
     seen = shm_dir if shared else shm_dir.with_name("elsewhere") / "lorry"
     seen.parent.mkdir(exist_ok=True)
     async with serving_images(store) as address:
-        arguments = [f"--store={address}", f"--shm-dir={seen}", f"--local-dir={seen.parent}", *options]
+        arguments = [
+            f"--store={address}",
+            f"--shm-dir={seen}",
+            f"--local-dir={seen.parent}",
+            *options,
+        ]
         with worker_process(model, *arguments) as worker:
             async with grpc.aio.insecure_channel(worker.address) as channel:
                 await until_ready(channel)
