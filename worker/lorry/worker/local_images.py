@@ -49,7 +49,7 @@ class LocalImages:
                 os.posix_fallocate(descriptor, 0, num_bytes)
             except OSError as error:
                 raise StoreFull(
-                    f"local_dir {self.directory.parent} of the worker has no room for {num_bytes} bytes",
+                    f"the worker's {self.directory.parent} has no room for {num_bytes} bytes",
                     bytes=num_bytes,
                 ) from error
             yield LocalImage(path, descriptor)
