@@ -59,7 +59,8 @@ def _popularity(alpha: float) -> str:
 
 def _router() -> Iterator[str]:
     for row in results("router"):
-        yield f"- Tokens that the router streams per CPU-second to {row['config']['clients']} clients:"
+        clients = row["config"]["clients"]
+        yield f"- Tokens that the router streams per CPU-second to {clients} clients:"
         rates = row["metrics"].items()
         yield f"  {', '.join(f'{_rate(rate)} ({load})' for load, rate in rates)}."
         yield f"  {_source(row)}."

@@ -132,8 +132,8 @@ class LoraBench:
 
 def measure_all(device: Device) -> Iterator[Measurement]:
     for case in CASES:
-        for group in case.groups:
-            bench = LoraBench(case, group, device)
+        benches = [LoraBench(case, group, device) for group in case.groups]
+        for bench in benches:
             yield bench.shrink()
             yield bench.expand()
-        yield bench.plan()
+        yield benches[0].plan()

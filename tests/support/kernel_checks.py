@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
@@ -76,11 +75,11 @@ def check_lora(
     work = allocate_lora_work(setting, layout, max_rows=len(slots) + 3, device=device)
     slot_T = torch.tensor(slots, dtype=torch.int32, device=device)
     plan_lora(slot_T, tables, work)
-    is_base = np.asarray(slots) < 0
+    is_base = slot_T < 0
     for group in groups:
         modules = GROUPS[group]
         x_TI = torch.randn(len(slots), widths_of(layout, modules[0])[0]).to(pool.slices)
-        x_TI[torch.from_numpy(is_base)] = torch.nan
+        x_TI[is_base] = torch.nan
         widths = [widths_of(layout, module)[1] for module in modules]
         base = torch.randn(len(slots), sum(widths)).to(pool.slices)
         outputs = base.clone().split(widths, dim=1)

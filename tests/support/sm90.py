@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -54,7 +56,7 @@ def compiling() -> Iterator[list[Compiled]]:
         compiled.append(_measure(kernel))
 
     previous = driver._active
-    driver.set_active(_AbsentGpu())
+    driver.set_active(cast(DriverBase, _AbsentGpu()))
     try:
         with mock.patch.object(JITFunction, "run", compile_only):
             yield compiled

@@ -89,6 +89,11 @@ def test_all_adapters_in_one_batch(world: World, tmp_path: Path, step_tokens: in
     assert harness.engine.gauges.max_adapters_beside_base_in_step == len(ADAPTERS)
 
 
+def test_prompts_cut_into_chunks_anywhere(world: World, tmp_path: Path) -> None:
+    harness = EngineHarness(world.model, tmp_path, max_running=8, step_tokens=13)
+    check_answers(world, harness)  # chunks of 13 rows less what the others decode
+
+
 def test_one_request_at_a_time(world: World, tmp_path: Path) -> None:
     harness = EngineHarness(world.model, tmp_path, step_tokens=64)
     for prompt, adapter, expected in world.requests:

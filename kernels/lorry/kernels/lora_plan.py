@@ -58,7 +58,7 @@ class LoraSetting:
 
 @dataclass(frozen=True, slots=True)
 class LoraWork:
-    """Device memory of a plan and of the products with A made under it."""
+    """Device memory of a plan and of the products with A made under it; for one group at a time."""
 
     setting: LoraSetting
     layout: PageLayout
