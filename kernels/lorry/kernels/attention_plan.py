@@ -42,7 +42,7 @@ class AttentionSetting:
 
 @dataclass(frozen=True, slots=True)
 class AttentionWork:
-    """Device memory of a plan and of the partial results made under it; for one launch at a time."""
+    """Device memory of a plan and of its partial results; for one launch at a time."""
 
     setting: AttentionSetting
     kv_heads: int
