@@ -4,8 +4,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from google.protobuf.duration_pb2 import Duration
-
+from lorry.rpc.durations import to_seconds
 from lorry.v1 import common_pb2, inference_service_pb2
 
 
@@ -115,10 +114,10 @@ class Completion:
             cached_tokens=message.usage.cached_tokens,
             adapter=message.adapter,
             version=message.version.hex(),
-            queue_s=_seconds(timings.queue),
-            adapter_load_s=_seconds(timings.adapter_load),
-            prefill_s=_seconds(timings.prefill),
-            ttft_s=_seconds(timings.ttft),
+            queue_s=to_seconds(timings.queue),
+            adapter_load_s=to_seconds(timings.adapter_load),
+            prefill_s=to_seconds(timings.prefill),
+            ttft_s=to_seconds(timings.ttft),
         )
 
 
@@ -155,7 +154,3 @@ def _set_prompt(
             spec.chat.messages.add(role=part.role, content=part.content)
         else:
             spec.token_ids.ids.append(part)
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.ToTimedelta().total_seconds()

@@ -5,8 +5,6 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
-
 from lorry.router.generation import (
     Chat,
     ChatMessage,
@@ -27,6 +25,7 @@ from lorry.router.spec_limits import (
 )
 from lorry.router.store import adapter_not_found
 from lorry.rpc.base_model import BaseModel
+from lorry.rpc.durations import to_duration
 from lorry.rpc.errors import InvalidRequest, ModelNotFound
 from lorry.rpc.names import AdapterName
 from lorry.v1 import common_pb2
@@ -121,10 +120,10 @@ def to_completed(completion: Completion) -> pb.Completed:
         adapter=str(completion.adapter or ""),
         version=completion.version,
         timings=pb.Timings(
-            queue=_duration(completion.queue_s),
-            adapter_load=_duration(completion.adapter_load_s),
-            prefill=_duration(completion.prefill_s),
-            ttft=_duration(completion.ttft_s),
+            queue=to_duration(completion.queue_s),
+            adapter_load=to_duration(completion.adapter_load_s),
+            prefill=to_duration(completion.prefill_s),
+            ttft=to_duration(completion.ttft_s),
         ),
     )
     if completion.stop_string is not None:
@@ -190,9 +189,3 @@ def _json_array(field: str, text: str) -> Sequence[Any]:
         raise InvalidRequest.of(field, f"must be JSON: {error}") from error
     check(field, isinstance(array, list), "must be a JSON array", text)
     return tuple(array)
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(max(0, int(seconds * 1e9)))
-    return duration

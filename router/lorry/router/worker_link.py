@@ -9,7 +9,6 @@ from typing import Protocol
 
 import grpc
 import grpc.aio
-from google.protobuf.duration_pb2 import Duration
 
 from lorry.router.backoff import Backoff
 from lorry.router.dispatcher import Place, Prefetch, Submit
@@ -18,6 +17,7 @@ from lorry.router.outbox import Outbox
 from lorry.router.request import Request
 from lorry.router.worker import Worker
 from lorry.rpc.channel import Metadata, open_channel
+from lorry.rpc.durations import to_duration, to_seconds
 from lorry.rpc.errors import LorryError, ModelMismatch, WorkerLost, from_rpc, from_status
 from lorry.rpc.protocol import PROTOCOL_REVISION
 from lorry.v1 import common_pb2
@@ -210,7 +210,7 @@ class WorkerLink:
             max_tokens=request.max_tokens,
             min_tokens=generation.min_tokens,
             stop_token_ids=sorted(generation.stop_token_ids),
-            remaining=_duration(max(0.0, request.deadline_s - self._loop.time())),
+            remaining=to_duration(request.deadline_s - self._loop.time()),
         )
 
 
@@ -221,16 +221,6 @@ def _ended(finished: pb.Finished) -> Ended:
         reason=FINISH_REASONS.get(finished.reason),
         error=from_status(finished.error) if aborted else None,
         cached_tokens=finished.usage.cached_tokens,
-        adapter_load_s=_seconds(finished.adapter_load),
-        prefill_s=_seconds(finished.prefill),
+        adapter_load_s=to_seconds(finished.adapter_load),
+        prefill_s=to_seconds(finished.prefill),
     )
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.ToNanoseconds() / 1e9

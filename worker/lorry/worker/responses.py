@@ -1,7 +1,6 @@
 """What the worker tells routers, as protobuf."""
 
-from google.protobuf import duration_pb2
-
+from lorry.rpc.durations import to_duration
 from lorry.rpc.errors import to_status
 from lorry.v1 import common_pb2
 from lorry.v1 import worker_service_pb2 as pb
@@ -42,8 +41,8 @@ def to_finished(end: RequestEnd) -> pb.Finished:
             prompt_tokens=end.prompt_tokens, completion_tokens=end.completion_tokens
         ),
         error=to_status(end.error) if end.error is not None else None,
-        adapter_load=_duration(end.adapter_load_s),
-        prefill=_duration(end.prefill_s),
+        adapter_load=to_duration(end.adapter_load_s),
+        prefill=to_duration(end.prefill_s),
     )
 
 
@@ -74,9 +73,3 @@ def to_residency(update: ResidencyUpdate) -> pb.Residency:
         host_added=update.host_added,
         host_removed=update.host_removed,
     )
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    duration = duration_pb2.Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration

@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 
 from lorry.rpc.base_model import BaseModel
+from lorry.rpc.durations import to_seconds
 from lorry.rpc.errors import InvalidRequest, LorryError, ModelMismatch
 from lorry.rpc.protocol import PROTOCOL_REVISION
 from lorry.v1 import worker_admin_service_pb2 as admin_pb
@@ -166,7 +167,7 @@ class WorkerAdminServicer(WorkerAdminServiceServicer):
         self, request: admin_pb.DrainRequest, context: Context
     ) -> admin_pb.DrainResponse:
         self._front.require_engine()
-        grace_s = request.grace.ToNanoseconds() / 1e9 if request.HasField("grace") else None
+        grace_s = to_seconds(request.grace) if request.HasField("grace") else None
         if grace_s is not None and not 0 <= grace_s <= MAX_GRACE_S:
             raise InvalidRequest.of("grace", f"must be 0 to {MAX_GRACE_S:.0f} s, got {grace_s}")
         return admin_pb.DrainResponse(aborted=await self._front.drain(grace_s))

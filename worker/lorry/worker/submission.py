@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lorry.rpc.durations import to_seconds
 from lorry.rpc.errors import (
     ContextLengthExceeded,
     FeatureUnsupported,
@@ -38,9 +39,7 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
         stop_token_ids=list(message.stop_token_ids),
         temperature=_temperature(message.sampling),
         seed=message.sampling.seed,
-        remaining_s=message.remaining.ToNanoseconds() / 1e9
-        if message.HasField("remaining")
-        else None,
+        remaining_s=to_seconds(message.remaining) if message.HasField("remaining") else None,
     )
 
 

@@ -11,10 +11,12 @@ from typing import ClassVar, NamedTuple, Self, TypeVar, cast
 
 import grpc
 import grpc.aio
-from google.protobuf import any_pb2, duration_pb2
+from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
+from lorry.rpc.durations import to_duration, to_seconds
 
 DOMAIN = "lorry.dev"
 # A status travels in trailers, which gRPC may refuse beyond 8 KiB: its details in base64, and its
@@ -259,9 +261,7 @@ def from_status(status: status_pb2.Status) -> LorryError:
     return cls(
         status.message,
         violations=[Violation(v.field, v.description) for v in fields],
-        retry_after_s=retry.retry_delay.ToTimedelta().total_seconds()
-        if retry.HasField("retry_delay")
-        else None,
+        retry_after_s=to_seconds(retry.retry_delay) if retry.HasField("retry_delay") else None,
         **info.metadata,
     )
 
@@ -280,9 +280,7 @@ def _details(error: LorryError) -> Iterator[Message]:
     if error.violations:
         yield _bad_request(error.violations)
     if error.retry_after_s is not None:
-        delay = duration_pb2.Duration()
-        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
-        yield error_details_pb2.RetryInfo(retry_delay=delay)
+        yield error_details_pb2.RetryInfo(retry_delay=to_duration(error.retry_after_s))
 
 
 def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
