@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.results_file import write_result
+from benchmarks.results_file import RESULTS, write_result
 from benchmarks.roofline import MODELS, ideal_seconds
 from benchmarks.trace import NO_ADAPTER, TraceRequest, make_trace
 from lorry.kernels.page_layout import Dtype, PageLayout
@@ -217,20 +217,22 @@ def build(
     return engine, config
 
 
-def measure(arguments: argparse.Namespace, engine: Engine, config: EngineConfig) -> dict[str, Any]:
+def measure(
+    arguments: argparse.Namespace, adapters: int, engine: Engine, config: EngineConfig
+) -> dict[str, Any]:
     """Run the trace `arguments.runs` times; the metrics are those of the median run."""
     base_model = read_base_model(config.model)
     layout = PageLayout(geometry=base_model.geometry, dtype=config.page_dtype)
     trace = make_trace(
         requests=arguments.requests,
-        adapters=arguments.adapters,
+        adapters=adapters,
         alpha=arguments.alpha,
         seed=arguments.seed,
     )
     context = config.max_context_tokens or base_model.max_context_tokens
     runs = []
     with image_directory() as directory:
-        images = RandomImages(directory, layout, arguments.ranks, arguments.adapters)
+        images = RandomImages(directory, layout, arguments.ranks, adapters)
         for number in range(arguments.runs):
             prompts = distinct_prompts(trace, base_model.vocab_size, number)
             first = time.time_ns()
@@ -258,7 +260,9 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__)
     result.add_argument("--model", default="llama-3-8b", help="a directory of benchmarks/models")
     result.add_argument("--requests", type=int, default=1000)
-    result.add_argument("--adapters", type=int, default=200, help="0: the base model only")
+    result.add_argument(
+        "--adapters", type=int, nargs="+", default=[200], help="numbers of; 0: the base model only"
+    )
     result.add_argument("--ranks", type=int, nargs="+", default=[16], help="cycled over adapters")
     result.add_argument("--alpha", type=float, default=1.0, help="0 is uniform, 1 is Zipf")
     result.add_argument("--seed", type=int, default=42, help="of the trace")
@@ -269,15 +273,16 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--max-context-tokens", type=int, default=4096)
     result.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     result.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
-    result.add_argument("--name", default="engine", help="of the result file")
+    result.add_argument("--directory", type=Path, default=RESULTS, help="for the result files")
+    result.add_argument("--commit", help="where the tree came without its history")
     return result
 
 
-def result_config(arguments: argparse.Namespace) -> dict[str, Any]:
+def result_config(arguments: argparse.Namespace, adapters: int) -> dict[str, Any]:
     return {
         "model": arguments.model,
         "ranks": arguments.ranks,
-        "adapters": arguments.adapters,
+        "adapters": adapters,
         "requests": arguments.requests,
         "trace_seed": arguments.seed,
         "alpha": arguments.alpha,
@@ -301,13 +306,17 @@ def main() -> None:
     dtype = {"bf16": Dtype.BF16, "fp16": Dtype.FP16, "fp32": Dtype.FP32}[arguments.dtype]
     layout = PageLayout(geometry=base_model.geometry, dtype=dtype)
     engine, config = build(arguments, base_model, layout)
-    write_result(
-        arguments.name,
-        benchmark="engine",
-        device=device_name(arguments.device),
-        config=result_config(arguments),
-        metrics=measure(arguments, engine, config),
-    )
+    for adapters in arguments.adapters:
+        ranks = "-".join(map(str, arguments.ranks))
+        write_result(
+            f"engine-{arguments.model}-{adapters}-r{ranks}-{arguments.alpha:g}",
+            benchmark="engine",
+            device=device_name(arguments.device),
+            config=result_config(arguments, adapters),
+            metrics=measure(arguments, adapters, engine, config),
+            directory=arguments.directory,
+            commit=arguments.commit,
+        )
 
 
 if __name__ == "__main__":

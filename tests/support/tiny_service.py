@@ -37,7 +37,7 @@ async def serve(behaviour: str) -> None:
     ) as server:
         if behaviour == "stubborn":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print(f"lorry.tiny listening on 127.0.0.1:{server.port}", flush=True)
+        server.announce("tiny")
         await server.set_ready(behaviour != "never-ready")
         if behaviour == "die-later":
             sys.exit("lost the engine")

@@ -42,8 +42,7 @@ async def serve(config: Config) -> None:
             max_receive_bytes=MAX_MESSAGE_BYTES,
         ) as server,
     ):
-        host = config.address.rpartition(":")[0]
-        print(f"lorry.adapter_store listening on {host}:{server.port}", flush=True)
+        server.announce("adapter_store")
         log.info("%s adapters, values finite in %s", store.catalogue.num_adapters, dtype.value)
         await server.set_ready(True)
         await stop_requested()

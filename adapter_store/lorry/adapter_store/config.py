@@ -10,6 +10,7 @@ import cyclopts
 
 from lorry.adapter_store.limits import Limits
 from lorry.kernels.page_layout import Dtype
+from lorry.rpc.command import check_positive
 from lorry.rpc.server import check_address
 
 DTYPES = {"bfloat16": Dtype.BF16, "float16": Dtype.FP16, "float32": Dtype.FP32}
@@ -71,9 +72,7 @@ class Config:
         backend = urlsplit(self.backend)
         if backend.scheme != "file" or backend.netloc or not backend.path.startswith("/"):
             raise ValueError(f"backend must be file:///DIRECTORY, got {self.backend!r}")
-        for field in ("ram_bytes", "builders", *Limits.__dataclass_fields__):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+        check_positive(self, "ram_bytes", "builders", *Limits.__dataclass_fields__)
 
     @property
     def backend_directory(self) -> Path:

@@ -12,8 +12,7 @@ with extra("router"):
 
 async def serve(config: Config) -> None:
     async with running(config) as router:
-        host = config.address.rpartition(":")[0]
-        print(f"lorry.router listening on {host}:{router.server.port}", flush=True)
+        router.server.announce("router")
         await stop_requested()
         await router.drain()
 

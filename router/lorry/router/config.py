@@ -5,6 +5,8 @@ from pathlib import Path
 
 import cyclopts
 
+from lorry.rpc.command import check_not_negative, check_positive
+
 
 @cyclopts.Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,8 @@ class Config:
     """How long running requests may take to finish after SIGTERM."""
 
     def __post_init__(self) -> None:
-        for name in (
+        check_positive(
+            self,
             "max_queued_requests",
             "max_queued_requests_per_tenant",
             "max_request_s",
@@ -89,14 +92,10 @@ class Config:
             "store_timeout_s",
             "catalogue_silence_s",
             "tokenizer_threads",
-        ):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("prefetch_versions", "placement_imbalance", "worker_wait_s", "drain_grace_s"):
-            value = getattr(self, name)
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+        )
+        check_not_negative(
+            self, "prefetch_versions", "placement_imbalance", "worker_wait_s", "drain_grace_s"
+        )
         if not self.worker:
             raise ValueError("worker must name at least one HOST:PORT")
         if len(set(self.worker)) < len(self.worker):

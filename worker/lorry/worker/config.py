@@ -11,6 +11,7 @@ import cyclopts
 
 from lorry.kernels.page_layout import MAX_RANK, Dtype, PageLayout
 from lorry.rpc.base_model import BaseModel
+from lorry.rpc.command import check_not_negative, check_positive
 
 Device = Literal["cpu", "cuda"]
 LoadFormat = Literal["safetensors", "dummy"]
@@ -131,7 +132,8 @@ class Config:
     """Seconds that running requests get to finish on SIGTERM."""
 
     def __post_init__(self) -> None:
-        for name in (
+        check_positive(
+            self,
             "pool_bytes",
             "pool_pages",
             "max_running",
@@ -142,13 +144,8 @@ class Config:
             "fetch_timeout_s",
             "start_timeout_s",
             "engine_silence_s",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("max_waiting", "grace_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        )
+        check_not_negative(self, "max_waiting", "grace_s")
         if not 1 <= self.max_rank <= MAX_RANK:
             raise ValueError(f"max_rank must be in [1, {MAX_RANK}], got {self.max_rank}")
         if not self.worker_id:

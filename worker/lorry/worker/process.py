@@ -51,8 +51,7 @@ async def _run(config: Config, engine_command: Sequence[str]) -> int:
         front = Front(engine.send, images, window=window)
         await stack.enter_async_context(engine.running(front.handle))
         server = await stack.enter_async_context(_serving(config, base_model, front))
-        host = config.address.rpartition(":")[0]
-        print(f"lorry.worker listening on {host}:{server.port}", flush=True)
+        server.announce("worker")
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(_beat(front, engine, server))
             exit_code = await _serve(config, front, engine, server, stop)

@@ -21,6 +21,7 @@ from lorry.client.endpoints import (
 )
 from lorry.client.local.display import Display
 from lorry.client.local.stack import LocalStack, ServiceOptions, StackOptions, local_stack
+from lorry.rpc.command import check_positive
 
 STATE_DIR = state_dir()
 MAX_PORT = 65535
@@ -78,9 +79,7 @@ class UpConfig:
             port = getattr(self, field)
             if not 0 <= port <= MAX_PORT:
                 raise ValueError(f"{field} must be 0 to {MAX_PORT}, got {port}")
-        for field in ("ready_timeout_s", "grace_s"):
-            if getattr(self, field) <= 0:
-                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+        check_positive(self, "ready_timeout_s", "grace_s")
         if not (self.model / "config.json").is_file():
             raise ValueError(
                 f"model must be a directory with a config.json, got {str(self.model)!r}"

@@ -23,6 +23,22 @@ def extra(name: str) -> Iterator[None]:
         sys.exit(f"{error}. This command needs an extra: pip install 'lorry[{name}]'")
 
 
+def check_positive(config: object, *fields: str) -> None:
+    """Raise ValueError naming a field and its value that is not above 0; None is no value."""
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and not value > 0:
+            raise ValueError(f"{field} must be positive, got {value}")
+
+
+def check_not_negative(config: object, *fields: str) -> None:
+    """Raise ValueError naming a field and its value that is below 0."""
+    for field in fields:
+        value = getattr(config, field)
+        if not value >= 0:
+            raise ValueError(f"{field} must not be negative, got {value}")
+
+
 def run_service(
     config_type: type[Config], run: Callable[[Config], Any], *, name: str, help: str
 ) -> None:

@@ -47,9 +47,14 @@ class EndingHealth(HealthServicer):  # type: ignore[misc]  # the package has no 
 class Server:
     """A running server."""
 
+    host: str
     port: int
     _services: Sequence[str]
     _health: EndingHealth
+
+    def announce(self, name: str) -> None:
+        """Print the one line on stdout from which a parent process learns the address."""
+        print(f"lorry.{name} listening on {self.host}:{self.port}", flush=True)
 
     async def set_ready(self, ready: bool) -> None:
         """Tell health checks of every service and of `readiness` whether to send requests here."""
@@ -94,7 +99,8 @@ async def serving(
     health_servicer = EndingHealth()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     _add_reflection([*services, health.SERVICE_NAME], server)
-    running = Server(_bind(server, address), services, health_servicer)
+    host = address.rpartition(":")[0]
+    running = Server(host, _bind(server, address), services, health_servicer)
     for name in ("", "liveness"):
         await health_servicer.set(name, SERVING)
     await running.set_ready(False)
