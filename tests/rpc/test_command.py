@@ -1,11 +1,12 @@
 import importlib
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import cyclopts
 import pytest
 
-from lorry.rpc.command import extra, run_service
+from lorry.rpc.command import check_not_negative, check_positive, extra, run_service
 
 
 @cyclopts.Parameter(name="*")
@@ -23,8 +24,7 @@ class Config:
     """Seconds to drain."""
 
     def __post_init__(self) -> None:
-        if self.grace_s < 0:
-            raise ValueError(f"grace_s must not be negative, got {self.grace_s}")
+        check_not_negative(self, "grace_s")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[Config]:
@@ -52,6 +52,16 @@ def test_variables_become_fields(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_flag_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_TINY_SERVICE_GRACE_S", "2.5")
     assert run(monkeypatch, "--grace-s", "1") == [Config(model="m", grace_s=1)]
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_a_value_that_must_be_positive_is_named(value: float) -> None:
+    with pytest.raises(ValueError, match=f"grace_s must be positive, got {value}"):
+        check_positive(SimpleNamespace(port=1, grace_s=value), "port", "grace_s")
+
+
+def test_an_unset_value_is_no_wrong_value() -> None:
+    check_positive(SimpleNamespace(grace_s=None), "grace_s")
 
 
 def test_a_refused_value_ends_the_command_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
