@@ -136,6 +136,8 @@ async def test_each_router_has_its_own_limit(router, channel):
         ({"generated_tokens": 1}, InvalidRequest, "token_ids"),
         ({"max_tokens": 0}, InvalidRequest, "max_tokens"),
         ({"min_tokens": 9}, InvalidRequest, "min_tokens"),
+        ({"stop_token_ids": [2**32 - 1]}, InvalidRequest, "stop_token_ids"),
+        ({"stop_token_ids": [1] * 129}, InvalidRequest, "stop_token_ids"),
         ({"version": b"short"}, InvalidRequest, "version"),
         ({"max_tokens": 600}, ContextLengthExceeded, "max_tokens"),
         ({"sampling": {"temperature": 0.5}}, InvalidRequest, "sampling.seed"),

@@ -15,6 +15,7 @@ from lorry.worker.messages import Submit
 
 VERSION_BYTES = 32
 MAX_TEMPERATURE = 10.0
+MAX_STOP_TOKEN_IDS = 128  # 64 of the client and the model's; the engine has a column for each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
     """The engine's request `number`; raises InvalidRequest or FeatureUnsupported naming a field."""
     _refuse_unsupported(message)
     _check_tokens(message, limits)
+    _check_stop_token_ids(message, limits)
     _check_sampling(message.sampling)
     return Submit(
         request=number,
@@ -90,6 +92,19 @@ def _check_tokens(message: worker_service_pb2.Submit, limits: RequestLimits) -> 
             violations=[Violation("max_tokens", text)],
             tokens=total,
             maxContextTokens=limits.max_context_tokens,
+        )
+
+
+def _check_stop_token_ids(message: worker_service_pb2.Submit, limits: RequestLimits) -> None:
+    if len(message.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest.of(
+            "stop_token_ids",
+            f"must be at most {MAX_STOP_TOKEN_IDS}, got {len(message.stop_token_ids)}",
+        )
+    largest = max(message.stop_token_ids, default=0)
+    if largest >= limits.vocab_size:
+        raise InvalidRequest.of(
+            "stop_token_ids", f"must be below {limits.vocab_size}, got {largest}"
         )
 
 

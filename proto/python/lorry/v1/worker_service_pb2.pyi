@@ -130,7 +130,9 @@ class Submit(_message.Message):
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """All of them, end-of-sequence tokens included unless the client ignores them. Stop strings are the router's."""
+        """All of them, end-of-sequence tokens included unless the client ignores them; at most 128. Stop strings are the
+        router's.
+        """
 
     @_builtins.property
     def response(self) -> _common_pb2.ResponseOptions: ...
