@@ -81,6 +81,7 @@ INVALID: list[tuple[dict[str, Any], type[LorryError], str, str]] = [
     ({"labels": {f"k{i}": "v" for i in range(17)}}, InvalidRequest, "labels", "got 17"),
     ({"labels": {"k" * 64: "v"}}, InvalidRequest, "labels", "63 bytes"),
     ({"labels": {"k": "é" * 32}}, InvalidRequest, "labels", "63 bytes"),
+    ({"labels": {"": "v"}}, InvalidRequest, "labels", "1 to 63 bytes"),
     ({"sampling": {"temperature": -0.5}}, InvalidSampling, "sampling.temperature", "got -0.5"),
     ({"sampling": {"temperature": 10.5}}, InvalidSampling, "sampling.temperature", "got 10.5"),
     ({"sampling": {"temperature": "NaN"}}, InvalidSampling, "sampling.temperature", "got nan"),

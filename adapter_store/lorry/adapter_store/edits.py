@@ -14,8 +14,6 @@ from lorry.rpc.errors import (
 )
 from lorry.rpc.names import AdapterName
 
-MAX_LABELS = 16
-MAX_LABEL_BYTES = 63
 MAX_DESCRIPTION_BYTES = 1 << 10
 
 
@@ -102,16 +100,6 @@ def check_etag(adapter: Adapter, etag: str) -> None:
         raise EtagMismatch(
             f"{adapter.name} has etag {adapter.etag!r}, not {etag[:200]!r}", etag=adapter.etag
         )
-
-
-def check_labels(labels: Mapping[str, str]) -> None:
-    if len(labels) > MAX_LABELS:
-        raise InvalidRequest.of("labels", f"at most {MAX_LABELS} are allowed, got {len(labels)}")
-    for key, value in labels.items():
-        if not key or len(key.encode()) > MAX_LABEL_BYTES or len(value.encode()) > MAX_LABEL_BYTES:
-            raise InvalidRequest.of(
-                "labels", f"{key[:100]!r}: keys need 1 to {MAX_LABEL_BYTES} bytes, values at most"
-            )
 
 
 def check_description(description: str) -> None:

@@ -18,6 +18,7 @@ from lorry.adapter_store.records import Adapter, UploadRecord
 from lorry.adapter_store.shared_directory import SharedDirectory
 from lorry.adapter_store.uploads import Upload, Uploads
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
+from lorry.rpc.labels import check_labels
 from lorry.rpc.names import AdapterName
 from lorry.rpc.shared_memory import shm_namespace_id
 
@@ -71,7 +72,7 @@ class Store:
         expected_etag: str,
     ) -> tuple[str, Upload]:
         """Validate what can be known before any weights travel, and reserve their place."""
-        edits.check_labels(labels)
+        check_labels(labels)
         edits.check_replaceable(self.catalogue.get(name), name, expected_etag)
         record = UploadRecord(
             key="",

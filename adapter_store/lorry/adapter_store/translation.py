@@ -10,6 +10,7 @@ from lorry.adapter_store.image import ImageHeader
 from lorry.adapter_store.images import Chunk
 from lorry.adapter_store.records import Adapter, Change, Version
 from lorry.rpc.errors import InvalidRequest
+from lorry.rpc.labels import check_labels
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1 import catalogue_service_pb2 as catalogue_pb
@@ -51,7 +52,7 @@ def update_from_proto(request: pb.UpdateAdapterRequest) -> edits.Update:
             "update_mask", f"must name some of {sorted(UPDATABLE)}, got {sorted(paths)}"[:300]
         )
     adapter = request.adapter
-    edits.check_labels(adapter.labels)
+    check_labels(adapter.labels)
     edits.check_description(adapter.description)
     return edits.Update(
         labels=dict(adapter.labels) if "labels" in paths else None,

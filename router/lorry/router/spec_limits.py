@@ -1,7 +1,6 @@
 """Limits of the fields of a GenerationSpec. Each error names the field and the value."""
 
 import math
-from typing import Any
 
 from lorry.rpc.errors import FeatureUnsupported, InvalidRequest, InvalidSampling
 from lorry.v1 import common_pb2
@@ -10,18 +9,9 @@ from lorry.v1 import inference_service_pb2 as pb
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64
-MAX_LABELS = 16
-MAX_LABEL_BYTES = 63
 MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 SHOWN_CHARS = 200  # of a wrong value, in the error that names it
-
-
-def check_labels(labels: Any) -> None:
-    check("labels", len(labels) <= MAX_LABELS, f"must be at most {MAX_LABELS}", len(labels))
-    for text in (*labels.keys(), *labels.values()):
-        short = len(text.encode()) <= MAX_LABEL_BYTES
-        check("labels", short, f"keys and values must be at most {MAX_LABEL_BYTES} bytes", text)
 
 
 def check_sampling(sampling: common_pb2.SamplingParams) -> None:

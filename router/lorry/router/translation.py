@@ -16,7 +16,6 @@ from lorry.router.generation import (
 )
 from lorry.router.spec_limits import (
     check,
-    check_labels,
     check_response,
     check_sampling,
     check_stopping,
@@ -27,6 +26,7 @@ from lorry.router.store import adapter_not_found
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.durations import to_duration
 from lorry.rpc.errors import InvalidRequest, ModelNotFound
+from lorry.rpc.labels import check_labels
 from lorry.rpc.names import AdapterName
 from lorry.v1 import common_pb2
 from lorry.v1 import inference_service_pb2 as pb
