@@ -88,7 +88,7 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """At most 16, keys and values at most 63 bytes."""
+        """At most 16; a key has 1 to 63 bytes, a value at most 63."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...

@@ -83,7 +83,7 @@ class GenerationSpec(_message.Message):
     def slo(self) -> _common_pb2.Slo: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """For logs and accounting; never used in scheduling. At most 16, keys and values at most 63 bytes."""
+        """For logs and accounting; never used in scheduling. At most 16; a key has 1 to 63 bytes, a value at most 63."""
 
     def __init__(
         self,
