@@ -2,9 +2,8 @@
 
 import math
 
-from lorry.rpc.errors import FeatureUnsupported, InvalidRequest, InvalidSampling
+from lorry.rpc.errors import InvalidRequest, InvalidSampling
 from lorry.v1 import common_pb2
-from lorry.v1 import inference_service_pb2 as pb
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 256
@@ -79,28 +78,6 @@ def check_response(response: common_pb2.ResponseOptions) -> None:
             f"must be in [0, {MAX_TOP_LOGPROBS}]",
             value,
         )
-
-
-def refuse_unsupported(spec: pb.GenerationSpec) -> None:
-    """Name what is asked for and not served yet; a value that changes nothing is no such thing."""
-    sampling, response = spec.sampling, spec.response
-    asked = {
-        "sampling.top_p": sampling.HasField("top_p") and sampling.top_p != 1,
-        "sampling.top_k": sampling.top_k != 0,
-        "sampling.min_p": sampling.min_p != 0,
-        "sampling.repetition_penalty": sampling.HasField("repetition_penalty")
-        and sampling.repetition_penalty != 1,
-        "sampling.presence_penalty": sampling.presence_penalty != 0,
-        "sampling.frequency_penalty": sampling.frequency_penalty != 0,
-        "sampling.logit_bias": len(sampling.logit_bias) > 0,
-        "response.top_logprobs": response.HasField("top_logprobs"),
-        "response.prompt_logprobs": response.HasField("prompt_logprobs"),
-        "guided": spec.HasField("guided"),
-        "slo": spec.HasField("slo"),
-    }
-    for field, is_asked in asked.items():
-        if is_asked:
-            raise FeatureUnsupported(f"{field} is not supported yet", field=field)
 
 
 def check(field: str, holds: bool, description: str, value: object = None) -> None:

@@ -19,7 +19,6 @@ from lorry.router.spec_limits import (
     check_response,
     check_sampling,
     check_stopping,
-    refuse_unsupported,
     shown,
 )
 from lorry.router.store import adapter_not_found
@@ -28,6 +27,7 @@ from lorry.rpc.durations import to_duration
 from lorry.rpc.errors import InvalidRequest, ModelNotFound
 from lorry.rpc.labels import check_labels
 from lorry.rpc.names import AdapterName
+from lorry.rpc.unsupported import refuse_unsupported
 from lorry.v1 import common_pb2
 from lorry.v1 import inference_service_pb2 as pb
 

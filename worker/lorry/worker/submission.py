@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from lorry.rpc.durations import to_seconds
 from lorry.rpc.errors import (
     ContextLengthExceeded,
-    FeatureUnsupported,
     InvalidRequest,
     InvalidSampling,
     Violation,
 )
+from lorry.rpc.unsupported import refuse_unsupported
 from lorry.v1 import common_pb2, worker_service_pb2
 from lorry.worker.messages import Submit
 
@@ -26,7 +26,7 @@ class RequestLimits:
 
 def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLimits) -> Submit:
     """The engine's request `number`; raises InvalidRequest or FeatureUnsupported naming a field."""
-    _refuse_unsupported(message)
+    refuse_unsupported(message)
     _check_tokens(message, limits)
     _check_stop_token_ids(message, limits)
     _check_sampling(message.sampling)
@@ -50,26 +50,6 @@ def check_version(version: bytes, field: str = "version") -> bytes:
     if len(version) != VERSION_BYTES:
         raise InvalidRequest.of(field, f"must have {VERSION_BYTES} bytes, got {len(version)}")
     return version
-
-
-def _refuse_unsupported(message: worker_service_pb2.Submit) -> None:
-    sampling = message.sampling
-    asked = {
-        "sampling.top_p": sampling.HasField("top_p") and sampling.top_p != 1.0,
-        "sampling.top_k": sampling.top_k != 0,
-        "sampling.min_p": sampling.min_p != 0.0,
-        "sampling.repetition_penalty": sampling.HasField("repetition_penalty")
-        and sampling.repetition_penalty != 1.0,
-        "sampling.presence_penalty": sampling.presence_penalty != 0.0,
-        "sampling.frequency_penalty": sampling.frequency_penalty != 0.0,
-        "sampling.logit_bias": bool(sampling.logit_bias),
-        "response.top_logprobs": message.response.HasField("top_logprobs"),
-        "response.prompt_logprobs": message.response.HasField("prompt_logprobs"),
-        "guided": message.guided.WhichOneof("grammar") is not None,
-    }
-    for field, is_asked in asked.items():
-        if is_asked:
-            raise FeatureUnsupported(f"{field} is not supported by this worker", field=field)
 
 
 def _check_tokens(message: worker_service_pb2.Submit, limits: RequestLimits) -> None:

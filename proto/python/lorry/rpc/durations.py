@@ -11,4 +11,5 @@ def to_duration(seconds: float) -> Duration:
 
 
 def to_seconds(duration: Duration) -> float:
-    return duration.ToNanoseconds() / 1e9
+    """Also of a duration that protobuf calls invalid: a peer may send any."""
+    return duration.seconds + duration.nanos / 1e9
