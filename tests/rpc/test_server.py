@@ -115,6 +115,17 @@ async def reflect(
     return [response async for response in responses]
 
 
+async def test_a_burst_of_calls_is_served_to_the_last(running: Running) -> None:
+    server, _ = running
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="liveness")
+        # While this loop sends, the server, which runs on it too, takes none: all of them wait.
+        calls = [stub.Check.future(request, timeout=120) for _ in range(4000)]
+        answers = await asyncio.to_thread(lambda: [call.exception() for call in calls])
+    assert answers == [None] * len(calls)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "127.9.9.9:1", "[::1]:50051", "localhost:1"])
 def test_loopback_addresses_are_served_in_plain_text(address: str) -> None:
     check_address(address, insecure=False)

@@ -19,6 +19,9 @@ from lorry.rpc.boundary import Boundary
 from lorry.rpc.identity import Authenticator
 
 MIB = 1 << 20
+# Calls that a burst may leave waiting for the event loop. From 1000 on gRPC would cancel some by
+# chance, without a reason; how many a service takes is its own to decide.
+MAX_PENDING_CALLS = 1 << 14
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -89,6 +92,8 @@ async def serving(
         options=[
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_receive_bytes),
+            ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 10_000),
