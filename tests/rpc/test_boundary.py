@@ -1,4 +1,5 @@
 import logging
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -48,6 +49,30 @@ async def test_a_defect_is_logged_and_its_text_stays_inside(
 async def test_an_error_of_a_caller_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     await failure(KINDS["unary_unary"], InvalidRequest("spec: bad"))
     assert not [record for record in caplog.records if record.name.startswith("lorry")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_is_no_message_is_the_callers_error(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    method = METHODS[KINDS[kind]]
+    sent: Any = iter([b"\xff"]) if kind.startswith("stream") else b"\xff"
+    async with serving_all(Authenticator()) as (_, channel):
+        call = getattr(channel, kind)(method.path)(sent, timeout=30)
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await (anext(aiter(call)) if kind.endswith("stream") else call)
+    received = from_rpc(failed.value)
+    assert type(received) is InvalidRequest
+    assert method.request.DESCRIPTOR.full_name in str(received)
+    assert not caplog.records
+
+
+async def test_nothing_of_a_stranger_is_parsed() -> None:
+    async with serving_all(Authenticator({})) as (_, channel):
+        call: Any = channel.unary_unary(KINDS["unary_unary"])
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await call(b"\xff", timeout=30)
+    assert failed.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_the_largest_error_arrives() -> None:

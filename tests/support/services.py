@@ -50,14 +50,21 @@ class Method(NamedTuple):
         )
 
     def handler(self, hook: Hook) -> Any:
-        """A method that calls `hook` and answers with an empty message."""
+        """A method that calls `hook`, reads its request and answers with an empty message."""
+
+        async def read(request: Any) -> None:
+            if self.kind.startswith("stream"):
+                async for _ in request:
+                    pass
 
         async def unary(request: Any, context: Any) -> Message:
             hook()
+            await read(request)
             return self.response()
 
         async def stream(request: Any, context: Any) -> AsyncIterator[Message]:
             hook()
+            await read(request)
             yield self.response()
 
         make = getattr(grpc, f"{self.kind}_rpc_method_handler")

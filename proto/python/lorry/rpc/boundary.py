@@ -1,4 +1,7 @@
-"""The interceptor that stands before every method: who may call, and what failures look like."""
+"""The interceptor that stands before every method: who may call, and what failures look like.
+
+A message is parsed behind it too: one that cannot be is the caller's error like any other.
+"""
 
 import inspect
 import logging
@@ -7,13 +10,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from lorry.rpc.errors import LorryError, to_status
+from lorry.rpc.errors import InvalidRequest, LorryError, to_status
 from lorry.rpc.identity import Authenticator
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"  # open to probes, which carry no credentials
 Context = grpc.aio.ServicerContext[Any, Any]
+Parser = Callable[[Any], Any]
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
 else:
@@ -45,37 +50,56 @@ class Boundary(grpc.aio.ServerInterceptor):
         behavior = getattr(handler, kind)
         wrap = self._streaming if handler.response_streaming else self._unary
         make = getattr(grpc, f"{kind}_rpc_method_handler")
+        parse = _parser(handler.request_deserializer or _as_it_is)
+        # A stream's messages are parsed as its method reads them, a single one by `call`.
+        streamed = handler.request_streaming
         wrapped: Handler = make(
-            wrap(behavior, method),
-            request_deserializer=handler.request_deserializer,
+            wrap(behavior, method, _as_it_is if streamed else parse),
+            request_deserializer=parse if streamed else None,
             response_serializer=handler.response_serializer,
         )
         return wrapped
 
-    def _unary(self, behavior: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Any]:
+    def _unary(
+        self, behavior: Callable[..., Awaitable[Any]], method: str, parse: Parser
+    ) -> Callable[..., Any]:
         async def call(request: Any, context: Context) -> Any:
             try:
                 self._authenticator.admit(method, context)
-                return await behavior(request, context)
+                return await behavior(parse(request), context)
             except Exception as error:
                 await _end(context, method, error)
 
         return call
 
     def _streaming(
-        self, behavior: Callable[..., AsyncIterator[Any]], method: str
+        self, behavior: Callable[..., AsyncIterator[Any]], method: str, parse: Parser
     ) -> Callable[..., Any]:
         assert inspect.isasyncgenfunction(behavior), f"{method} must be an async generator"
 
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             try:
                 self._authenticator.admit(method, context)
-                async for response in behavior(request, context):
+                async for response in behavior(parse(request), context):
                     yield response
             except Exception as error:
                 await _end(context, method, error)
 
         return call
+
+
+def _parser(deserialize: Parser) -> Parser:
+    def parse(data: Any) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            raise InvalidRequest(f"the request cannot be parsed: {error}") from error
+
+    return parse
+
+
+def _as_it_is(request: Any) -> Any:
+    return request
 
 
 async def _end(context: Context, method: str, error: Exception) -> NoReturn:
