@@ -13,7 +13,7 @@ from lorry.rpc.base_model import BaseModel
 from lorry.rpc.errors import Draining, InvalidRequest
 from lorry.rpc.identity import current_caller
 from lorry.rpc.layout import layout_from_proto
-from lorry.rpc.names import AdapterName, check_id
+from lorry.rpc.names import AdapterName, check_id, check_sha256
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_data_service_pb2_grpc as data_grpc
 from lorry.v1 import adapter_service_pb2 as pb
@@ -110,7 +110,7 @@ class AdapterServicer(adapter_grpc.AdapterServiceServicer):
             name,
             config_json=request.config_json,
             weights_bytes=request.weights_bytes,
-            weights_sha256=translation.digest(request.weights_sha256, field="weights_sha256"),
+            weights_sha256=check_sha256(request.weights_sha256, field="weights_sha256"),
             labels=dict(request.labels),
             expected_etag=request.expected_etag,
         )
@@ -173,7 +173,7 @@ class AdapterDataServicer(data_grpc.AdapterDataServiceServicer):
         request: data_pb.FetchAdapterRequest,
         context: Any,  # grpc's stubs let add_done_callback take no function
     ) -> AsyncIterator[data_pb.FetchAdapterResponse]:
-        version = translation.digest(request.version, field="version")
+        version = check_sha256(request.version, field="version")
         layout = layout_from_proto(request.layout, self._base_model)
         by_handle, chunk_bytes = self._by_handle(request), max_chunk_bytes(request)
         lease = await self._store.lease(version, layout)

@@ -11,11 +11,11 @@ from lorry.adapter_store.images import Chunk
 from lorry.adapter_store.records import Adapter, Change, Version
 from lorry.rpc.errors import InvalidRequest
 from lorry.rpc.labels import check_labels
+from lorry.rpc.names import check_sha256
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1 import catalogue_service_pb2 as catalogue_pb
 
-DIGEST_BYTES = 32
 UPDATABLE = frozenset({"labels", "description", "version"})
 
 
@@ -57,7 +57,9 @@ def update_from_proto(request: pb.UpdateAdapterRequest) -> edits.Update:
     return edits.Update(
         labels=dict(adapter.labels) if "labels" in paths else None,
         description=adapter.description if "description" in paths else None,
-        published=digest(adapter.version, field="adapter.version") if "version" in paths else None,
+        published=check_sha256(adapter.version, field="adapter.version")
+        if "version" in paths
+        else None,
     )
 
 
@@ -109,12 +111,6 @@ async def chunks_from_proto(
         if request.WhichOneof("payload") != "chunk":
             raise InvalidRequest.of("payload", "must be a chunk after the first message")
         yield Chunk(request.chunk.offset, request.chunk.data, request.chunk.crc32c)
-
-
-def digest(value: bytes, *, field: str) -> bytes:
-    if len(value) != DIGEST_BYTES:
-        raise InvalidRequest.of(field, f"must have {DIGEST_BYTES} bytes, got {len(value)}")
-    return value
 
 
 def timestamp(time_ns: int) -> Timestamp:

@@ -12,6 +12,7 @@ import grpc.aio
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.durations import to_seconds
 from lorry.rpc.errors import InvalidRequest, LorryError, ModelMismatch
+from lorry.rpc.names import SHA256_BYTES, check_sha256
 from lorry.rpc.protocol import PROTOCOL_REVISION
 from lorry.v1 import worker_admin_service_pb2 as admin_pb
 from lorry.v1 import worker_service_pb2 as pb
@@ -21,7 +22,7 @@ from lorry.worker.front import Front
 from lorry.worker.messages import Started
 from lorry.worker.responses import to_residency, to_response, to_worker_status
 from lorry.worker.streams import RouterStream
-from lorry.worker.submission import VERSION_BYTES, RequestLimits, check_version, to_submit
+from lorry.worker.submission import RequestLimits, to_submit
 
 SERVICES = ("lorry.v1.WorkerService", "lorry.v1.WorkerAdminService")
 HELLO_TIMEOUT_S = 10.0
@@ -103,7 +104,7 @@ class WorkerServicer(WorkerServiceServicer):
             case "cancel":
                 self._front.cancel(stream, request.cancel.seqs)
             case "prefetch":
-                versions = (v for v in request.prefetch.versions if len(v) == VERSION_BYTES)
+                versions = (v for v in request.prefetch.versions if len(v) == SHA256_BYTES)
                 self._front.prefetch(stream, versions)
             case command:
                 raise InvalidRequest.of("command", f"must not be {command or 'empty'} here")
@@ -146,21 +147,21 @@ class WorkerAdminServicer(WorkerAdminServiceServicer):
         self, request: admin_pb.PinAdapterRequest, context: Context
     ) -> admin_pb.PinAdapterResponse:
         self._front.require_engine()
-        await self._front.pin(check_version(request.version))
+        await self._front.pin(check_sha256(request.version, field="version"))
         return admin_pb.PinAdapterResponse(status=self._status())
 
     async def UnpinAdapter(
         self, request: admin_pb.UnpinAdapterRequest, context: Context
     ) -> admin_pb.UnpinAdapterResponse:
         self._front.require_engine()
-        await self._front.unpin(check_version(request.version))
+        await self._front.unpin(check_sha256(request.version, field="version"))
         return admin_pb.UnpinAdapterResponse(status=self._status())
 
     async def EvictAdapter(
         self, request: admin_pb.EvictAdapterRequest, context: Context
     ) -> admin_pb.EvictAdapterResponse:
         self._front.require_engine()
-        await self._front.evict(check_version(request.version))
+        await self._front.evict(check_sha256(request.version, field="version"))
         return admin_pb.EvictAdapterResponse(status=self._status())
 
     async def Drain(

@@ -9,11 +9,11 @@ from lorry.rpc.errors import (
     InvalidSampling,
     Violation,
 )
+from lorry.rpc.names import check_sha256
 from lorry.rpc.unsupported import refuse_unsupported
 from lorry.v1 import common_pb2, worker_service_pb2
 from lorry.worker.messages import Submit
 
-VERSION_BYTES = 32
 MAX_TEMPERATURE = 10.0
 MAX_STOP_TOKEN_IDS = 128  # 64 of the client and the model's; the engine has a column for each
 
@@ -45,17 +45,10 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
     )
 
 
-def check_version(version: bytes, field: str = "version") -> bytes:
-    """Return `version` if it is a sha256."""
-    if len(version) != VERSION_BYTES:
-        raise InvalidRequest.of(field, f"must have {VERSION_BYTES} bytes, got {len(version)}")
-    return version
-
-
 def _check_tokens(message: worker_service_pb2.Submit, limits: RequestLimits) -> None:
     num_prompt = len(message.token_ids) - message.generated_tokens
     if message.version:
-        check_version(message.version)
+        check_sha256(message.version, field="version")
     if num_prompt < 1:
         raise InvalidRequest.of("token_ids", "must hold a prompt before generated_tokens")
     if max(message.token_ids) >= limits.vocab_size:

@@ -1,10 +1,11 @@
-"""Resource names: ``tenants/{tenant}/adapters/{adapter}``."""
+"""Names of adapters, ``tenants/{tenant}/adapters/{adapter}``, and of versions: their sha256."""
 
 import re
 from typing import NamedTuple
 
 from lorry.rpc.errors import InvalidRequest
 
+SHA256_BYTES = 32
 ID = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _ID = re.compile(ID)
 _NAME = re.compile(rf"(?:tenants/({ID})/)?adapters/({ID})")
@@ -33,3 +34,10 @@ def check_id(text: str, *, field: str) -> str:
     if not _ID.fullmatch(text):
         raise InvalidRequest.of(field, f"must match {ID}, got {text[:200]!r}")
     return text
+
+
+def check_sha256(digest: bytes, *, field: str) -> bytes:
+    """Return `digest` if it has the size of one."""
+    if len(digest) != SHA256_BYTES:
+        raise InvalidRequest.of(field, f"must have {SHA256_BYTES} bytes, got {len(digest)}")
+    return digest
