@@ -58,7 +58,7 @@ async def running_stack(model, shm_dir, *options, shared=True):
         arguments = [
             f"--store={address}",
             f"--shm-dir={seen}",
-            f"--local-dir={seen.parent}",
+            f"--local-dir={shm_dir.with_name('local')}",
             *options,
         ]
         with worker_process(model, *arguments) as worker:

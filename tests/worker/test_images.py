@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import shutil
 import socket
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from lorry.rpc.errors import (
     StoreUnavailable,
     VersionNotFound,
 )
+from lorry.rpc.shared_directory import SharedDirectory
 from lorry.worker.failures import to_error
 from lorry.worker.image_header import ImageFormat
 from lorry.worker.images import ImageFetcher, ImageSource
-from lorry.worker.local_images import local_images
 from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
 from tests.support.adapters import lora_config, lora_tensors
 from tests.support.byte_model import write_byte_model
@@ -78,7 +77,7 @@ async def bench_of(
     store = ImageStore(base_model, shm_dir)
     layout = PageLayout(geometry=base_model.geometry, dtype=Dtype.FP32)
     image_format = ImageFormat(layout=layout, model_digest=base_model.digest, max_rank=max_rank)
-    with local_images(tmp_path) as local:
+    with contextlib.closing(SharedDirectory(tmp_path / "local")) as local:
         async with serving_images(store) as address, open_channel(address) as channel:
             source = ImageSource(
                 channel,
@@ -88,7 +87,7 @@ async def bench_of(
                 metadata=bearer("secret"),
             )
             limits = {"max_fetches": max_fetches, "timeout_s": timeout_s}
-            bench = Bench(store, source, channel, local.directory, **limits)
+            bench = Bench(store, source, channel, local.path, **limits)
             yield bench
             await bench.fetcher.close()
 
@@ -106,6 +105,10 @@ async def remote(base_model, tmp_path):
         yield bench
 
 
+def images_in(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.suffix != ".lock"]
+
+
 def content(image: ImageReady) -> bytes:
     return Path(image.path).read_bytes()[image.offset :][: image.image_bytes]
 
@@ -119,7 +122,7 @@ async def test_on_one_host_the_image_is_the_stores_file(bench):
     assert (image.version, image.rank) == (version, 12)
     assert [module.name for module in image.modules] == list(TARGETS)
     assert image.modules[0].scale_per_layer == [2.0, 2.0]
-    assert not list(bench.local.iterdir())
+    assert not images_in(bench.local)
 
 
 async def test_between_hosts_the_image_is_copied_in_chunks(remote):
@@ -142,7 +145,7 @@ async def test_a_copied_image_goes_when_the_engine_releases_it(remote):
     version = remote.add()
     await remote.fetch(version)
     remote.fetcher.release(version)
-    await until(lambda: not list(remote.local.iterdir()))
+    await until(lambda: not images_in(remote.local))
 
 
 async def test_an_image_can_be_fetched_again_at_once_after_its_release(remote):
@@ -308,7 +311,7 @@ async def test_a_damaged_chunk_is_refused_and_leaves_no_file(remote, change):
 
     remote.store.tamper = tamper
     assert isinstance(await remote.failure(remote.add()), DigestMismatch)
-    assert not list(remote.local.iterdir())
+    assert not images_in(remote.local)
 
 
 async def test_an_image_that_differs_from_its_header_is_refused(remote):
@@ -343,7 +346,7 @@ async def test_a_worker_without_room_for_the_copy_fails_the_fetch(
     monkeypatch.setattr("os.posix_fallocate", full)
     async with bench_of(base_model, tmp_path, shared=False, timeout_s=0.2) as remote:
         assert isinstance(await remote.failure(remote.add()), StoreFull)
-        assert not list(remote.local.iterdir())
+        assert not images_in(remote.local)
 
 
 async def test_a_store_that_starts_late_is_waited_for(base_model, tmp_path):
@@ -352,7 +355,7 @@ async def test_a_store_that_starts_late_is_waited_for(base_model, tmp_path):
     layout = PageLayout(geometry=base_model.geometry, dtype=Dtype.FP32)
     image_format = ImageFormat(layout=layout, model_digest=base_model.digest, max_rank=64)
     sent: list[Command] = []
-    with local_images(tmp_path) as local:
+    with contextlib.closing(SharedDirectory(tmp_path / "local")) as local:
         async with open_channel(f"127.0.0.1:{port}") as channel:
             source = ImageSource(channel, image_format, shm_dir=tmp_path, local=local, metadata=())
             fetcher = ImageFetcher(source, channel, sent.append, max_fetches=1, timeout_s=30)
@@ -366,22 +369,3 @@ async def test_a_store_that_starts_late_is_waited_for(base_model, tmp_path):
                 await until(lambda: len(sent) == 1)
                 await fetcher.close()
     assert isinstance(sent[0], ImageReady)
-
-
-def test_a_directory_in_use_is_no_leftover(tmp_path):
-    with local_images(tmp_path) as first, local_images(tmp_path) as second:
-        assert first.directory.exists()
-        assert first.directory != second.directory
-
-
-def test_a_leftover_is_removed_and_what_is_foreign_is_not(tmp_path):
-    with local_images(tmp_path) as images:
-        name = images.directory.name
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "image").write_bytes(b"x")
-    (tmp_path / "other").mkdir()
-    (tmp_path / f"{name}-link").symlink_to(tmp_path / "other")
-    with local_images(tmp_path):
-        assert not (tmp_path / name).exists()
-    assert (tmp_path / "other").exists()
-    shutil.rmtree(tmp_path / "other")

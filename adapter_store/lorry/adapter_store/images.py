@@ -21,10 +21,10 @@ from lorry.adapter_store.backend import Backend
 from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.image import ImageHeader, image_bytes, image_header
 from lorry.adapter_store.records import Content
-from lorry.adapter_store.shared_directory import SharedDirectory
 from lorry.adapter_store.tasks import InThread, Tasks
 from lorry.kernels.page_layout import PageLayout
 from lorry.rpc.errors import LayoutUnsupported, StoreFull
+from lorry.rpc.shared_directory import SharedDirectory
 
 RECLAIM_WAIT_S = 6.0  # readers have 5 s to end their leases
 

@@ -15,11 +15,11 @@ from lorry.adapter_store.contents import Contents
 from lorry.adapter_store.images import ImageTier, Lease
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.records import Adapter, UploadRecord
-from lorry.adapter_store.shared_directory import SharedDirectory
 from lorry.adapter_store.uploads import Upload, Uploads
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
 from lorry.rpc.labels import check_labels
 from lorry.rpc.names import AdapterName
+from lorry.rpc.shared_directory import SharedDirectory
 from lorry.rpc.shared_memory import shm_namespace_id
 
 SWEEP_PERIOD_S = 5.0

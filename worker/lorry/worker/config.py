@@ -71,8 +71,8 @@ class Config:
     shm_dir: Path = Path(f"/dev/shm/lorry-{os.getuid()}")
     """Where the adapter store of this machine keeps page images, as this process sees it."""
 
-    local_dir: Path = Path("/dev/shm")
-    """Where this worker makes a directory of its own, for page images that come in chunks."""
+    local_dir: Path = Path(f"/dev/shm/lorry-worker-{os.getuid()}")
+    """Where the workers of this machine keep page images that came in chunks."""
 
     worker_id: str = dataclasses.field(default_factory=socket.gethostname)
     """Name of this worker in the routers' logs."""

@@ -28,12 +28,12 @@ from lorry.rpc.errors import (
     VersionNotFound,
     from_rpc,
 )
+from lorry.rpc.shared_directory import SharedDirectory
 from lorry.rpc.shared_memory import SharedFileRefused, open_shared, shm_namespace_id
 from lorry.v1 import adapter_data_service_pb2 as pb
 from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
 from lorry.worker.failures import to_failure
 from lorry.worker.image_header import ImageFormat, to_image
-from lorry.worker.local_images import LocalImages
 from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
 
 FIRST_PAUSE_S = 0.05
@@ -63,7 +63,7 @@ class ImageSource:
         image_format: ImageFormat,
         *,
         shm_dir: Path,
-        local: LocalImages,
+        local: SharedDirectory,
         metadata: Metadata,
     ) -> None:
         self._stub = AdapterDataServiceStub(channel)
@@ -114,23 +114,25 @@ class ImageSource:
         owner: contextlib.ExitStack,
     ) -> ImageReady:
         """Copy the chunks to a local file: 1 MiB takes less than the way to a thread and back."""
-        file = owner.enter_context(self._local.create(header.version, header.image_bytes))
+        path = self._local.create(header.image_bytes)
+        owner.callback(self._local.remove, path)
         received, image_crc = 0, 0
-        while True:
-            chunk = message.chunk
-            if chunk.offset != received or received + len(chunk.data) > header.image_bytes:
-                raise DigestMismatch(f"a chunk of the page image is not at {received}")
-            if crc32c(chunk.data) != chunk.crc32c:
-                raise DigestMismatch(f"the chunk of the page image at {received} has another CRC")
-            file.write(chunk.data, received)
-            image_crc = crc32c(chunk.data, image_crc)
-            received += len(chunk.data)
-            if received == header.image_bytes:
-                break
-            message = await _read(call, "chunk")
+        with path.open("r+b") as file:
+            while True:
+                chunk = message.chunk
+                if chunk.offset != received or received + len(chunk.data) > header.image_bytes:
+                    raise DigestMismatch(f"a chunk of the page image is not at {received}")
+                if crc32c(chunk.data) != chunk.crc32c:
+                    raise DigestMismatch(f"the page image's chunk at {received} has another CRC")
+                file.write(chunk.data)
+                image_crc = crc32c(chunk.data, image_crc)
+                received += len(chunk.data)
+                if received == header.image_bytes:
+                    break
+                message = await _read(call, "chunk")
         if image_crc != header.image_crc32c:
             raise DigestMismatch("the page image has another CRC than its header says")
-        return to_image(header, str(file.path), 0)
+        return to_image(header, str(path), 0)
 
 
 class ImageFetcher:

@@ -12,6 +12,7 @@ from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.channel import bearer, open_channel, read_token
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.server import Server, serving, stop_requested
+from lorry.rpc.shared_directory import SharedDirectory
 from lorry.v1.worker_admin_service_pb2_grpc import add_WorkerAdminServiceServicer_to_server
 from lorry.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from lorry.worker.config import Config
@@ -19,7 +20,6 @@ from lorry.worker.engine_client import ENGINE_COMMAND, EngineClient
 from lorry.worker.front import Front
 from lorry.worker.image_header import ImageFormat
 from lorry.worker.images import ImageFetcher, ImageSource
-from lorry.worker.local_images import local_images
 from lorry.worker.messages import Command
 from lorry.worker.service import SERVICES, Identity, WorkerAdminServicer, WorkerServicer
 
@@ -100,7 +100,7 @@ async def _fetching(
         max_rank=config.max_rank,
     )
     metadata = bearer(read_token(config.token_file))
-    with local_images(config.local_dir) as local:
+    with contextlib.closing(SharedDirectory(config.local_dir)) as local:
         async with open_channel(config.store) as channel:
             source = ImageSource(
                 channel, image_format, shm_dir=config.shm_dir, local=local, metadata=metadata

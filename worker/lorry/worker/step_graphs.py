@@ -4,6 +4,7 @@ A step is two replays: its rows through the layers, then its samples through the
 share one memory pool and the step buffers; replays are ordered by the stream.
 """
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -60,6 +61,14 @@ class StepGraphs:
 
     def capture(self) -> None:
         """Warm up and capture everything, largest first so that memory is shared best."""
+        gc.collect()
+        gc.disable()  # what it frees might be another engine's graphs, which no capture survives
+        try:
+            self._capture()
+        finally:
+            gc.enable()
+
+    def _capture(self) -> None:
         started_s = time.monotonic()
         memory = torch.cuda.graph_pool_handle()
         for rows in reversed(self.row_buckets):

@@ -1,7 +1,8 @@
-"""The shared-memory directory: its files appear complete, read-only, and are only ever unlinked.
+"""A directory of page images in shared memory, which several processes may share.
 
-Several stores may share one directory. Each prefixes its files with its own instance, whose lock
-file it holds; what an instance without a holder left behind is removed by the next one that starts.
+Each prefixes its files with its own instance, whose lock file it holds; what an instance without a
+holder left behind is removed by the next one that starts. That works across containers, which share
+memory but no process numbers.
 """
 
 import contextlib
@@ -24,8 +25,7 @@ class SharedDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.mkdir(mode=0o750, parents=True, exist_ok=True)
-        _check_ours(path)
+        _make_ours(path)
         self._instance = secrets.token_hex(8)
         with _opened_lock(path / STARTING) as starting:
             fcntl.flock(starting, fcntl.LOCK_EX)
@@ -88,10 +88,14 @@ def _opened_lock(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _check_ours(path: Path) -> None:
+def _make_ours(path: Path) -> None:
     """Refuse a directory in which others could put files: /dev/shm is everybody's."""
+    try:
+        path.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"directory {path} cannot be made: {error.strerror}") from error
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
-        raise ValueError(f"shm_dir {path} is not a directory")
+        raise ValueError(f"{path} is not a directory")
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(f"shm_dir {path} must be owned and writable by this user only")
+        raise ValueError(f"directory {path} must be owned and writable by this user only")
