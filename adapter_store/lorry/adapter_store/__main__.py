@@ -11,8 +11,9 @@ with extra("adapter-store"):
     from lorry.adapter_store.service import SERVICES, register
     from lorry.adapter_store.store import opened
 from lorry.rpc.base_model import read_base_model
+from lorry.rpc.channel import MIB
 from lorry.rpc.identity import Authenticator
-from lorry.rpc.server import MIB, serving, stop_requested
+from lorry.rpc.server import serving, stop_requested
 
 MAX_MESSAGE_BYTES = 2 * MIB
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 
-from lorry.router.backoff import Backoff
 from lorry.router.catalogue import AdapterVersion, Catalogue, Change
+from lorry.rpc.backoff import Backoff
 from lorry.rpc.channel import Metadata
 from lorry.rpc.errors import (
     AdapterNotFound,

@@ -10,13 +10,13 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
-from lorry.router.backoff import Backoff
 from lorry.router.dispatcher import Place, Prefetch, Submit
 from lorry.router.generation import FinishReason
 from lorry.router.outbox import Outbox
 from lorry.router.request import Request
 from lorry.router.worker import Worker
-from lorry.rpc.channel import Metadata, open_channel
+from lorry.rpc.backoff import Backoff
+from lorry.rpc.channel import MIB, Metadata, open_channel
 from lorry.rpc.durations import to_duration, to_seconds
 from lorry.rpc.errors import LorryError, ModelMismatch, WorkerLost, from_rpc, from_status
 from lorry.rpc.protocol import PROTOCOL_REVISION
@@ -24,7 +24,6 @@ from lorry.v1 import common_pb2
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
 
-MIB = 1 << 20
 AttachCall = grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]
 FINISH_REASONS = {
     common_pb2.FINISH_REASON_STOP: FinishReason.STOP,

@@ -20,7 +20,6 @@ DTYPES: dict[DtypeName, Dtype] = {"fp32": Dtype.FP32, "bf16": Dtype.BF16, "fp16"
 NATIVE_DTYPE: dict[Device, DtypeName] = {"cpu": "fp32", "cuda": "bf16"}
 STEP_TOKENS: dict[Device, int] = {"cpu": 256, "cuda": 1024}
 MAX_RUNNING = 512
-MIB = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ class Config:
     dtype: DtypeName | None = None
     """Type of weights, KV cache and adapters; by default fp32 on the CPU and bf16 on a GPU."""
 
-    pool_bytes: int = 512 * MIB
+    pool_bytes: int = 512 << 20
     """Memory for KV cache and adapters together."""
 
     pool_pages: int | None = None
@@ -119,6 +118,9 @@ class Config:
     max_fetches: int = 8
     """Page images that are fetched from the adapter store at the same time."""
 
+    copied_image_bytes: int = 4096 * MIB
+    """Memory for page images of a store on another host, kept for loading them again."""
+
     fetch_timeout_s: float = 30.0
     """Seconds that the fetch of a page image may take, attempts and pauses together."""
 
@@ -141,6 +143,7 @@ class Config:
             "max_context_tokens",
             "threads",
             "max_fetches",
+            "copied_image_bytes",
             "fetch_timeout_s",
             "start_timeout_s",
             "engine_silence_s",

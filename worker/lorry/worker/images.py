@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 from crc32c import crc32c
 
+from lorry.rpc.backoff import Backoff
 from lorry.rpc.channel import Metadata
 from lorry.rpc.errors import (
     AdapterIncompatible,
@@ -36,8 +37,6 @@ from lorry.worker.failures import to_failure
 from lorry.worker.image_header import ImageFormat, to_image
 from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
 
-FIRST_PAUSE_S = 0.05
-MAX_PAUSE_S = 2.0
 # What the router and the client may be told as it is; anything else is the store's own trouble.
 PASSED_ON = (AdapterIncompatible, AdapterNotFound, VersionNotFound, StoreFull, DigestMismatch)
 RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -146,13 +145,17 @@ class ImageFetcher:
         *,
         max_fetches: int,
         timeout_s: float,
+        copied_bytes: int,
     ) -> None:
+        """`copied_bytes` is how much memory images may take that are not the store's files."""
         self._source = source
         self._channel = channel
         self._send = send
         self._timeout_s = timeout_s
         self._slots = asyncio.Semaphore(max_fetches)
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
+        self._copied_bytes = copied_bytes
+        self._copied: dict[bytes, int] = {}  # bytes by version, oldest first
 
     def fetch(self, version: bytes) -> None:
         """Answered by ImageReady or ImageFailed, unless released before."""
@@ -176,6 +179,9 @@ class ImageFetcher:
                 async with self._slots:
                     held = await self._fetch(version, owner)
                 self._send(held.image)
+                if held.lease is None:
+                    owner.callback(self._copied.pop, version)
+                    self._reclaim_for(held.image)
                 await self._keep(held)
         except Exception as error:
             if not isinstance(error, LorryError):
@@ -184,10 +190,20 @@ class ImageFetcher:
             self._tasks.pop(version, None)
             self._send(ImageFailed(version, to_failure(error)))
 
+    def _reclaim_for(self, image: ImageReady) -> None:
+        """Ask for the oldest copies back if there is too much with the new one."""
+        excess = sum(self._copied.values()) + image.image_bytes - self._copied_bytes
+        for version, num_bytes in self._copied.items():
+            if excess <= 0:
+                break
+            excess -= num_bytes
+            self._send(ReclaimImage(version))
+        self._copied[image.version] = image.image_bytes
+
     async def _fetch(self, version: bytes, owner: contextlib.ExitStack) -> Held:
         """Try until it works, cannot work, or takes too long."""
         last: LorryError = StoreUnavailable("the adapter store did not answer in time")
-        pause_s = FIRST_PAUSE_S
+        backoff = Backoff()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._timeout_s):
                 while True:
@@ -197,8 +213,7 @@ class ImageFetcher:
                         last = error
                         if error.code not in RETRIED:
                             break
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, MAX_PAUSE_S)
+                    await backoff.wait()
         log.warning("page image %s: %s %s", version.hex(), last.code.name, last)
         raise _for_clients(last)
 

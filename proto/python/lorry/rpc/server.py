@@ -16,9 +16,9 @@ from grpc_reflection.v1alpha import _async as reflection
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from lorry.rpc.boundary import Boundary
+from lorry.rpc.channel import MIB
 from lorry.rpc.identity import Authenticator
 
-MIB = 1 << 20
 # Calls that a burst may leave waiting for the event loop. From 1000 on gRPC would cancel some by
 # chance, without a reason; how many a service takes is its own to decide.
 MAX_PENDING_CALLS = 1 << 14
