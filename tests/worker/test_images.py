@@ -70,7 +70,14 @@ def base_model(tmp_path_factory):
 
 @contextlib.asynccontextmanager
 async def bench_of(
-    base_model, tmp_path, *, shared=True, max_fetches=8, max_rank=64, timeout_s=20.0
+    base_model,
+    tmp_path,
+    *,
+    shared=True,
+    max_fetches=8,
+    max_rank=64,
+    timeout_s=20.0,
+    copied_bytes=1 << 30,
 ):
     shm_dir = tmp_path / "shm"
     shm_dir.mkdir()
@@ -86,7 +93,11 @@ async def bench_of(
                 local=local,
                 metadata=bearer("secret"),
             )
-            limits = {"max_fetches": max_fetches, "timeout_s": timeout_s}
+            limits = {
+                "max_fetches": max_fetches,
+                "timeout_s": timeout_s,
+                "copied_bytes": copied_bytes,
+            }
             bench = Bench(store, source, channel, local.path, **limits)
             yield bench
             await bench.fetcher.close()
@@ -146,6 +157,21 @@ async def test_a_copied_image_goes_when_the_engine_releases_it(remote):
     await remote.fetch(version)
     remote.fetcher.release(version)
     await until(lambda: not images_in(remote.local))
+
+
+async def test_oldest_copies_are_asked_back_when_there_are_too_many(base_model, tmp_path):
+    async with bench_of(base_model, tmp_path, shared=False, copied_bytes=1) as bench:
+        first, second, third = (bench.add(r=r) for r in (2, 4, 8))
+        await bench.fetch(first)
+        assert len(bench.sent) == 1
+        await bench.fetch(second)
+        await until(lambda: len(bench.sent) == 3)
+        assert bench.sent[2] == ReclaimImage(first)
+        bench.fetcher.release(first)
+        await until(lambda: len(images_in(bench.local)) == 1)
+        await bench.fetch(third)
+        await until(lambda: len(bench.sent) == 5)
+        assert bench.sent[4] == ReclaimImage(second)
 
 
 async def test_an_image_can_be_fetched_again_at_once_after_its_release(remote):
@@ -358,7 +384,9 @@ async def test_a_store_that_starts_late_is_waited_for(base_model, tmp_path):
     with contextlib.closing(SharedDirectory(tmp_path / "local")) as local:
         async with open_channel(f"127.0.0.1:{port}") as channel:
             source = ImageSource(channel, image_format, shm_dir=tmp_path, local=local, metadata=())
-            fetcher = ImageFetcher(source, channel, sent.append, max_fetches=1, timeout_s=30)
+            fetcher = ImageFetcher(
+                source, channel, sent.append, max_fetches=1, timeout_s=30, copied_bytes=1 << 30
+            )
             store = ImageStore(base_model, tmp_path)
             config = lora_config(targets=TARGETS)
             version = store.add(config, lora_tensors(config, base_model.geometry))

@@ -118,7 +118,7 @@ class Config:
     max_fetches: int = 8
     """Page images that are fetched from the adapter store at the same time."""
 
-    copied_image_bytes: int = 4096 * MIB
+    copied_image_bytes: int = 4 << 30
     """Memory for page images of a store on another host, kept for loading them again."""
 
     fetch_timeout_s: float = 30.0

@@ -111,6 +111,7 @@ async def _fetching(
                 send,
                 max_fetches=config.max_fetches,
                 timeout_s=config.fetch_timeout_s,
+                copied_bytes=config.copied_image_bytes,
             )
             try:
                 yield fetcher
