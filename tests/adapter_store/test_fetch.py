@@ -11,7 +11,6 @@ import grpc.aio
 import pytest
 from crc32c import crc32c
 
-from lorry.adapter_store.image import build_image
 from lorry.adapter_store.images import ImageTier
 from lorry.kernels.page_layout import MODULES, Dtype, PageLayout, TpStrategy
 from lorry.rpc.errors import (
@@ -29,7 +28,7 @@ from lorry.rpc.shared_memory import open_shared, shm_namespace_id
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_service_pb2 as pb
 from tests.support.adapter_store import RunningStore, running_store
-from tests.support.adapters import TINY, lora_config, lora_files, lora_tensors
+from tests.support.adapters import TINY, build_image, lora_config, lora_files, lora_tensors
 from tests.support.waiting import until
 
 CONFIG = lora_config(r=8, targets=MODULES, rank_pattern={"v_proj": 20})

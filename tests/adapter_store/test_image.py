@@ -10,11 +10,11 @@ from crc32c import crc32c
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
-from lorry.adapter_store.image import NUMPY_DTYPES, ImageHeader, build_image
+from lorry.adapter_store.image import NUMPY_DTYPES, ImageHeader
 from lorry.adapter_store.lora import tensor_names
 from lorry.kernels.page_layout import MODULES, Dtype, PageLayout, TpStrategy
 from lorry.rpc.errors import AdapterIncompatible, LayoutUnsupported
-from tests.support.adapters import TINY, lora_config, lora_tensors
+from tests.support.adapters import TINY, build_image, lora_config, lora_tensors
 
 LAYOUT = PageLayout(geometry=TINY, dtype=Dtype.FP32)
 CONFIGS = {

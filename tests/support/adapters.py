@@ -2,16 +2,16 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from lorry.adapter_store.image import ImageHeader, image_bytes, image_header, pack
 from lorry.adapter_store.lora import tensor_names, tensor_shapes
 from lorry.adapter_store.peft_config import resolve
-from lorry.kernels.page_layout import ModelGeometry
+from lorry.kernels.page_layout import ModelGeometry, PageLayout
 
 Tensors = dict[str, NDArray[Any]]
 TINY = ModelGeometry(layers=3, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=128)
@@ -48,10 +48,11 @@ def lora_files(config: Mapping[str, Any], tensors: Tensors) -> tuple[str, bytes]
     return json.dumps(config), save(tensors, {"format": "pt"})
 
 
-def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Tensors) -> Path:
-    """Write both files as `PeftModel.save_pretrained` does."""
-    config_json, weights = lora_files(config, tensors)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "adapter_config.json").write_text(config_json)
-    (directory / "adapter_model.safetensors").write_bytes(weights)
-    return directory
+def build_image(
+    config: Mapping[str, Any], tensors: Tensors, layout: PageLayout
+) -> tuple[ImageHeader, bytearray]:
+    """An adapter's page image, packed as the store does."""
+    spec = resolve(config, layout.geometry)
+    image = bytearray(image_bytes(spec, layout))
+    checksum = pack(spec, tensors, layout, memoryview(image))
+    return image_header(spec, layout, checksum), image

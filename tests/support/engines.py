@@ -9,12 +9,12 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from lorry.adapter_store.image import build_image
 from lorry.kernels.page_layout import PageLayout
 from lorry.rpc.base_model import read_base_model
 from lorry.worker import messages as m
 from lorry.worker.building import build_engine
 from lorry.worker.config import EngineConfig
+from tests.support.adapters import build_image
 
 
 class EngineHarness:

@@ -10,7 +10,7 @@ from typing import Any
 
 from crc32c import crc32c
 
-from lorry.adapter_store.image import ImageHeader, build_image
+from lorry.adapter_store.image import ImageHeader
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.errors import VersionNotFound
 from lorry.rpc.identity import Authenticator
@@ -23,7 +23,7 @@ from lorry.v1.adapter_data_service_pb2_grpc import (
     AdapterDataServiceServicer,
     add_AdapterDataServiceServicer_to_server,
 )
-from tests.support.adapters import Tensors
+from tests.support.adapters import Tensors, build_image
 
 CHUNK_BYTES = 4096
 

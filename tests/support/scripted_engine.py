@@ -31,7 +31,6 @@ class ScriptedEngine:
         self._running: dict[int, m.Submit] = {}
         self._sent: dict[int, int] = {}
         self._images: dict[bytes, m.ImageReady | None] = {}  # None: asked for
-        self._wanted: list[bytes] = []
         self._pins: dict[bytes, int | None] = {}  # the call that waits for it
 
     def handle(self, command: m.Command) -> None:

@@ -1,7 +1,7 @@
 """Page images: an adapter's weights packed as the GPU pool wants them.
 
 The bytes are ``[page][layer][slice]`` by `lorry.kernels.page_layout`; whatever holds no weight
-is zero. Pure numpy, so that tests and benchmarks make images without a store.
+is zero. Pure numpy.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from lorry.adapter_store.lora import LoraSpec, tensor_names
-from lorry.adapter_store.peft_config import resolve
 from lorry.kernels.page_layout import Dtype, ModuleOffsets, PageLayout
 from lorry.rpc.errors import AdapterIncompatible, LayoutUnsupported
 
@@ -45,19 +44,6 @@ class ImageHeader:
     image_bytes: int
     crc32c: int
     modules: tuple[ImageModule, ...]
-
-
-def build_image(
-    config: Mapping[str, Any], tensors: Mapping[str, Array], layout: PageLayout
-) -> tuple[ImageHeader, bytearray]:
-    """Pack an adapter as PEFT saves it: the fields of adapter_config.json and the named tensors.
-
-    Shapes are not checked here; registration does. Raises AdapterInvalid for the config.
-    """
-    spec = resolve(config, layout.geometry)
-    image = bytearray(image_bytes(spec, layout))
-    checksum = pack(spec, tensors, layout, memoryview(image))
-    return image_header(spec, layout, checksum), image
 
 
 def image_bytes(spec: LoraSpec, layout: PageLayout) -> int:

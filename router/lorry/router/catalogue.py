@@ -39,11 +39,6 @@ class Catalogue:
     def get(self, name: AdapterName) -> AdapterVersion | None:
         return self._adapters.get(name)
 
-    @property
-    def synced(self) -> bool:
-        """Whether a whole catalogue was ever received."""
-        return self.store_id != ""
-
     def begin(self) -> int:
         """A new watch starts: returns the revision that it must continue from."""
         self._snapshot = None if self.revision else {}
