@@ -85,6 +85,13 @@ async def test_a_prefetched_adapter_becomes_resident_before_any_request(model, a
         assert len(store.fetches) == 2
 
 
+async def test_a_temperature_near_0_draws_the_most_likely_tokens(model, adapters, tmp_path):
+    async with serving_worker(model, adapters, tmp_path) as (router, _, _):
+        for temperature in (0.0, 1e-7, 1e-38, 1e-45):
+            await router.generate([5, 6, 7], sampling={"temperature": temperature, "seed": 3})
+        assert all(router.tokens[seq] == router.tokens[1] for seq in (2, 3, 4))
+
+
 async def test_a_cancelled_crowd_leaves_every_page_free(model, adapters, tmp_path):
     async with serving_worker(model, adapters, tmp_path, "--pool-pages=500") as (
         router,

@@ -15,6 +15,7 @@ from lorry.v1 import common_pb2, worker_service_pb2
 from lorry.worker.messages import Submit
 
 MAX_TEMPERATURE = 10.0
+MIN_TEMPERATURE = 1e-6  # below it is greedy, before logits / temperature leaves the range of fp32
 MAX_STOP_TOKEN_IDS = 128  # 64 of the client and the model's; the engine has a column for each
 
 
@@ -30,6 +31,7 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
     _check_tokens(message, limits)
     _check_stop_token_ids(message, limits)
     _check_sampling(message.sampling)
+    temperature = _temperature(message.sampling)
     return Submit(
         request=number,
         tenant=message.tenant,
@@ -39,7 +41,7 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
         max_tokens=message.max_tokens,
         min_tokens=message.min_tokens,
         stop_token_ids=list(message.stop_token_ids),
-        temperature=_temperature(message.sampling),
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         seed=message.sampling.seed,
         remaining_s=to_seconds(message.remaining) if message.HasField("remaining") else None,
     )
