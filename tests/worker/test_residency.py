@@ -61,7 +61,7 @@ def test_eviction_without_host_image_forgets_the_adapter() -> None:
 def test_adapter_in_use_or_pinned_is_not_idle() -> None:
     residency = Residency(PagePool(10))
     used, pinned, idle = (resident(residency, version) for version in (b"a", b"b", b"c"))
-    used.references = 1
+    residency.acquire(used)
     residency.set_pinned(pinned, True)
     assert residency.idle() == [idle]
     assert residency.idle(protected={b"c"}) == []
@@ -74,7 +74,8 @@ def test_cheapest_to_lose_goes_first() -> None:
     residency = Residency(PagePool(10))
     without_image, recent, old = (resident(residency, version) for version in (b"a", b"b", b"c"))
     residency.drop_image(without_image)
-    recent.last_use = 5
+    residency.acquire(recent)
+    residency.release(recent)
     assert residency.idle() == [old, recent, without_image]
 
 

@@ -70,6 +70,18 @@ def test_prefetch_loads_an_adapter_that_no_request_needs_yet() -> None:
     assert adapter.state is AdapterState.RESIDENT
 
 
+def test_a_full_step_brings_the_next_requests_adapters_nearer() -> None:
+    driver = Driver(max_running=1, adapter_pages={b"a": 2, b"b": 2})
+    driver.submit(1, 4, 30, version=b"a")
+    driver.submit(2, 4, 4, version=b"b")
+    for _ in range(6):
+        driver.step()
+    adapter = driver.scheduler.residency.find(b"b")
+    assert adapter is not None
+    assert adapter.state is AdapterState.RESIDENT
+    assert driver.tokens[2] == []
+
+
 def test_prefetch_never_takes_what_running_requests_need() -> None:
     driver = Driver(pages=8, adapter_pages={b"used": 2, b"next": 4})
     driver.submit(1, 4, 16, version=b"used")

@@ -53,6 +53,8 @@ class AdapterLoader:
 
     def _evict(self, pages: int) -> bool:
         """Evict the cheapest idle adapters that together have `pages` pages."""
+        if pages > self._residency.idle_pages:
+            return False
         victims: list[Adapter] = []
         for adapter in self._residency.idle(self._protected):
             if pages <= 0:

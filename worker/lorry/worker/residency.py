@@ -54,7 +54,6 @@ class Adapter:
     slot: int = NO_SLOT
     references: int = 0  # running requests
     pinned: bool = False
-    last_use: int = 0  # step
     resident_since_s: float = 0.0
 
     @property
@@ -76,6 +75,8 @@ class Residency:
     def __init__(self, pool: PagePool) -> None:
         self.num_fetching = 0
         self.pinned_pages = 0
+        self.idle_pages = 0
+        self._idle: dict[bytes, Adapter] = {}  # longest idle first
         self._pool = pool
         self._adapters: dict[bytes, Adapter] = {}
         self._free_slots = list(range(pool.total - 1, -1, -1))
@@ -93,6 +94,7 @@ class Residency:
         assert adapter.state is S.RESIDENT, f"{adapter.version.hex()} is {adapter.state.name}"
         if adapter.pinned != pinned:
             adapter.pinned = pinned
+            self._note_idleness(adapter)
             self.pinned_pages += adapter.num_pages if pinned else -adapter.num_pages
 
     def begin_fetch(self, version: bytes) -> Adapter:
@@ -121,11 +123,25 @@ class Residency:
     def finish_load(self, adapter: Adapter, now_s: float) -> None:
         adapter.move_to(S.RESIDENT)
         adapter.resident_since_s = now_s
+        self._note_idleness(adapter)
         self._changes.gpu_added.append(adapter.version)
+
+    def acquire(self, adapter: Adapter) -> None:
+        """Count one more running request of a RESIDENT adapter."""
+        assert adapter.state is S.RESIDENT, f"{adapter.version.hex()} is {adapter.state.name}"
+        adapter.references += 1
+        self._note_idleness(adapter)
+
+    def release(self, adapter: Adapter) -> None:
+        """Count one less; the last one leaves it idle."""
+        adapter.references -= 1
+        self._note_idleness(adapter)
 
     def evict(self, adapter: Adapter) -> None:
         """Free an idle adapter's pages and slot."""
         assert adapter.is_idle, f"{adapter.version.hex()} is in use"
+        del self._idle[adapter.version]
+        self.idle_pages -= adapter.num_pages
         self._pool.release(adapter.pages)
         self._free_slots.append(adapter.slot)
         adapter.pages, adapter.slot = [], NO_SLOT
@@ -145,9 +161,18 @@ class Residency:
             del self._adapters[adapter.version]
 
     def idle(self, protected: Collection[bytes] = ()) -> list[Adapter]:
-        """What may be evicted, cheapest to lose first: with an image, then least recently used."""
-        idle = [a for a in self if a.is_idle and a.version not in protected]
-        return sorted(idle, key=lambda adapter: (adapter.image is None, adapter.last_use))
+        """What may be evicted, cheapest to lose first: with an image, then longest idle."""
+        idle = [a for a in self._idle.values() if a.version not in protected]
+        return sorted(idle, key=lambda adapter: adapter.image is None)
+
+    def _note_idleness(self, adapter: Adapter) -> None:
+        if adapter.is_idle != (adapter.version in self._idle):
+            if adapter.is_idle:
+                self._idle[adapter.version] = adapter
+                self.idle_pages += adapter.num_pages
+            else:
+                del self._idle[adapter.version]
+                self.idle_pages -= adapter.num_pages
 
     def take_changes(self) -> ResidencyChange | None:
         """What changed since the last call; None if nothing did."""
@@ -161,6 +186,8 @@ class Residency:
         slots = [adapter.slot for adapter in with_pages]
         assert len(set(slots)) == len(slots), "a slot has two adapters"
         assert not set(slots) & set(self._free_slots), "a slot in use is free"
+        assert [a for a in self if a.is_idle] == [a for a in self if a.version in self._idle]
+        assert self.idle_pages == sum(adapter.num_pages for adapter in self._idle.values())
         for adapter in self:
             has_pages = adapter.state in (S.LOADING, S.RESIDENT)
             assert bool(adapter.pages) == has_pages, f"{adapter.state.name} with wrong pages"

@@ -31,6 +31,7 @@ class SchedulerLimits:
     max_fetches: int = 32  # under way at once
     max_passed_over: int = 64  # admissions of younger requests that an older one puts up with
     max_considered: int = 256  # waiting requests looked at in a step
+    max_ahead: int = 32  # of them after the step is full, to bring their adapters nearer
 
 
 class Scheduler:
@@ -180,21 +181,28 @@ class Scheduler:
                 self._compute_chunk(request, rows)
 
     def _admit(self, plan: Plan, rows: BatchBuilder, loader: AdapterLoader, now_s: float) -> None:
-        """Start waiting requests that fit, oldest first, and bring the others' adapters nearer."""
+        """Start waiting requests that fit, oldest first."""
+        waiting = self._waiting[: self.limits.max_considered]
         passed_over: list[Request] = []
-        for request in self._waiting[: self.limits.max_considered]:
+        for index, request in enumerate(waiting):
+            if not rows.left or self.num_running >= self.limits.max_running:
+                self._bring_nearer(waiting[index : index + self.limits.max_ahead], loader)
+                return
             if failure := self._refusal(request):
                 plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
-                continue
-            fits = self._fits(request, loader)
-            if fits and rows.left and self.num_running < self.limits.max_running:
+            elif self._fits(request, loader):
                 self._start(request, rows, now_s)
                 for older in passed_over:
                     older.times_passed_over += 1
-            elif not fits and not self._is_fetching(request):
+            elif not self._is_fetching(request):
                 passed_over.append(request)
                 if request.times_passed_over >= self.limits.max_passed_over:
-                    break
+                    return
+
+    def _bring_nearer(self, requests: list[Request], loader: AdapterLoader) -> None:
+        for request in requests:
+            if request.version:
+                loader.want(request.version, watermark=self.num_running)
 
     def _fits(self, request: Request, loader: AdapterLoader) -> bool:
         """Whether its adapter is resident and there are pages for all its known tokens."""
@@ -213,7 +221,7 @@ class Scheduler:
     def _start(self, request: Request, rows: BatchBuilder, now_s: float) -> None:
         slot = BASE_MODEL
         if adapter := self.residency.find(request.version):
-            adapter.references += 1
+            self.residency.acquire(adapter)
             slot = adapter.slot
             if request.prefill_started_s is None:
                 request.adapter_load_s = max(0.0, adapter.resident_since_s - request.arrival_s)
@@ -261,8 +269,7 @@ class Scheduler:
             self._prefilling.remove(request)
         self.pool.release(self.table.remove(request))
         if adapter := self.residency.find(request.version):
-            adapter.references -= 1
-            adapter.last_use = self.steps
+            self.residency.release(adapter)
 
     def _at(self, row: int) -> Request:
         request = self.table.requests[row]
