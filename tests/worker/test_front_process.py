@@ -61,6 +61,7 @@ async def test_sigterm_ends_an_idle_worker_and_its_engine(model):
         assert not engine.is_running()
         assert await router.until_ended() is None
         assert worker.later_output() == ""
+        assert "Traceback" not in "".join(worker.log)
 
 
 async def test_ctrl_c_reaches_the_engine_only_through_the_front(model):
@@ -116,6 +117,7 @@ async def test_a_killed_engine_ends_the_streams_and_the_worker(model):
         assert held not in router.finished  # the router may send it to another worker
         assert await exit_code(worker) == 1
         assert "exit code -9" in "".join(worker.log)
+        assert "Traceback" not in "".join(worker.log)
 
 
 async def test_a_crash_is_logged_with_what_the_engine_said_last(model):

@@ -89,8 +89,9 @@ class WorkerServicer(WorkerServiceServicer):
         except LorryError as refused:
             error = refused
         except Exception:
-            log.exception("a command of router %r cannot be carried out", stream.router_id)
-            error = LorryError("internal error")
+            if stream.is_open:  # else its end is what interrupted the reading
+                log.exception("a command of router %r cannot be carried out", stream.router_id)
+                error = LorryError("internal error")
         finally:
             self._front.detach(stream, error)
 
