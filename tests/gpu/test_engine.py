@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorry.worker.config import DtypeName
+from lorry.rpc.service_config import DtypeName
 from lorry.worker.cuda_runner import CudaRunner
 from tests.support.engines import EngineHarness
 

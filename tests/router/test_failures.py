@@ -388,7 +388,7 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(model: Path) -> 
 
 
 async def test_what_still_runs_after_the_grace_is_ended(model: Path) -> None:
-    async with router_stack(model, drain_grace_s=0.3) as stack:
+    async with router_stack(model, grace_s=0.3) as stack:
         waiting, streaming = (asyncio.ensure_future(stack.stream(SPEC)) for _ in range(2))
         await submitted(stack, 2)
         stack.worker.draw(2, *tokens_of("abc"))

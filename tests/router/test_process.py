@@ -83,7 +83,7 @@ async def test_it_serves_and_sigterm_lets_running_requests_finish(model: Path) -
 
 
 async def test_sigterm_ends_what_does_not_finish(model: Path) -> None:
-    async with router_process(model, "--drain-grace-s", "0.2") as (process, stack):
+    async with router_process(model, "--grace-s", "0.2") as (process, stack):
         await stack.until_health(ready=True)
         call = stack.open(SPEC)
         await stack.worker.until(lambda: len(stack.worker.submits) == 1)
@@ -137,7 +137,7 @@ async def test_without_workers_and_store_it_lives_but_is_not_ready(model: Path) 
 async def test_help_names_every_option_with_its_default() -> None:
     status, stdout, _ = await output_of("--help")
     assert status == 0
-    for option in ("--model", "--worker", "--store", "--max-queued-requests", "--drain-grace-s"):
+    for option in ("--model", "--worker", "--store", "--max-queued-requests", "--grace-s"):
         assert option in stdout
     assert "127.0.0.1:50053" in stdout
     assert "LORRY_ROUTER_MODEL" in stdout

@@ -146,7 +146,7 @@ async def router_stack(
             address="127.0.0.1:0",
             store=store.address,
             worker=tuple(worker.address for worker in workers),
-            **{"drain_grace_s": 5.0, "worker_wait_s": 0.5, **config},
+            **{"grace_s": 5.0, "worker_wait_s": 0.5, **config},
         )
         up = await stack.enter_async_context(running(whole))
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{up.server.port}")

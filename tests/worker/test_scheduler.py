@@ -1,3 +1,4 @@
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,6 +180,33 @@ def test_failed_fetch_ends_the_requests_that_wait_for_it() -> None:
     driver.run()
     assert driver.finished[1].failure == failure
     assert len(driver.tokens[2]) == 4
+
+
+def test_results_that_are_read_late_keep_their_step() -> None:
+    driver = Driver()
+    driver.submit(1, prompt=3, max_tokens=8)
+    scheduler = driver.scheduler
+    first = scheduler.plan(0.0, []).batch
+    second = scheduler.plan(0.0, []).batch
+    assert first is not None
+    assert second is not None
+    drawn = np.ones(1, dtype=np.int32)
+    steps = [scheduler.commit(batch, drawn, 0.0)[0].step for batch in (first, second)]
+    assert steps == [1, 2]
+    assert scheduler.table.num_read_R[0] == 5
+
+
+def test_a_result_that_comes_after_its_request_ended_is_dropped() -> None:
+    driver = Driver()
+    driver.submit(1, prompt=3, max_tokens=8)
+    batch = driver.scheduler.plan(0.0, []).batch
+    assert batch is not None
+    driver.note(*driver.scheduler.cancel([1]))
+    driver.submit(2, prompt=5, max_tokens=8)  # takes the same row
+    driver.scheduler.plan(0.0, [])
+    tokens, finished = driver.scheduler.commit(batch, np.ones(1, dtype=np.int32), 0.0)
+    assert (tokens.requests, finished) == ([], [])
+    driver.scheduler.check_integrity()
 
 
 def test_pinned_adapter_is_never_evicted() -> None:

@@ -12,7 +12,6 @@ with extra("adapter-store"):
     from lorry.adapter_store.store import opened
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.channel import MIB
-from lorry.rpc.identity import Authenticator
 from lorry.rpc.server import serving, stop_requested
 
 MAX_MESSAGE_BYTES = 2 * MIB
@@ -23,7 +22,7 @@ log = logging.getLogger("lorry.adapter_store")
 async def serve(config: Config) -> None:
     """Serve until SIGINT or SIGTERM, then drain."""
     base_model = read_base_model(config.model)
-    dtype = config.finite_in(base_model.config.get("dtype", base_model.config.get("torch_dtype")))
+    dtype = config.finite_in(base_model)
     async with (
         opened(
             lambda: FileBackend(config.backend_directory, model_digest=base_model.digest),
@@ -38,7 +37,7 @@ async def serve(config: Config) -> None:
             lambda server: register(server, store, base_model),
             services=SERVICES,
             address=config.address,
-            authenticator=Authenticator.from_file(config.tokens, insecure=config.insecure),
+            authenticator=config.authenticator(),
             insecure=config.insecure,
             max_receive_bytes=MAX_MESSAGE_BYTES,
         ) as server,

@@ -1,32 +1,26 @@
 """The options of an adapter store."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
 import cyclopts
 
 from lorry.adapter_store.limits import Limits
 from lorry.kernels.page_layout import Dtype
+from lorry.rpc.base_model import BaseModel
 from lorry.rpc.command import check_positive
-from lorry.rpc.server import check_address
+from lorry.rpc.service_config import DTYPES, DtypeName, ServiceConfig
+from lorry.rpc.shared_memory import SHM_DIR
 
-DTYPES = {"bfloat16": Dtype.BF16, "float16": Dtype.FP16, "float32": Dtype.FP32}
-ServingDtype = Literal["auto", "bfloat16", "float16", "float32"]
-SHM_DIR = Path(f"/dev/shm/lorry-{os.geteuid()}")
+MODEL_DTYPES = {"bfloat16": Dtype.BF16, "float16": Dtype.FP16, "float32": Dtype.FP32}
 BACKEND = f"file://{Path.home()}/.local/share/lorry/adapters"
 
 
-@cyclopts.Parameter(name="*")
+@cyclopts.Parameter(name="*", negative="")
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    model: Path
-    """Directory of the base model; only its config and the headers of its weights are read."""
-
+class Config(ServiceConfig):
     address: str = "127.0.0.1:50052"
-    """HOST:PORT to listen on; port 0 takes a free one."""
 
     backend: str = BACKEND
     """Where adapters are kept durably: file:///DIRECTORY."""
@@ -37,8 +31,8 @@ class Config:
     ram_bytes: int = 4 << 30
     """Bytes of page images to hold in shared memory at most."""
 
-    serving_dtype: ServingDtype = "auto"
-    """Dtype in which uploaded values must be finite; auto = that of the base model."""
+    dtype: DtypeName | None = None
+    """Type in which uploaded values must be finite; by default the base model's."""
 
     builders: int = 2
     """Processes that check uploads and pack page images."""
@@ -61,14 +55,8 @@ class Config:
     versions_kept: int = 8
     """Versions of a name that stay available to roll back to."""
 
-    tokens: Path | None = None
-    """JSON file of callers' tokens; without it only callers of this machine are served."""
-
-    insecure: Annotated[bool, cyclopts.Parameter(negative="")] = False
-    """Serve other machines without TLS, and without a token file any caller."""
-
     def __post_init__(self) -> None:
-        check_address(self.address, insecure=self.insecure)
+        super().__post_init__()
         backend = urlsplit(self.backend)
         if backend.scheme != "file" or backend.netloc or not backend.path.startswith("/"):
             raise ValueError(f"backend must be file:///DIRECTORY, got {self.backend!r}")
@@ -82,7 +70,9 @@ class Config:
     def limits(self) -> Limits:
         return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
 
-    def finite_in(self, model_dtype: object) -> Dtype:
-        """The dtype of the finite check for a base model of this dtype; unknown is bfloat16."""
-        chosen = self.serving_dtype if self.serving_dtype != "auto" else str(model_dtype)
-        return DTYPES.get(chosen, Dtype.BF16)
+    def finite_in(self, base_model: BaseModel) -> Dtype:
+        """The type of the finite check; for a model that tells none, bf16."""
+        if self.dtype is not None:
+            return DTYPES[self.dtype]
+        config = base_model.config
+        return MODEL_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), Dtype.BF16)

@@ -6,38 +6,25 @@ from pathlib import Path
 import cyclopts
 
 from lorry.rpc.command import check_not_negative, check_positive
+from lorry.rpc.service_config import ServiceConfig
 
 
-@cyclopts.Parameter(name="*")
+@cyclopts.Parameter(name="*", negative="")
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """All sizes are counts and all times seconds unless the name says otherwise."""
-
-    model: Path
-    """Directory of the base model: config.json, tokenizer.json and the safetensors files, of which
-    only the headers are read."""
+class Config(ServiceConfig):
+    address: str = "127.0.0.1:50051"
 
     model_name: str = ""
     """Name under which the base model is served; empty = the directory's name."""
 
-    address: str = "127.0.0.1:50051"
-    """Where to serve, host:port; port 0 takes a free one."""
-
     store: str = "127.0.0.1:50052"
-    """The adapter store, host:port."""
+    """HOST:PORT of the adapter store."""
 
     worker: tuple[str, ...] = ("127.0.0.1:50053",)
-    """A worker, host:port. Repeat it for several workers."""
-
-    tokens: Path | None = None
-    """File of the callers' token digests, tenants and roles; without one only callers of this
-    machine are served."""
+    """HOST:PORT of a worker. Repeat it for several workers."""
 
     token_file: Path | None = None
     """File with the bearer token that the router shows to the store and the workers."""
-
-    insecure: bool = False
-    """Serve plain text to other machines too."""
 
     max_queued_requests: int = 8192
     """Requests that may wait, of all tenants; the next is refused with QUEUE_FULL."""
@@ -46,13 +33,13 @@ class Config:
     """Requests of one tenant that may wait; the next is refused with TENANT_LIMIT."""
 
     max_request_s: float = 3600.0
-    """Longest life of a request; also the deadline of a request that names none."""
+    """Seconds that a request may live; also the deadline of a request that names none."""
 
     max_unsent_tokens: int = 16384
     """Tokens that may wait for a slow client; more end its request with SLOW_READER."""
 
     client_stall_s: float = 30.0
-    """Time that one message to a client may take; then its request ends with SLOW_READER."""
+    """Seconds that one message to a client may take; then its request ends with SLOW_READER."""
 
     prefetch_versions: int = 32
     """Adapter versions of waiting requests that a worker is told to prepare."""
@@ -62,25 +49,25 @@ class Config:
     be preferred."""
 
     worker_silence_s: float = 5.0
-    """A worker that sends nothing for so long is lost."""
+    """Seconds without a message after which a worker is lost."""
 
     worker_wait_s: float = 5.0
-    """How long a request that has lost its worker waits for one that can serve it."""
+    """Seconds that a request which has lost its worker waits for one that can serve it."""
 
     store_timeout_s: float = 2.0
-    """How long to wait for the store where the local copy of the catalogue does not know an
-    adapter."""
+    """Seconds to wait for the store where the copy of its catalogue does not know an adapter."""
 
     catalogue_silence_s: float = 30.0
-    """The watch of the catalogue is begun again when the store sends nothing for so long."""
+    """Seconds without a message after which the watch of the catalogue is begun again."""
 
     tokenizer_threads: int = 2
     """Threads that tokenize prompts."""
 
-    drain_grace_s: float = 30.0
-    """How long running requests may take to finish after SIGTERM."""
+    grace_s: float = 30.0
+    """Seconds that running requests get to finish on SIGTERM."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(
             self,
             "max_queued_requests",
@@ -94,7 +81,7 @@ class Config:
             "tokenizer_threads",
         )
         check_not_negative(
-            self, "prefetch_versions", "placement_imbalance", "worker_wait_s", "drain_grace_s"
+            self, "prefetch_versions", "placement_imbalance", "worker_wait_s", "grace_s"
         )
         if not self.worker:
             raise ValueError("worker must name at least one HOST:PORT")

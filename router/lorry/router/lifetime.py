@@ -23,7 +23,6 @@ from lorry.router.translation import SpecReader
 from lorry.router.worker_link import WorkerLink
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.channel import Metadata, bearer, open_channel, read_token
-from lorry.rpc.identity import Authenticator
 from lorry.rpc.server import Server, serving
 from lorry.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 
@@ -126,7 +125,7 @@ def _serving(
         register,
         services=[SERVICE],
         address=config.address,
-        authenticator=Authenticator.from_file(config.tokens, insecure=config.insecure),
+        authenticator=config.authenticator(),
         insecure=config.insecure,
         max_receive_bytes=MAX_REQUEST_BYTES,
     )

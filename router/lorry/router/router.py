@@ -93,7 +93,7 @@ class Router:
         """Take no new requests; return when none runs, or end what still runs after the grace."""
         self._dispatcher.draining = True
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.drain_grace_s):
+            async with asyncio.timeout(self._config.grace_s):
                 await self._active.none_left()
         for request in self._active:
             self._active.give_up(request, Draining("the router is shutting down"), Interrupted)

@@ -12,11 +12,11 @@ import cyclopts
 from lorry.kernels.page_layout import MAX_RANK, Dtype, PageLayout
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.command import check_not_negative, check_positive
+from lorry.rpc.service_config import DTYPES, DtypeName, ServiceConfig
+from lorry.rpc.shared_memory import SHM_DIR
 
 Device = Literal["cpu", "cuda"]
 LoadFormat = Literal["safetensors", "dummy"]
-DtypeName = Literal["fp32", "bf16", "fp16"]
-DTYPES: dict[DtypeName, Dtype] = {"fp32": Dtype.FP32, "bf16": Dtype.BF16, "fp16": Dtype.FP16}
 NATIVE_DTYPE: dict[Device, DtypeName] = {"cpu": "fp32", "cuda": "bf16"}
 STEP_TOKENS: dict[Device, int] = {"cpu": 256, "cuda": 1024}
 MAX_RUNNING = 512
@@ -50,40 +50,28 @@ class EngineConfig:
         return cls(**fields | {"model": Path(fields["model"])})
 
 
-@cyclopts.Parameter(name="*")
+@cyclopts.Parameter(name="*", negative="")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Options of the worker."""
-
-    model: Path
-    """Directory of the base model: config.json and .safetensors files."""
+class Config(ServiceConfig):
+    address: str = "127.0.0.1:50053"
 
     load_format: LoadFormat = "safetensors"
     """Whether to read the weights, or to make random ones of the model's shape for benchmarks."""
 
-    address: str = "127.0.0.1:50053"
-    """HOST:PORT to listen on; port 0 takes a free one."""
-
     store: str = "127.0.0.1:50052"
     """HOST:PORT of the adapter store."""
 
-    shm_dir: Path = Path(f"/dev/shm/lorry-{os.getuid()}")
+    shm_dir: Path = SHM_DIR
     """Where the adapter store of this machine keeps page images, as this process sees it."""
 
-    local_dir: Path = Path(f"/dev/shm/lorry-worker-{os.getuid()}")
+    local_dir: Path = Path(f"/dev/shm/lorry-worker-{os.geteuid()}")
     """Where the workers of this machine keep page images that came in chunks."""
 
     worker_id: str = dataclasses.field(default_factory=socket.gethostname)
     """Name of this worker in the routers' logs."""
 
-    tokens: Path | None = None
-    """JSON file of the callers' bearer tokens; without one, this machine's callers are served."""
-
     token_file: Path | None = None
     """File with the bearer token that this worker shows to the adapter store."""
-
-    insecure: bool = False
-    """Serve plain text beyond this machine."""
 
     device: Device = "cpu"
     """Where the engine computes."""
@@ -134,6 +122,7 @@ class Config:
     """Seconds that running requests get to finish on SIGTERM."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(
             self,
             "pool_bytes",

@@ -16,6 +16,7 @@ from lorry.worker.sequences import SequenceTable
 class Batch:
     """The sequences of a step, ordered by slot, so that rows of one adapter are consecutive."""
 
+    step: int  # counts from 1
     row_S: np.ndarray  # rows of the sequence table
     admission_S: np.ndarray  # what tells a row's later tenant from this one
     start_S: np.ndarray  # first position to compute
@@ -71,8 +72,8 @@ class BatchBuilder:
         self._chunk_lengths.append(length)
         return length == missing
 
-    def build(self) -> Batch | None:
-        """The batch, if there is anything to compute; the table then counts it."""
+    def build(self, step: int) -> Batch | None:
+        """The batch of `step`, if there is anything to compute; the table then counts it."""
         table = self._table
         row = np.concatenate([self._decodes, np.array(self._chunk_rows, dtype=np.int64)])
         if not len(row):
@@ -84,6 +85,7 @@ class BatchBuilder:
         start, known = table.num_computed_R[row].copy(), table.num_tokens_R[row]
         samples = start + length == known
         batch = Batch(
+            step=step,
             row_S=row,
             admission_S=table.admission_R[row],
             start_S=start,

@@ -10,7 +10,6 @@ import grpc.aio
 
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.channel import bearer, open_channel, read_token
-from lorry.rpc.identity import Authenticator
 from lorry.rpc.server import Server, serving, stop_requested
 from lorry.rpc.shared_directory import SharedDirectory
 from lorry.v1.worker_admin_service_pb2_grpc import add_WorkerAdminServiceServicer_to_server
@@ -134,7 +133,7 @@ def _serving(
         register,
         services=SERVICES,
         address=config.address,
-        authenticator=Authenticator.from_file(config.tokens, insecure=config.insecure),
+        authenticator=config.authenticator(),
         insecure=config.insecure,
         grace_s=CLOSE_S,
     )

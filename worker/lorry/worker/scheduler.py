@@ -97,7 +97,7 @@ class Scheduler:
         self._continue_prompts(rows)
         self._admit(plan, rows, loader, now_s)
         self._load_ahead(loader)
-        plan.batch = rows.build()
+        plan.batch = rows.build(self.steps + 1)
         self.steps += plan.batch is not None
         return plan
 
@@ -112,7 +112,7 @@ class Scheduler:
         position = table.num_prompt_R[rows] + batch.output_position_S[sampled][alive]
         table.token_ids_RC[rows, position] = token_ids
         table.num_read_R[rows] = position + 1
-        tokens = StepTokens(self.steps, table.number_R[rows].tolist(), token_ids.tolist())
+        tokens = StepTokens(batch.step, table.number_R[rows].tolist(), token_ids.tolist())
         self._note_first_tokens(rows, now_s)
         stopped = table.is_stop(rows, token_ids)
         ended = stopped | (table.num_read_R[rows] >= table.most_tokens_R[rows])

@@ -5,6 +5,7 @@ import os
 import stat
 from pathlib import Path
 
+SHM_DIR = Path(f"/dev/shm/lorry-{os.geteuid()}")  # of the store, unless it is told otherwise
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
