@@ -13,7 +13,7 @@ from lorry.router.dispatcher import Dispatcher, Place, Prefetch, Submit, no_work
 from lorry.router.request import Request, RequestState
 from lorry.router.worker import Worker
 from lorry.router.worker_link import Ended
-from lorry.rpc.errors import Draining, SlowReader, WorkerLost
+from lorry.rpc.errors import Draining, LorryError, SlowReader, WorkerLost
 
 S = RequestState
 
@@ -105,7 +105,7 @@ class Fleet:
         error = last_word.error
         if last_word.reason is not None or request.state is S.STOPPING:
             self._active.complete(request, last_word)
-        elif error is not None and error.code is not grpc.StatusCode.UNAVAILABLE:
+        elif error is not None and self._is_final(request, error):
             self._active.fail(request, error)
         else:
             if isinstance(error, Draining):
@@ -113,6 +113,16 @@ class Fleet:
             if not self._dispatcher.requeue(request):
                 self._end_without_worker(request)
             self._workers_changed()
+
+    def _is_final(self, request: Request, error: LorryError) -> bool:
+        """Whether a worker's error is the client's, and not a reason to submit the request again.
+
+        A client that has received nothing can try again itself, as UNAVAILABLE tells it.
+        """
+        if isinstance(error, Draining):
+            return False
+        unavailable = error.code is grpc.StatusCode.UNAVAILABLE
+        return not (unavailable and self._active.output(request).num_sent)
 
     def _end_without_worker(self, request: Request) -> None:
         if request.state is S.STOPPING or request.output_complete:
