@@ -24,6 +24,7 @@ from lorry.rpc.errors import (
     PoolTooSmall,
     QueueFull,
     SlowReader,
+    StoreUnavailable,
     TenantLimit,
     VersionNotFound,
 )
@@ -362,20 +363,6 @@ async def test_an_adapter_that_the_worker_cannot_fetch_is_no_lost_worker(model: 
         assert str(received) == str(error)
         assert len(stack.worker.submits) == 1, "the client may try again, not the router"
         await serves_again(stack)
-
-
-async def test_what_becomes_unavailable_in_mid_stream_is_submitted_again(model: Path) -> None:
-    async with router_stack(model, worker_wait_s=10) as stack:
-        call = asyncio.ensure_future(stack.stream(SPEC))
-        await submitted(stack, 1)
-        stack.worker.draw(1, *tokens_of("ab"))
-        await sent(stack, 2)
-        stack.worker.finish(1, ABORTED, StoreUnavailable("the adapter store is not available"))
-        await submitted(stack, 2)
-        assert stack.worker.submits[1].generated_tokens == 2
-        stack.worker.draw(2, *tokens_of("c"))
-        stack.worker.finish(2, LENGTH)
-        assert (await call).text == "abc"
 
 
 async def test_one_bad_request_does_not_end_the_others(model: Path) -> None:

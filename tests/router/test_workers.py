@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorry.rpc.errors import Draining, NoWorker, WorkerLost
+from lorry.rpc.errors import Draining, NoWorker, StoreUnavailable, WorkerLost
 from lorry.v1 import common_pb2, worker_service_pb2
 from lorry.v1 import inference_service_pb2 as pb
 from tests.support.byte_model import tokens_of
@@ -265,6 +265,20 @@ async def test_what_a_worker_gives_back_goes_elsewhere(model: Path, reason: Any)
         answer = await call
         assert answer.text == "abcd"
         stack.check_idle()
+
+
+async def test_what_becomes_unavailable_in_mid_stream_is_submitted_again(model: Path) -> None:
+    async with router_stack(model, worker_wait_s=10) as stack:
+        call = asyncio.ensure_future(stack.stream(SPEC))
+        await submitted(stack, 1)
+        stack.worker.draw(1, *tokens_of("ab"))
+        await sent(stack, 2)
+        stack.worker.finish(1, ABORTED, StoreUnavailable("the adapter store is not available"))
+        await submitted(stack, 2)
+        assert stack.worker.submits[1].generated_tokens == 2
+        stack.worker.draw(2, *tokens_of("c"))
+        stack.worker.finish(2, LENGTH)
+        assert (await call).text == "abc"
 
 
 async def test_a_draining_worker_gets_nothing_new(model: Path) -> None:
