@@ -16,8 +16,9 @@ from tests.support.command import REPO
 
 MODEL = REPO / "demo" / "model"
 SERVICES = {"router": "router", "adapter-store": "adapter_store", "worker": "worker"}
-# Gigabytes to install, and some indexes have only CUDA builds: linked from this environment.
-LINKED = ["torch", "triton"]
+# Gigabytes to install, and some indexes have only CUDA builds: linked from this environment, as is
+# what only torch needs.
+LINKED = ["torch", "triton", "fsspec", "mpmath", "networkx", "setuptools", "sympy"]
 Make = Callable[[str], "Environment"]
 
 

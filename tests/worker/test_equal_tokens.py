@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lorry.worker.torch_runner import TorchRunner
 from tests.support.engines import EngineHarness
 from tests.support.models import EOS, Greedy, Reference, first_difference, make_adapter, make_llama
 
@@ -123,6 +124,15 @@ def test_preemption_leaves_no_trace_in_the_tokens(world: World, tmp_path: Path) 
 def largest_adapter_pages(world: World, tmp_path: Path) -> int:
     harness = EngineHarness(world.model, tmp_path, pool_pages=1)
     return max(harness.image_pages(adapter) for adapter in world.adapters if adapter)
+
+
+def test_steps_that_overlap_leave_no_trace_in_the_tokens(world: World, tmp_path: Path) -> None:
+    pages = largest_adapter_pages(world, tmp_path) + 60
+    harness = EngineHarness(world.model, tmp_path, step_tokens=64, pool_pages=pages)
+    assert isinstance(harness.engine.runner, TorchRunner)
+    harness.engine.runner.max_in_flight = 2
+    check_answers(world, harness, copies=6, longest=257)
+    assert harness.engine.status().preemptions > 0
 
 
 def test_stop_token_ends_the_output(world: World, tmp_path: Path) -> None:

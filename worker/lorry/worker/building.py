@@ -52,7 +52,13 @@ def _runner(
     limits: SchedulerLimits,
 ) -> Runner:
     if config.device == "cpu":
-        return TorchRunner(base_model, model, pool, max_rank=config.max_rank)
+        return TorchRunner(
+            base_model,
+            model,
+            pool,
+            max_rank=config.max_rank,
+            max_running=limits.max_running,
+        )
     return CudaRunner(
         base_model,
         model,

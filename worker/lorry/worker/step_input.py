@@ -31,18 +31,19 @@ class SamplingInput:
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    token_id_T: torch.Tensor
+    token_id_T: torch.Tensor  # or -1 - row of the sequence whose last drawn token it is
     position_T: torch.Tensor
     page_T: torch.Tensor  # where the row's KV goes
     block_table_SP: torch.Tensor
     attention_tiles: RowTiles
     lora_tiles: RowTiles
     sample_row_N: torch.Tensor
+    state_row_N: torch.Tensor  # rows of the sequence table
     sampling: SamplingInput
 
 
 def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -> StepInput:
-    """Lay out the step's rows on `device`; every token that they need must have been read."""
+    """Lay out the step's rows on `device`."""
     arrays = step_arrays(batch, table)
     tensors = {name: _tensor(array, device) for name, array in arrays.items()}
     most_pages = -(-int((batch.start_S + batch.length_S).max()) // table.page_tokens)
@@ -61,6 +62,7 @@ def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -
         ).to(device),
         lora_tiles=_lora_tiles(batch).to(device),
         sample_row_N=tensors["sample_row"],
+        state_row_N=tensors["state_row"],
         sampling=SamplingInput(
             temperature_N=tensors["temperature"],
             seed_N=tensors["seed"],

@@ -16,19 +16,30 @@ from lorry.worker.torch_operations import TorchOperations
 
 
 class TorchRunner:
-    """The model, the pool and the adapters in it; see `Runner`."""
+    """The model, the pool and the adapters in it; see `Runner`.
 
-    max_in_flight = 1
+    A step is done when `launch` returns. More than one in flight gains nothing, but is as correct
+    as on a GPU, which is how the engine's overlap is tested without one.
+    """
 
     def __init__(
-        self, base_model: BaseModel, model: LlamaModel, pool: PoolView, *, max_rank: int
+        self,
+        base_model: BaseModel,
+        model: LlamaModel,
+        pool: PoolView,
+        *,
+        max_rank: int,
+        max_running: int,
+        max_in_flight: int = 1,
     ) -> None:
+        self.max_in_flight = max_in_flight
         self.adapters = DirectAdapterMemory(pool, max_rank=max_rank)
         self._model = model
         self._pool = pool
         dtype, device = TORCH_DTYPES[pool.layout.dtype], pool.slices.device
         self._cos_sin_L2D = rope_table(base_model).to(dtype=dtype, device=device)
         self._epsilon = norm_epsilon(base_model)
+        self._last_token_R = torch.zeros(max_running, dtype=torch.int64, device=device)
 
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
         tokens = self._run(batch, table)
@@ -40,12 +51,16 @@ class TorchRunner:
         operations = TorchOperations(
             step, self.adapters.tables, self._pool, self._cos_sin_L2D, self._epsilon
         )
-        x_TH = self._model.forward(step.token_id_T, operations)
+        drawn_T = self._last_token_R[(-1 - step.token_id_T).clamp(min=0)]
+        token_id_T = torch.where(step.token_id_T >= 0, step.token_id_T, drawn_T)
+        x_TH = self._model.forward(token_id_T, operations)
         if not len(step.sample_row_N):
             return np.empty(0, dtype=np.int32)
         logits_NV = self._model.logits(x_TH[step.sample_row_N])
-        token_N: np.ndarray = draw(logits_NV, step.sampling).to(torch.int32).cpu().numpy()
-        return token_N
+        token_N = draw(logits_NV, step.sampling)
+        self._last_token_R[step.state_row_N] = token_N
+        tokens: np.ndarray = token_N.to(torch.int32).cpu().numpy()
+        return tokens
 
 
 def draw(logits_NV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
