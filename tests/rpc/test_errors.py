@@ -2,17 +2,21 @@ from base64 import b64encode
 from urllib.parse import quote
 
 import grpc
+import grpc.aio
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from lorry.rpc.errors import (
     DOMAIN,
     ERRORS,
+    Code,
+    DeadlineExpired,
     InvalidRequest,
     LorryError,
     QueueFull,
     RemoteError,
     Violation,
+    from_rpc,
     from_status,
     to_status,
 )
@@ -109,6 +113,29 @@ def test_a_status_of_no_row_is_a_remote_error_with_its_code() -> None:
     error = from_status(status_pb2.Status(code=14, message="connection reset"))
     assert type(error) is RemoteError
     assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "")
+
+
+def failed_call(code: grpc.StatusCode, details: bytes) -> grpc.aio.AioRpcError:
+    """A call whose end gRPC has put into words of its own."""
+    metadata = grpc.aio.Metadata(("grpc-status-details-bin", details))
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), metadata, "Stream removed")
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "expected"),
+    [
+        (Code.DEADLINE_EXCEEDED, to_status(DeadlineExpired("late")), "DEADLINE_EXPIRED"),
+        (Code.UNAVAILABLE, to_status(DeadlineExpired("late")), ""),
+        (Code.UNAVAILABLE, None, ""),
+    ],
+)
+def test_what_the_peer_said_counts_if_it_is_what_the_call_ended_with(
+    code: grpc.StatusCode, details: status_pb2.Status | None, expected: str
+) -> None:
+    raw = b"\xff" if details is None else details.SerializeToString()
+    error = from_rpc(failed_call(code, raw))
+    assert (error.code, error.reason) == (code, expected)
+    assert str(error) == ("late" if expected else "Stream removed")
 
 
 def test_an_unknown_code_is_unknown() -> None:

@@ -2,20 +2,16 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
-
-import grpc.aio
 
 from lorry.client import Client
-from lorry.rpc.channel import open_channel
-from lorry.v1 import worker_service_pb2
-from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
-from tests.support.command import REPO, SOURCE_ROOTS
+from lorry.client.probe import is_ready, worker_status
+from lorry.rpc.errors import LorryError
+from lorry.v1.worker_service_pb2 import WorkerStatus
+from tests.support.command import REPO, child_environment
 
 START_TIMEOUT_S = 120.0
 HEARTBEAT_S = 1.2
@@ -39,7 +35,6 @@ class Service:
 
     async def start(self, address: str = "127.0.0.1:0") -> None:
         """Start it and wait until it listens."""
-        roots = os.pathsep.join(str(REPO / root) for root in SOURCE_ROOTS)
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -50,7 +45,7 @@ class Service:
                 *self.options,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                env=os.environ | {"PYTHONPATH": roots},
+                env=child_environment(),
             )
         assert self._process.stdout is not None
         async with asyncio.timeout(START_TIMEOUT_S):
@@ -109,16 +104,10 @@ class Stack:
         async with Client(router=self.router.address, store=self.store.address) as client:
             yield client
 
-    async def worker_status(self) -> worker_service_pb2.WorkerStatus:
-        async with open_channel(self.worker.address) as channel:
-            stub = WorkerServiceStub(channel)
-            request = worker_service_pb2.GetWorkerStatusRequest()
-            response: worker_service_pb2.GetWorkerStatusResponse = await stub.GetWorkerStatus(
-                request, timeout=10
-            )
-            return response.status
+    async def worker_status(self) -> WorkerStatus:
+        return (await worker_status(self.worker.address, timeout_s=10)).status
 
-    async def idle(self) -> worker_service_pb2.WorkerStatus:
+    async def idle(self) -> WorkerStatus:
         """The worker's status once nothing runs or waits and no KV page is held."""
         async with asyncio.timeout(30.0):
             await asyncio.sleep(HEARTBEAT_S)  # what the front knows may be as old as this
@@ -131,14 +120,9 @@ class Stack:
 
 async def ready(address: str, *, timeout_s: float = START_TIMEOUT_S) -> None:
     """Return once the service at `address` is ready for requests."""
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    async with asyncio.timeout(timeout_s), grpc.aio.insecure_channel(address) as channel:
-        stub: Any = health_pb2_grpc.HealthStub(channel)
+    async with asyncio.timeout(timeout_s):
         while True:
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                request = health_pb2.HealthCheckRequest(service="readiness")
-                answer = await stub.Check(request, timeout=5)
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+            with contextlib.suppress(LorryError):
+                if await is_ready(address, timeout_s=5):
                     return
             await asyncio.sleep(0.05)

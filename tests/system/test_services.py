@@ -138,11 +138,10 @@ async def test_client_that_leaves_frees_everything(stack: Stack) -> None:
 
 async def test_deadline_ends_a_request_in_mid_stream(stack: Stack) -> None:
     async with stack.client() as client:
-        with pytest.raises(LorryError) as failure:
+        with pytest.raises(DeadlineExpired):
             await client.generate(
                 greedy("lorry", "reverse", max_tokens=1000, ignore_eos=True), timeout_s=0.3
             )
-        assert failure.value.code.name == DeadlineExpired.code.name
         await stack.idle()
         await check_serves(client)
 

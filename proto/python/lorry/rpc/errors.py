@@ -12,13 +12,13 @@ from typing import ClassVar, NamedTuple, Self, TypeVar, cast
 import grpc
 import grpc.aio
 from google.protobuf import any_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 from lorry.rpc.durations import to_duration, to_seconds
 
 DOMAIN = "lorry.dev"
+DETAILS_KEY = "grpc-status-details-bin"  # of the trailing metadata, as gRPC names it
 # A status travels in trailers, which gRPC may refuse beyond 8 KiB: its details in base64, and its
 # message a second time, with up to three bytes for one.
 MAX_MESSAGE_BYTES = 1024
@@ -269,10 +269,22 @@ def from_status(status: status_pb2.Status) -> LorryError:
 def from_rpc(error: grpc.RpcError) -> LorryError:
     """The error behind a failed call, whether the peer or gRPC itself ended it."""
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
-    status = rpc_status.from_call(cast(grpc.Call, error))  # it has a Call's methods
-    if status is not None:
-        return from_status(status)
+    code: int = error.code().value[0]
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            status = _parsed(value)
+            # Where gRPC ended the call at the same time, its words may stand beside the peer's
+            # details; only together with another code are these not what the caller got.
+            if status is not None and status.code == code:
+                return from_status(status)
     return RemoteError(error.details() or "", status_code=error.code(), status_reason="")
+
+
+def _parsed(value: bytes | str) -> status_pb2.Status | None:
+    try:
+        return status_pb2.Status.FromString(cast(bytes, value))
+    except DecodeError:
+        return None
 
 
 def _details(error: LorryError) -> Iterator[Message]:
