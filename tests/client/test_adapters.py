@@ -7,7 +7,6 @@ import pytest
 
 from lorry.client import Client
 from lorry.client.retry import RetryPolicy
-from lorry.client.weights import CHUNK_BYTES
 from lorry.rpc.errors import (
     AdapterExists,
     AdapterNotFound,
@@ -16,10 +15,11 @@ from lorry.rpc.errors import (
     StoreFull,
     StoreUnavailable,
 )
+from lorry.rpc.protocol import MAX_CHUNK_BYTES
 from tests.support.scripted import ScriptedAdapters, serving_scripted
 
 IMPATIENT = RetryPolicy(attempts=3, first_delay_s=0.001, max_delay_s=0.002)
-WEIGHTS = os.urandom(3 * CHUNK_BYTES + 12345)
+WEIGHTS = os.urandom(3 * MAX_CHUNK_BYTES + 12345)
 
 
 @pytest.fixture
@@ -57,16 +57,16 @@ async def test_push_reports_its_progress(directory: Path) -> None:
         await client.adapters.push(
             directory, progress=lambda sent, total: reports.append((sent, total))
         )
-    sent = [0, CHUNK_BYTES, 2 * CHUNK_BYTES, 3 * CHUNK_BYTES, len(WEIGHTS)]
+    sent = [0, MAX_CHUNK_BYTES, 2 * MAX_CHUNK_BYTES, 3 * MAX_CHUNK_BYTES, len(WEIGHTS)]
     assert reports == [(each, len(WEIGHTS)) for each in sent]
 
 
 async def test_push_continues_where_a_broken_connection_left_the_store(directory: Path) -> None:
-    adapters = ScriptedAdapters(break_at_byte=2 * CHUNK_BYTES)
+    adapters = ScriptedAdapters(break_at_byte=2 * MAX_CHUNK_BYTES)
     async with client_of(adapters) as client:
         await client.adapters.push(directory)
     assert adapters.received == WEIGHTS
-    assert adapters.offsets == [0, 2 * CHUNK_BYTES]
+    assert adapters.offsets == [0, 2 * MAX_CHUNK_BYTES]
 
 
 async def test_push_asks_before_it_replaces(directory: Path) -> None:

@@ -6,16 +6,13 @@ BUILDING ──> READY ──> GONE
 
 import asyncio
 import enum
-import os
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
-
-from crc32c import crc32c
 
 from lorry.adapter_store.backend import Backend
 from lorry.adapter_store.builders import Builders
@@ -49,12 +46,6 @@ class ImageKey(NamedTuple):
     @property
     def file_name(self) -> str:
         return f"{self.version.hex()}.{sha256(repr(self.layout).encode()).hexdigest()[:16]}"
-
-
-class Chunk(NamedTuple):
-    offset: int
-    data: bytes
-    crc32c: int
 
 
 @dataclass(eq=False, slots=True)
@@ -103,25 +94,6 @@ class Lease:
             self._image.leases.remove(self)
             for action in self._after_release:
                 action()
-
-    async def chunks(self, offset: int, chunk_bytes: int) -> AsyncIterator[Chunk]:
-        """The image from `offset` on; the next chunk is read in a thread while one is sent."""
-        starts = iter(range(offset, self.header.image_bytes, chunk_bytes))
-        tasks = Tasks()
-        ahead = self._start_read(tasks, starts, chunk_bytes)
-        while ahead is not None:
-            chunk = await ahead
-            ahead = self._start_read(tasks, starts, chunk_bytes)
-            yield chunk
-
-    def _start_read(
-        self, tasks: Tasks, starts: Iterator[int], num_bytes: int
-    ) -> asyncio.Task[Chunk] | None:
-        start = next(starts, None)
-        return None if start is None else tasks.start(self._read(start, num_bytes))
-
-    async def _read(self, offset: int, num_bytes: int) -> Chunk:
-        return await asyncio.to_thread(_read_chunk, self.path, offset, num_bytes)
 
 
 class ImageTier:
@@ -266,9 +238,3 @@ class ImageTier:
     def _after_release(self, image: Image) -> None:
         self._images.move_to_end(image.key)
         self._room_made.set()
-
-
-def _read_chunk(path: Path, offset: int, num_bytes: int) -> Chunk:
-    with path.open("rb", buffering=0) as file:
-        data = os.pread(file.fileno(), num_bytes, offset)
-    return Chunk(offset, data, crc32c(data))

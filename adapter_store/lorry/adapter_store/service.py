@@ -6,6 +6,7 @@ from typing import Any
 import grpc.aio
 
 from lorry.adapter_store import edits, listing, translation
+from lorry.adapter_store.chunks import read_chunks
 from lorry.adapter_store.images import Lease
 from lorry.adapter_store.records import Adapter
 from lorry.adapter_store.store import Store
@@ -14,6 +15,7 @@ from lorry.rpc.errors import Draining, InvalidRequest
 from lorry.rpc.identity import current_caller
 from lorry.rpc.layout import layout_from_proto
 from lorry.rpc.names import AdapterName, check_id, check_sha256
+from lorry.rpc.protocol import MAX_CHUNK_BYTES
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_data_service_pb2_grpc as data_grpc
 from lorry.v1 import adapter_service_pb2 as pb
@@ -25,7 +27,6 @@ SERVICES = tuple(
     f"lorry.v1.{name}" for name in ("AdapterService", "CatalogueService", "AdapterDataService")
 )
 MAX_PAGE_BYTES = 1 << 20
-MAX_CHUNK_BYTES = 1 << 20
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -217,7 +218,7 @@ async def send_chunks(
     image_bytes = lease.header.image_bytes
     if offset > image_bytes:
         raise InvalidRequest.of("offset", f"must be at most {image_bytes}, got {offset}")
-    async for chunk in lease.chunks(offset, chunk_bytes):
+    async for chunk in read_chunks(lease.path, range(offset, image_bytes, chunk_bytes)):
         yield translation.chunk_to_proto(chunk)
 
 

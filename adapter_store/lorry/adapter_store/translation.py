@@ -6,8 +6,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorry.adapter_store import edits
 from lorry.adapter_store.catalogue import Batch
+from lorry.adapter_store.chunks import Chunk
 from lorry.adapter_store.image import ImageHeader
-from lorry.adapter_store.images import Chunk
 from lorry.adapter_store.records import Adapter, Change, Version
 from lorry.rpc.errors import InvalidRequest
 from lorry.rpc.labels import check_labels

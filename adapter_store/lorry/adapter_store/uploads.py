@@ -19,9 +19,9 @@ from crc32c import crc32c
 from lorry.adapter_store.backend import Backend
 from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.catalogue import Catalogue
+from lorry.adapter_store.chunks import Chunk
 from lorry.adapter_store.contents import Contents
 from lorry.adapter_store.edits import publish
-from lorry.adapter_store.images import Chunk
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.records import Adapter, Content, UploadRecord, Version
 from lorry.adapter_store.tasks import InThread, Tasks
@@ -36,9 +36,9 @@ from lorry.rpc.errors import (
     Superseded,
     UploadNotFound,
 )
+from lorry.rpc.protocol import MAX_CHUNK_BYTES
 
 ID_BYTES = 32
-MAX_CHUNK_BYTES = 1 << 20
 CHUNK_WAIT_S = 60
 OUTCOME_KEPT_NS = 60 * 1_000_000_000
 

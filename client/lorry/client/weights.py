@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-CHUNK_BYTES = 1 << 20
+from lorry.rpc.protocol import MAX_CHUNK_BYTES
+
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 class Piece(NamedTuple):
-    """Consecutive bytes of the weights, at most CHUNK_BYTES."""
+    """Consecutive bytes of the weights, at most MAX_CHUNK_BYTES."""
 
     offset: int
     data: bytes
@@ -55,6 +56,6 @@ class AdapterFiles:
         """The weights from `offset` on; blocks while it reads."""
         with self.weights.open("rb") as file:
             file.seek(offset)
-            while data := file.read(CHUNK_BYTES):
+            while data := file.read(MAX_CHUNK_BYTES):
                 yield Piece(offset, data)
                 offset += len(data)
