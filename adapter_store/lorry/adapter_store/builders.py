@@ -21,6 +21,7 @@ from lorry.rpc.errors import AdapterInvalid, StoreUnavailable, from_status
 CONFIG_LIMIT_S = 5
 MIN_BYTES_PER_S = 20 << 20  # slower than any disk that is worth serving from
 MAX_REPLY_BYTES = 1 << 20
+EXIT_S = 1.0
 
 
 class BuilderTimeout(Exception):
@@ -100,8 +101,7 @@ class Builders:
                     await process.stdin.drain()
                     reply = await process.stdout.readline()
             if not reply:
-                await _end(process)
-                raise _failure(operation, process.returncode)
+                raise _failure(operation, await _exit_code(process))
         answer = json.loads(reply)
         if "status" in answer:
             raise from_status(status_pb2.Status.FromString(base64.b64decode(answer["status"])))
@@ -142,6 +142,18 @@ def _failure(operation: str, returncode: int | None) -> Exception:
 
 def _limit_s(num_bytes: int) -> int:
     return 60 + num_bytes // MIN_BYTES_PER_S
+
+
+async def _exit_code(process: asyncio.subprocess.Process) -> int | None:
+    """How a process ended that says nothing more; it is ended if it does not by itself.
+
+    It is not killed at once: asyncio loses the exit code of a process that has just died by then.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(EXIT_S):
+            await process.wait()
+    await _end(process)
+    return process.returncode
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
