@@ -77,10 +77,10 @@ class Catalogue:
     def refers_to(self, digest: bytes) -> bool:
         return self._references[digest] > 0
 
-    async def change(self, name: AdapterName, edit: Edit) -> int:
-        """Replace what a name is by what `edit` makes of it, durably; returns the revision.
+    async def change(self, name: AdapterName, edit: Edit) -> Change:
+        """Replace what a name is by what `edit` makes of it, durably.
 
-        What `edit` raises leaves everything as it was.
+        What `edit` raises leaves everything as it was; the same again takes no new revision.
         """
         return await self._tasks.finish(self._change(name, edit))
 
@@ -112,15 +112,16 @@ class Catalogue:
         self._changed.set()
         await self._tasks.close()
 
-    async def _change(self, name: AdapterName, edit: Edit) -> int:
+    async def _change(self, name: AdapterName, edit: Edit) -> Change:
         async with self._one_at_a_time:
             before = self.get(name)
             after = edit(before)
-            if after is not before:
-                change = Change(self.revision + 1, name, after)
-                await asyncio.to_thread(self._backend.commit, change)
-                self._apply(change)
-            return self.revision
+            if after is before:
+                return Change(self.revision, name, after)
+            change = Change(self.revision + 1, name, after)
+            await asyncio.to_thread(self._backend.commit, change)
+            self._apply(change)
+            return change
 
     def _apply(self, change: Change) -> None:
         assert change.revision == self.revision + 1, f"{change.revision} after {self.revision}"

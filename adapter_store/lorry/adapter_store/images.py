@@ -5,6 +5,7 @@ BUILDING ──> READY ──> GONE
 """
 
 import asyncio
+import contextlib
 import enum
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from lorry.rpc.errors import LayoutUnsupported, StoreFull
 from lorry.rpc.shared_directory import SharedDirectory
 
 RECLAIM_WAIT_S = 6.0  # readers have 5 s to end their leases
+ASK_AGAIN_S = 0.5  # so long a reader may keep what it was given while others wait for room
 
 
 class ImageState(enum.Enum):
@@ -210,7 +212,10 @@ class ImageTier:
         self._used_bytes += num_bytes
 
     async def _make_room(self, missing_bytes: int) -> None:
-        """Evict one image, or ask for leases back and wait for the end of one."""
+        """Evict one image, or ask for leases back and wait a while for the end of one.
+
+        Images that were still being built are leased meanwhile, so the caller asks again.
+        """
         victim = next((image for image in self._images.values() if image.evictable), None)
         if victim is not None:
             await self._tasks.finish(self._evict(victim))
@@ -220,7 +225,9 @@ class ImageTier:
                 missing_bytes -= image.header.image_bytes
                 image.ask_back()
         self._room_made.clear()
-        await self._room_made.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ASK_AGAIN_S):
+                await self._room_made.wait()
 
     async def _evict(self, image: Image) -> None:
         assert image.evictable

@@ -88,14 +88,11 @@ class Store:
 
     async def update(self, name: AdapterName, etag: str, new: edits.Update) -> tuple[Adapter, int]:
         """Change an adapter; returns it and the revision that shows it."""
-        changed: list[Adapter] = []
-
-        def edit(before: Adapter | None) -> Adapter:
-            changed.append(edits.update(before, name, etag, new, self._now_ns()))
-            return changed[0]
-
-        revision = await self.catalogue.change(name, edit)
-        return changed[0], revision
+        change = await self.catalogue.change(
+            name, lambda before: edits.update(before, name, etag, new, self._now_ns())
+        )
+        assert change.adapter is not None
+        return change.adapter, change.revision
 
     async def delete(self, name: AdapterName, etag: str, *, allow_missing: bool) -> int:
         """Remove a name; returns the revision that shows it."""
@@ -103,9 +100,9 @@ class Store:
         def edit(before: Adapter | None) -> None:
             edits.delete(before, name, etag, allow_missing=allow_missing)
 
-        revision = await self.catalogue.change(name, edit)
+        change = await self.catalogue.change(name, edit)
         self._sweep_wanted.set()
-        return revision
+        return change.revision
 
     async def lease(self, version: bytes, layout: PageLayout) -> Lease:
         """A lease of a version's image; the version itself is kept with it."""

@@ -232,18 +232,16 @@ class Uploads:
             weights_bytes=checked.weights_bytes,
             create_time_ns=now_ns,
         )
-        published: list[Adapter] = []
-
-        def edit(before: Adapter | None) -> Adapter:
-            kept = self._limits.versions_kept
-            published.append(publish(before, record, version, now_ns=now_ns, kept=kept))
-            return published[0]
-
+        kept = self._limits.versions_kept
         with self._contents.held(version.digest):
             content = Content(record.spec, checked.file_crc32c)
             await self._contents.keep(record.key, version.digest, content)
-            await self._catalogue.change(record.name, edit)
-        return Published(version, published[0])
+            change = await self._catalogue.change(
+                record.name,
+                lambda before: publish(before, record, version, now_ns=now_ns, kept=kept),
+            )
+        assert change.adapter is not None
+        return Published(version, change.adapter)
 
     def _open_records(self) -> list[UploadRecord]:
         return [upload.record for upload in self._uploads.values() if upload.is_open]
