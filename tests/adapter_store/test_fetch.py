@@ -1,7 +1,6 @@
 """FetchAdapter over a real server: handles, chunks, leases, pressure."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,6 @@ CONFIG = lora_config(r=8, targets=MODULES, rank_pattern={"v_proj": 20})
 LAYOUT = PageLayout(geometry=TINY, dtype=Dtype.FP32)
 HEADER, _IMAGE = build_image(CONFIG, lora_tensors(CONFIG), LAYOUT)
 IMAGE = bytes(_IMAGE)
-
-
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[RunningStore]:
-    async with running_store(tmp_path) as store:
-        yield store
-        store.store.images.check_integrity()
 
 
 async def pushed(running: RunningStore, seed: int = 0) -> bytes:
@@ -265,6 +257,30 @@ async def test_room_is_made_as_soon_as_a_reader_answers_reclaim(tmp_path: Path) 
         newer.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+
+
+async def test_an_image_that_is_leased_while_another_waits_for_room_is_asked_back(
+    tmp_path: Path,
+) -> None:
+    async with running_store(tmp_path, ram_bytes=len(IMAGE)) as running:
+        versions = [await pushed(running, seed) for seed in range(2)]
+        served: list[bytes] = []
+
+        async def hold(version: bytes) -> None:
+            call, _ = await leased(running, version)
+            served.append(version)
+            assert (await read(call)).HasField("reclaim")
+            call.cancel()
+
+        # One waits for room while the other is still being built.
+        holds = [asyncio.create_task(hold(version)) for version in versions]
+        (first,), (second,) = await asyncio.wait(
+            holds, timeout=30, return_when=asyncio.FIRST_COMPLETED
+        )
+        first.result()
+        await until(lambda: len(served) == 2)
+        second.cancel()
+        await asyncio.wait([second])
 
 
 async def test_an_image_beyond_the_whole_budget_is_refused_at_once(tmp_path: Path) -> None:
