@@ -9,23 +9,22 @@ what the context allows, and a request is cancelled when it has the asked number
 """
 
 import argparse
-import hashlib
 import logging
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.random_images import TARGETS, RandomImages, image_directory
 from benchmarks.results_file import RESULTS, write_result
 from benchmarks.roofline import MODELS, ideal_seconds
-from benchmarks.trace import NO_ADAPTER, TraceRequest, make_trace
-from lorry.kernels.page_layout import Dtype, PageLayout
+from benchmarks.trace import TraceRequest, make_trace
+from lorry.kernels.page_layout import PageLayout
 from lorry.rpc.base_model import BaseModel, read_base_model
+from lorry.rpc.service_config import DTYPES
 from lorry.worker import messages as m
 from lorry.worker.building import build_engine
 from lorry.worker.config import EngineConfig
@@ -33,53 +32,7 @@ from lorry.worker.cuda_runner import CudaRunner
 from lorry.worker.engine import Engine
 
 CONFIGS = Path(__file__).parent / "models"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GIB = 1 << 30
-
-
-class RandomImages:
-    """Page images of random normal weights: windows of one file, each at an offset of its own."""
-
-    def __init__(
-        self, directory: Path, layout: PageLayout, ranks: Sequence[int], adapters: int
-    ) -> None:
-        self._layout = layout
-        self._ranks = [ranks[adapter % len(ranks)] for adapter in range(adapters)]
-        self._path = directory / "images"
-        most = max((self._bytes(rank) for rank in self._ranks), default=0)
-        _write_random(self._path, most + adapters * self._layout.slice_bytes)
-
-    def version(self, adapter: int) -> bytes:
-        if adapter == NO_ADAPTER:
-            return b""
-        return hashlib.sha256(f"adapter {adapter}".encode()).digest()
-
-    def image(self, adapter: int) -> m.ImageReady:
-        rank, layout = self._ranks[adapter], self._layout
-        offsets = layout.offsets(TARGETS, rank)
-        return m.ImageReady(
-            version=self.version(adapter),
-            path=str(self._path),
-            offset=adapter * layout.slice_bytes,
-            image_bytes=self._bytes(rank),
-            pages=layout.pages(TARGETS, rank),
-            rank=rank,
-            modules=[
-                m.ImageModule(name, offset.a, offset.b, [2.0] * layout.geometry.layers)
-                for name, offset in offsets.items()
-            ],
-        )
-
-    def _bytes(self, rank: int) -> int:
-        return self._layout.pages(TARGETS, rank) * self._layout.page_bytes
-
-
-def _write_random(path: Path, num_bytes: int) -> None:
-    part = torch.empty(1 << 26, dtype=torch.bfloat16)
-    with path.open("wb") as file:
-        for start in range(0, num_bytes, part.nbytes):
-            part.normal_(0, 0.02)
-            file.write(part.view(torch.uint8).numpy().data[: num_bytes - start])
 
 
 class Run:
@@ -191,15 +144,10 @@ def distinct_prompts(trace: Sequence[TraceRequest], vocabulary: int, seed: int) 
     return [random.integers(3, vocabulary, request.prompt_tokens).tolist() for request in trace]
 
 
-@contextmanager
-def image_directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lorry-benchmark-") as directory:
-        yield Path(directory)
-
-
 def build(
     arguments: argparse.Namespace, base_model: BaseModel, layout: PageLayout
 ) -> tuple[Engine, EngineConfig]:
+    """The engine that the arguments describe, with random weights."""
     config = EngineConfig(
         model=base_model.directory,
         load_format="dummy",
@@ -256,17 +204,11 @@ def evict_all(engine: Engine) -> None:
     engine.scheduler.check_integrity()
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__)
+def engine_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of the engine and of the result file."""
+    result = argparse.ArgumentParser(description=description)
     result.add_argument("--model", default="llama-3-8b", help="a directory of benchmarks/models")
-    result.add_argument("--requests", type=int, default=1000)
-    result.add_argument(
-        "--adapters", type=int, nargs="+", default=[200], help="numbers of; 0: the base model only"
-    )
     result.add_argument("--ranks", type=int, nargs="+", default=[16], help="cycled over adapters")
-    result.add_argument("--alpha", type=float, default=1.0, help="0 is uniform, 1 is Zipf")
-    result.add_argument("--seed", type=int, default=42, help="of the trace")
-    result.add_argument("--runs", type=int, default=3)
     result.add_argument("--pool-gib", type=float, default=108.0)
     result.add_argument("--step-tokens", type=int, default=1024)
     result.add_argument("--max-running", type=int, default=512)
@@ -275,6 +217,18 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
     result.add_argument("--directory", type=Path, default=RESULTS, help="for the result files")
     result.add_argument("--commit", help="where the tree came without its history")
+    return result
+
+
+def parser() -> argparse.ArgumentParser:
+    result = engine_parser(__doc__)
+    result.add_argument("--requests", type=int, default=1000)
+    result.add_argument(
+        "--adapters", type=int, nargs="+", default=[200], help="numbers of; 0: the base model only"
+    )
+    result.add_argument("--alpha", type=float, default=1.0, help="0 is uniform, 1 is Zipf")
+    result.add_argument("--seed", type=int, default=42, help="of the trace")
+    result.add_argument("--runs", type=int, default=3)
     return result
 
 
@@ -295,6 +249,11 @@ def result_config(arguments: argparse.Namespace, adapters: int) -> dict[str, Any
     }
 
 
+def model_of(arguments: argparse.Namespace) -> tuple[BaseModel, PageLayout]:
+    base_model = read_base_model(CONFIGS / arguments.model)
+    return base_model, PageLayout(geometry=base_model.geometry, dtype=DTYPES[arguments.dtype])
+
+
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU"
 
@@ -302,14 +261,11 @@ def device_name(device: str) -> str:
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
     arguments = parser().parse_args()
-    base_model = read_base_model(CONFIGS / arguments.model)
-    dtype = {"bf16": Dtype.BF16, "fp16": Dtype.FP16, "fp32": Dtype.FP32}[arguments.dtype]
-    layout = PageLayout(geometry=base_model.geometry, dtype=dtype)
-    engine, config = build(arguments, base_model, layout)
+    engine, config = build(arguments, *model_of(arguments))
     for adapters in arguments.adapters:
         ranks = "-".join(map(str, arguments.ranks))
         write_result(
-            f"engine-{arguments.model}-{adapters}-r{ranks}-{arguments.alpha:g}",
+            f"engine-{Path(arguments.model).name}-{adapters}-r{ranks}-{arguments.alpha:g}",
             benchmark="engine",
             device=device_name(arguments.device),
             config=result_config(arguments, adapters),

@@ -1,0 +1,61 @@
+"""The engine's benchmarks run, on a model so small that the CPU is enough."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.command import REPO
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "max_position_embeddings": 1024,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+ENGINE = [
+    *("--device", "cpu", "--dtype", "fp32", "--pool-gib", "0.05", "--ranks", "4", "8"),
+    *("--max-running", "8", "--step-tokens", "64", "--max-context-tokens", "1024"),
+]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(TINY))
+    return directory
+
+
+def run(name: str, tiny: Path, *options: str) -> dict[str, Any]:
+    """The one result file that a benchmark writes."""
+    directory = tiny.parent / "results"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--model", str(tiny), *ENGINE]
+    subprocess.run(
+        [*command, "--directory", str(directory), *options], cwd=REPO, check=True, timeout=200
+    )
+    [path] = directory.glob("**/*.json")
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def test_a_trace_ends_every_request_at_its_length(tiny: Path) -> None:
+    options = ("--requests", "4", "--adapters", "3", "--runs", "1")
+    metrics = run("engine", tiny, *options)["metrics"]
+    assert metrics["req_per_s"] > 0
+    assert metrics["adapter_loads"] == 2
+    assert metrics["latency_s"]["p99"] <= metrics["seconds"]
+
+
+def test_every_case_of_a_step_is_measured(tiny: Path) -> None:
+    options = ("--batch", "1", "4", "--context", "64", "--adapters", "0", "2")
+    cases = run("step", tiny, *options)["metrics"]["cases"]
+    assert [(case["batch"], case["adapters"]) for case in cases] == [(1, 0), (1, 2), (4, 0), (4, 2)]
+    assert all(case["step_ms"] > case["scheduler_ms"] > 0 for case in cases)
