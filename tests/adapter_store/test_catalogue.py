@@ -1,7 +1,6 @@
 """Watching over a real server, and the revisions behind it."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,6 @@ from tests.support.adapters import lora_config, lora_files, lora_tensors
 CONFIG = lora_config(r=2)
 WEIGHTS = lora_files(CONFIG, lora_tensors(CONFIG))[1]
 UPSERTED, DELETED = catalogue_pb.AdapterEvent.TYPE_UPSERTED, catalogue_pb.AdapterEvent.TYPE_DELETED
-
-
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[RunningStore]:
-    async with running_store(tmp_path) as store:
-        yield store
 
 
 class Watch:

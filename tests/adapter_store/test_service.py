@@ -1,7 +1,6 @@
 """The three services over a real server: tenants, names, pages, statuses."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -42,17 +41,6 @@ TOKENS = {
 
 def weights(seed: int = 0, config: dict[str, Any] = CONFIG) -> bytes:
     return lora_files(config, lora_tensors(config, seed=seed))[1]
-
-
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[RunningStore]:
-    async with running_store(tmp_path) as store:
-        yield store
-
-
-@pytest.fixture
-def client(running: RunningStore) -> Client:
-    return running.client
 
 
 async def test_an_uploaded_adapter_is_published_with_what_was_found_in_it(client: Client) -> None:

@@ -37,17 +37,6 @@ HALF = len(WEIGHTS) // 2
 assert len(WEIGHTS) > 8 * CHUNK_BYTES
 
 
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[RunningStore]:
-    async with running_store(tmp_path) as store:
-        yield store
-
-
-@pytest.fixture
-def client(running: RunningStore) -> Client:
-    return running.client
-
-
 async def until_received(running: RunningStore, upload_id: str, num_bytes: int) -> None:
     upload = running.store.uploads.get(upload_id, "default")
     await until(lambda: upload.received_bytes >= num_bytes)
