@@ -243,7 +243,7 @@ async def test_at_most_so_many_images_are_fetched_at_the_same_time(base_model, t
 
 
 async def test_an_unavailable_store_is_asked_again(bench):
-    bench.store.failures = iter([NoWorker("starting"), StoreFull("leased")])
+    bench.store.failures = iter([NoWorker("starting"), StoreFull("leased", retry_after_s=1)])
     assert isinstance(await bench.fetch(bench.add()), ImageReady)
     assert len(bench.store.fetches) == 3
 
@@ -253,6 +253,7 @@ async def test_an_unavailable_store_is_asked_again(bench):
     [
         (LayoutUnsupported("revision"), AdapterIncompatible),
         (VersionNotFound("none"), VersionNotFound),
+        (StoreFull("larger than the store"), StoreFull),
         (PermissionDenied("token"), StoreUnavailable),
         (ValueError("a defect of the store"), StoreUnavailable),
     ],
@@ -268,7 +269,7 @@ async def test_a_store_that_stays_unavailable_fails_the_fetch_in_the_end(
     base_model, tmp_path, raised
 ):
     async with bench_of(base_model, tmp_path, timeout_s=0.3) as bench:
-        bench.store.failures = (raised("still") for _ in range(1000))
+        bench.store.failures = (raised("still", retry_after_s=1) for _ in range(1000))
         assert type(await bench.failure(bench.add())) is raised
 
 

@@ -195,7 +195,8 @@ class ImageTier:
         """Count `num_bytes` as used once there is room; raises StoreFull."""
         if num_bytes > self._budget_bytes:
             raise StoreFull(
-                f"an image of {num_bytes} bytes exceeds the budget of {self._budget_bytes}",
+                f"an image of {num_bytes} bytes exceeds the store's budget (--ram-bytes) of "
+                f"{self._budget_bytes}",
                 imageBytes=num_bytes,
                 budgetBytes=self._budget_bytes,
             )

@@ -39,7 +39,6 @@ from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
 
 # What the router and the client may be told as it is; anything else is the store's own trouble.
 PASSED_ON = (AdapterIncompatible, AdapterNotFound, VersionNotFound, StoreFull, DigestMismatch)
-RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 Call = grpc.aio.UnaryStreamCall[Any, pb.FetchAdapterResponse]
 Send = Callable[[Command], None]
 
@@ -211,7 +210,7 @@ class ImageFetcher:
                         return await self._attempt(version, owner)
                     except LorryError as error:
                         last = error
-                        if error.code not in RETRIED:
+                        if not _may_pass(error):
                             break
                     await backoff.wait()
         log.warning("page image %s: %s %s", version.hex(), last.code.name, last)
@@ -254,6 +253,13 @@ async def _read(call: Call, *expected: str) -> pb.FetchAdapterResponse:
     if payload not in expected:
         raise StoreUnavailable(f"the adapter store sent {payload}, not {' or '.join(expected)}")
     return message
+
+
+def _may_pass(error: LorryError) -> bool:
+    """Whether another attempt makes sense; a full store says so where room may come."""
+    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return error.retry_after_s is not None
+    return error.code is grpc.StatusCode.UNAVAILABLE
 
 
 def _for_clients(error: LorryError) -> LorryError:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lorry.rpc.errors import StoreFull, StoreUnavailable
 
+RETRY_AFTER_S = 1.0  # others may have freed memory by then
 STARTING = "starting.lock"  # held while an instance cleans up and takes its own lock
 LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -42,7 +43,8 @@ class SharedDirectory:
         except OSError as error:
             path.unlink()
             kind = StoreFull if error.errno == errno.ENOSPC else StoreUnavailable
-            raise kind(f"no {num_bytes} bytes of shared memory: {error.strerror}") from error
+            text = f"no {num_bytes} bytes of shared memory in {self.path}: {error.strerror}"
+            raise kind(text, retry_after_s=RETRY_AFTER_S) from error
         finally:
             os.close(descriptor)
         return path
