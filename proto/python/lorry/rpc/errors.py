@@ -224,8 +224,8 @@ class RemoteError(LorryError):
 
     def __init__(self, message: str, *, status_code: grpc.StatusCode, status_reason: str) -> None:
         super().__init__(message)
-        self.code = status_code  # type: ignore[misc]
-        self.reason = status_reason  # type: ignore[misc]
+        self.code = status_code  # type: ignore[misc]  # of this one alone
+        self.reason = status_reason  # type: ignore[misc]  # as above
 
 
 def _descendants(cls: type[LorryError]) -> Iterator[type[LorryError]]:

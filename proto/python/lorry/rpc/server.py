@@ -23,6 +23,15 @@ from lorry.rpc.identity import Authenticator
 # chance, without a reason; how many a service takes is its own to decide.
 MAX_PENDING_CALLS = 1 << 14
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not shared
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -89,16 +98,7 @@ async def serving(
     check_address(address, insecure=insecure)
     server = grpc.aio.server(
         interceptors=[Boundary(authenticator)],
-        options=[
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", max_receive_bytes),
-            ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
-            ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ("grpc.keepalive_time_ms", 10_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-        ],
+        options=[*OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)],
     )
     register(server)
     health_servicer = EndingHealth()
