@@ -40,6 +40,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Conventions of the package:
     - A version (or another digest) is the 32 raw bytes of a sha256; logs, HTTP and the command line write it as hex.
     - `optional` marks each scalar whose default is not 0. A zero enum value is never sent on purpose.
+    - What a message asks for and a service cannot do yet is UNIMPLEMENTED FEATURE_UNSUPPORTED; nothing is ignored.
     - Each error is a non-OK status with google.rpc.Status details that always hold an ErrorInfo.
     - A message stays under 2 MiB.
 
