@@ -19,13 +19,13 @@ from lorry.rpc.errors import Draining, RevisionCompacted
 from lorry.rpc.names import AdapterName
 
 CHANGES_KEPT = 10_000
-CHANGES_PER_BATCH = 200  # of at most 5 KB each, for messages under 2 MiB
+CHANGES_PER_UPDATE = 200  # of at most 5 KB each, for messages under 2 MiB
 HEARTBEAT_S = 10.0
 
 Edit = Callable[[Adapter | None], Adapter | None]
 
 
-class Batch(NamedTuple):
+class WatchUpdate(NamedTuple):
     """Changes for a watcher, who then knows everything up to `revision`."""
 
     revision: int
@@ -84,19 +84,20 @@ class Catalogue:
         """
         return await self._tasks.finish(self._change(name, edit))
 
-    async def watch(self, store_id: str, after: int) -> AsyncIterator[Batch]:
+    async def watch(self, store_id: str, after: int) -> AsyncIterator[WatchUpdate]:
         """Changes after a revision, or with revision 0 all adapters and then the changes.
 
         Raises RevisionCompacted if the changes after it are not known, Draining at `close`.
         """
         if after == 0:
             after = self.revision
-            for batch in self._snapshot():
-                yield batch
+            for update in self._snapshot():
+                yield update
         else:
             if store_id != self.store_id:
                 raise RevisionCompacted(f"the revision belongs to another store than {store_id!r}")
-            yield Batch(after, self._since(after)[:0])
+            self._since(after)  # raises if they are not known
+            yield WatchUpdate(after, [])
         while True:
             changed = self._changed
             changes = self._since(after)
@@ -104,7 +105,7 @@ class Catalogue:
                 await _wait(changed)
                 changes = self._since(after)
             after = changes[-1].revision if changes else after
-            yield Batch(after, changes)
+            yield WatchUpdate(after, changes)
 
     async def close(self) -> None:
         """End the watchers and finish the changes under way."""
@@ -143,11 +144,13 @@ class Catalogue:
         elif before is not None and adapter is None:
             del self._names[bisect.bisect_left(self._names, name)]
 
-    def _snapshot(self) -> list[Batch]:
+    def _snapshot(self) -> list[WatchUpdate]:
         everything = [Change(self.revision, adapter.name, adapter) for adapter in self.after(None)]
-        starts = range(0, max(1, len(everything)), CHANGES_PER_BATCH)
+        starts = range(0, max(1, len(everything)), CHANGES_PER_UPDATE)
         return [
-            Batch(self.revision, everything[start : start + CHANGES_PER_BATCH], start == starts[-1])
+            WatchUpdate(
+                self.revision, everything[start : start + CHANGES_PER_UPDATE], start == starts[-1]
+            )
             for start in starts
         ]
 
@@ -163,7 +166,7 @@ class Catalogue:
                 knownFromRevision=known_from,
             )
         first = revision - known_from
-        return list(itertools.islice(self._changes, first, first + CHANGES_PER_BATCH))
+        return list(itertools.islice(self._changes, first, first + CHANGES_PER_UPDATE))
 
 
 async def _wait(changed: asyncio.Event) -> None:

@@ -158,8 +158,8 @@ class CatalogueServicer(catalogue_grpc.CatalogueServiceServicer):
     async def WatchCatalogue(
         self, request: catalogue_pb.WatchCatalogueRequest, context: Context
     ) -> AsyncIterator[catalogue_pb.WatchCatalogueResponse]:
-        async for batch in self._catalogue.watch(request.store_id, request.start_revision):
-            yield translation.batch_to_proto(batch, self._catalogue.store_id)
+        async for update in self._catalogue.watch(request.store_id, request.start_revision):
+            yield translation.watch_update_to_proto(update, self._catalogue.store_id)
 
 
 class AdapterDataServicer(data_grpc.AdapterDataServiceServicer):

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorry.adapter_store import edits
-from lorry.adapter_store.catalogue import Batch
+from lorry.adapter_store.catalogue import WatchUpdate
 from lorry.adapter_store.chunks import Chunk
 from lorry.adapter_store.image import ImageHeader
 from lorry.adapter_store.records import Adapter, Change, Version
@@ -63,12 +63,14 @@ def update_from_proto(request: pb.UpdateAdapterRequest) -> edits.Update:
     )
 
 
-def batch_to_proto(batch: Batch, store_id: str) -> catalogue_pb.WatchCatalogueResponse:
+def watch_update_to_proto(
+    update: WatchUpdate, store_id: str
+) -> catalogue_pb.WatchCatalogueResponse:
     return catalogue_pb.WatchCatalogueResponse(
         store_id=store_id,
-        revision=batch.revision,
-        events=[_event(change) for change in batch.changes],
-        snapshot_complete=batch.snapshot_complete,
+        revision=update.revision,
+        events=[_event(change) for change in update.changes],
+        snapshot_complete=update.snapshot_complete,
     )
 
 
