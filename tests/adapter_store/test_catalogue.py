@@ -11,8 +11,9 @@ import pytest
 
 from lorry.adapter_store import catalogue as module
 from lorry.adapter_store.records import Adapter
-from lorry.rpc.errors import Draining, RevisionCompacted, StoreFull, from_rpc
+from lorry.rpc.errors import Draining, RevisionCompacted, StoreFull
 from lorry.rpc.names import AdapterName
+from lorry.rpc.status import from_rpc
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1 import catalogue_service_pb2 as catalogue_pb
 from tests.support.adapter_store import RunningStore, running_store

@@ -20,10 +20,10 @@ from lorry.rpc.errors import (
     LorryError,
     StoreFull,
     VersionNotFound,
-    from_rpc,
 )
 from lorry.rpc.layout import layout_to_proto
 from lorry.rpc.shared_memory import open_shared, shm_namespace_id
+from lorry.rpc.status import from_rpc
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_service_pb2 as pb
 from tests.support.adapter_store import RunningStore, running_store

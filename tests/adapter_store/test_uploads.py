@@ -18,8 +18,8 @@ from lorry.rpc.errors import (
     Superseded,
     TenantLimit,
     UploadNotFound,
-    from_rpc,
 )
+from lorry.rpc.status import from_rpc
 from lorry.v1 import adapter_service_pb2 as pb
 from tests.support.adapter_store import (
     CHUNK_BYTES,

@@ -16,7 +16,8 @@ import grpc.aio
 import pytest
 
 from lorry.rpc.base_model import read_base_model
-from lorry.rpc.errors import NoWorker, from_rpc
+from lorry.rpc.errors import NoWorker
+from lorry.rpc.status import from_rpc
 from lorry.v1 import inference_service_pb2 as pb
 from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.support.byte_model import tokens_of

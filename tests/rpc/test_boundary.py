@@ -5,8 +5,9 @@ import grpc
 import grpc.aio
 import pytest
 
-from lorry.rpc.errors import InvalidRequest, LorryError, QueueFull, Violation, from_rpc
+from lorry.rpc.errors import InvalidRequest, LorryError, QueueFull, Violation
 from lorry.rpc.identity import Authenticator
+from lorry.rpc.status import from_rpc
 from tests.support.services import METHODS, serving_all
 
 KINDS = {method.kind: path for path, method in METHODS.items()}  # one method of each

@@ -7,7 +7,6 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from lorry.rpc.errors import (
-    DOMAIN,
     ERRORS,
     Code,
     DeadlineExpired,
@@ -16,10 +15,8 @@ from lorry.rpc.errors import (
     QueueFull,
     RemoteError,
     Violation,
-    from_rpc,
-    from_status,
-    to_status,
 )
+from lorry.rpc.status import DOMAIN, from_rpc, from_status, to_status
 
 # What clients may rely on: a reason, and the code that it comes with.
 TABLE = {

@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from lorry.rpc.errors import PermissionDenied, Unauthenticated, from_rpc
+from lorry.rpc.errors import PermissionDenied, Unauthenticated
 from lorry.rpc.identity import (
     LOCAL_CALLER,
     Authenticator,
@@ -18,6 +18,7 @@ from lorry.rpc.identity import (
     is_loopback_peer,
     read_tokens,
 )
+from lorry.rpc.status import from_rpc
 from tests.support.services import METHODS, serving_all
 
 # Who may call what; admin may call everything.

@@ -21,10 +21,10 @@ from lorry.adapter_store.store import Store, opened
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.channel import bearer
-from lorry.rpc.errors import from_rpc
 from lorry.rpc.identity import Authenticator, Caller
 from lorry.rpc.layout import layout_to_proto
 from lorry.rpc.server import serving
+from lorry.rpc.status import from_rpc
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1 import common_pb2

@@ -10,8 +10,9 @@ from typing import Any
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lorry.rpc.errors import LorryError, from_rpc
+from lorry.rpc.errors import LorryError
 from lorry.rpc.protocol import PROTOCOL_REVISION
+from lorry.rpc.status import from_rpc
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
 

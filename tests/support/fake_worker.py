@@ -8,10 +8,11 @@ from typing import Any
 
 import grpc.aio
 
-from lorry.rpc.errors import LorryError, ModelMismatch, to_status
+from lorry.rpc.errors import LorryError, ModelMismatch
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.protocol import PROTOCOL_REVISION
 from lorry.rpc.server import serving
+from lorry.rpc.status import to_status
 from lorry.v1 import common_pb2
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.v1.worker_service_pb2_grpc import (

@@ -14,7 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lorry.router.config import Config
 from lorry.router.lifetime import Running, running
 from lorry.rpc.base_model import read_base_model
-from lorry.rpc.errors import LorryError, from_rpc
+from lorry.rpc.errors import LorryError
+from lorry.rpc.status import from_rpc
 from lorry.v1 import inference_service_pb2 as pb
 from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.support.fake_store import FakeStore

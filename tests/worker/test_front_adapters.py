@@ -7,7 +7,8 @@ import grpc.aio
 import pytest
 
 from lorry.rpc.base_model import read_base_model
-from lorry.rpc.errors import AdapterInUse, InvalidRequest, VersionNotFound, from_rpc, from_status
+from lorry.rpc.errors import AdapterInUse, InvalidRequest, VersionNotFound
+from lorry.rpc.status import from_rpc, from_status
 from lorry.v1 import worker_admin_service_pb2 as pb
 from lorry.v1.worker_admin_service_pb2_grpc import WorkerAdminServiceStub
 from tests.support.adapters import lora_config, lora_tensors

@@ -17,8 +17,8 @@ from lorry.rpc.errors import (
     QueueFull,
     StoreUnavailable,
     Superseded,
-    from_status,
 )
+from lorry.rpc.status import from_status
 from lorry.v1 import common_pb2
 from lorry.v1 import worker_service_pb2 as pb
 from tests.support.attached_router import attached_router, until_ready, worker_stub

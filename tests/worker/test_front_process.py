@@ -14,8 +14,9 @@ import pytest
 from google.protobuf import duration_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lorry.rpc.errors import Draining, SlowReader, WorkerLost, from_rpc, from_status
+from lorry.rpc.errors import Draining, SlowReader, WorkerLost
 from lorry.rpc.protocol import PROTOCOL_REVISION
+from lorry.rpc.status import from_rpc, from_status
 from lorry.v1 import common_pb2
 from lorry.v1 import worker_admin_service_pb2 as admin_pb
 from lorry.v1 import worker_service_pb2 as pb

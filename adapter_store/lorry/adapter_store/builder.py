@@ -23,7 +23,8 @@ from lorry.adapter_store.peft_config import parse_config, resolve
 from lorry.adapter_store.safetensors_file import SafetensorsFile
 from lorry.adapter_store.weights import check_weights
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
-from lorry.rpc.errors import DigestMismatch, LorryError, to_status
+from lorry.rpc.errors import DigestMismatch, LorryError
+from lorry.rpc.status import to_status
 
 Request = Mapping[str, Any]
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from google.rpc import status_pb2
 from lorry.adapter_store.image import image_bytes
 from lorry.adapter_store.lora import LoraSpec
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
-from lorry.rpc.errors import AdapterInvalid, StoreUnavailable, from_status
+from lorry.rpc.errors import AdapterInvalid, StoreUnavailable
+from lorry.rpc.status import from_status
 
 CONFIG_LIMIT_S = 5
 MIN_BYTES_PER_S = 20 << 20  # slower than any disk that is worth serving from

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 import grpc
 
-from lorry.rpc.errors import DeadlineExpired, LorryError, RemoteError, from_rpc
+from lorry.rpc.errors import DeadlineExpired, LorryError, RemoteError
+from lorry.rpc.status import from_rpc
 
 T = TypeVar("T")
 

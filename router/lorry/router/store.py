@@ -11,14 +11,9 @@ import grpc.aio
 from lorry.router.catalogue import AdapterVersion, Catalogue, Change
 from lorry.rpc.backoff import Backoff
 from lorry.rpc.channel import Metadata
-from lorry.rpc.errors import (
-    AdapterNotFound,
-    LorryError,
-    RevisionCompacted,
-    StoreUnavailable,
-    from_rpc,
-)
+from lorry.rpc.errors import AdapterNotFound, LorryError, RevisionCompacted, StoreUnavailable
 from lorry.rpc.names import AdapterName
+from lorry.rpc.status import from_rpc
 from lorry.v1 import adapter_service_pb2 as adapter_pb
 from lorry.v1 import catalogue_service_pb2 as pb
 from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub

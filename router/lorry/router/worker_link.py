@@ -18,8 +18,9 @@ from lorry.router.worker import Worker
 from lorry.rpc.backoff import Backoff
 from lorry.rpc.channel import MIB, Metadata, open_channel
 from lorry.rpc.durations import to_duration, to_seconds
-from lorry.rpc.errors import LorryError, ModelMismatch, WorkerLost, from_rpc, from_status
+from lorry.rpc.errors import LorryError, ModelMismatch, WorkerLost
 from lorry.rpc.protocol import PROTOCOL_REVISION
+from lorry.rpc.status import from_rpc, from_status
 from lorry.v1 import common_pb2
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub

@@ -27,10 +27,10 @@ from lorry.rpc.errors import (
     StoreFull,
     StoreUnavailable,
     VersionNotFound,
-    from_rpc,
 )
 from lorry.rpc.shared_directory import SharedDirectory
 from lorry.rpc.shared_memory import SharedFileRefused, open_shared, shm_namespace_id
+from lorry.rpc.status import from_rpc
 from lorry.v1 import adapter_data_service_pb2 as pb
 from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
 from lorry.worker.failures import to_failure

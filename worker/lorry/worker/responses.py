@@ -1,7 +1,7 @@
 """What the worker tells routers, as protobuf."""
 
 from lorry.rpc.durations import to_duration
-from lorry.rpc.errors import to_status
+from lorry.rpc.status import to_status
 from lorry.v1 import common_pb2
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.worker.streams import (

@@ -13,8 +13,9 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from lorry.rpc.errors import InvalidRequest, LorryError, to_status
+from lorry.rpc.errors import InvalidRequest, LorryError
 from lorry.rpc.identity import Authenticator
+from lorry.rpc.status import to_status
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"  # open to probes, which carry no credentials
 Context = grpc.aio.ServicerContext[Any, Any]
