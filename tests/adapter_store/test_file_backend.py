@@ -135,6 +135,18 @@ def test_a_directory_has_one_store_at_a_time_and_one_base_model(tmp_path: Path) 
     opened(tmp_path).close()
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["versions", "store.json", "versions/notes.txt", "uploads/k/upload.json"],
+)
+def test_what_is_damaged_or_strange_is_named(tmp_path: Path, path: str) -> None:
+    strange = tmp_path / path
+    strange.parent.mkdir(parents=True, exist_ok=True)
+    strange.write_text("{")
+    with pytest.raises(ValueError, match=str(strange)):
+        opened(tmp_path).load()
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,14 +37,14 @@ UPLOAD, PART = "upload.json", "weights.part"
 
 
 class FileBackend:
-    """Implements `Backend`. Raises ValueError if the directory is another store's."""
+    """Implements `Backend`. Raises ValueError if the directory is another store's, or damaged."""
 
     def __init__(self, directory: Path, *, model_digest: bytes) -> None:
         self._directory = directory
         self._versions, self._uploads = directory / "versions", directory / "uploads"
-        for path in (directory, self._versions, self._uploads):
-            path.mkdir(mode=0o750, parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, _opening(directory):
+            for path in (directory, self._versions, self._uploads):
+                path.mkdir(mode=0o750, parents=True, exist_ok=True)
             stack.callback(os.close, _locked(directory / "lock"))
             self._store_id = _store_id(directory / "store.json", model_digest.hex())
             self._journal = Journal(directory / "catalogue")
@@ -61,7 +61,7 @@ class FileBackend:
             journal.base_revision,
             journal.snapshot,
             journal.changes,
-            {bytes.fromhex(path.name) for path in self._versions.iterdir()},
+            {_digest_of(path) for path in self._versions.iterdir()},
             list(self._stored_uploads()),
         )
 
@@ -135,10 +135,30 @@ class FileBackend:
         for directory in self._uploads.iterdir():
             path = directory / UPLOAD
             if path.exists():
-                upload = upload_from_json(json.loads(path.read_bytes()))
-                yield upload, (directory / PART).stat().st_size
+                with _opening(path):
+                    upload = upload_from_json(json.loads(path.read_bytes()))
+                    part_bytes = (directory / PART).stat().st_size
+                yield upload, part_bytes
             else:
                 shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """Have what cannot be opened, or not be understood, name its path."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{error.filename or path} cannot be used: {error.strerror}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def _digest_of(path: Path) -> bytes:
+    try:
+        return bytes.fromhex(path.name)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a version; move it elsewhere") from error
 
 
 @contextlib.contextmanager
@@ -164,9 +184,11 @@ def _store_id(path: Path, model_digest: str) -> str:
     if not path.exists():
         fields = {"format": FORMAT, "store_id": uuid.uuid4().hex, "model_digest": model_digest}
         write_durably(path, json.dumps(fields).encode())
-    fields = json.loads(path.read_bytes())
+    with _opening(path):
+        fields = json.loads(path.read_bytes())
+        store_id = str(fields["store_id"])
     if fields["format"] != FORMAT:
         raise ValueError(f"{path} has format {fields['format']}, not {FORMAT}")
     if fields["model_digest"] != model_digest:
         raise ValueError(f"{path.parent} holds adapters of another base model")
-    return str(fields["store_id"])
+    return store_id
