@@ -283,6 +283,28 @@ async def test_an_image_that_is_leased_while_another_waits_for_room_is_asked_bac
         await asyncio.wait([second])
 
 
+async def test_images_make_room_too_where_the_memory_is_smaller_than_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = os.posix_fallocate
+
+    def one_image_fits(descriptor: int, offset: int, num_bytes: int) -> None:
+        if sum(path.stat().st_size for path in (tmp_path / "shm").iterdir()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(descriptor, offset, num_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", one_image_fits)
+    async with running_store(tmp_path) as running:
+        versions = [await pushed(running, seed) for seed in range(3)]
+        await read_all(running.client.fetch(versions[0]))
+        call, _ = await leased(running, versions[1])  # in place of the first, which is not used
+        fetch = asyncio.create_task(read_all(running.client.fetch(versions[2])))
+        assert (await read(call)).HasField("reclaim")
+        call.cancel()
+        assert len(await fetch) > 1
+        running.store.images.check_integrity()
+
+
 async def test_an_image_beyond_the_whole_budget_is_refused_at_once(tmp_path: Path) -> None:
     async with running_store(tmp_path, ram_bytes=len(IMAGE) - 1) as running:
         version = await pushed(running)

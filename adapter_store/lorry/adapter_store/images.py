@@ -166,10 +166,11 @@ class ImageTier:
         try:
             async with InThread(self._backend.weights(key.version)) as (content, weights):
                 num_bytes = image_bytes(content.spec, key.layout)
-                await self._reserve(num_bytes)
+                temporary = await self._reserve(num_bytes)
                 try:
-                    path, checksum = await self._pack(key, content, weights)
+                    path, checksum = await self._pack(key, content, weights, temporary)
                 except BaseException:
+                    self._directory.remove(temporary)
                     self._give_back(num_bytes)
                     raise
         except BaseException:
@@ -179,20 +180,23 @@ class ImageTier:
         image.header, image.path = image_header(content.spec, key.layout, checksum), path
         image.move_to(ImageState.READY)
 
-    async def _pack(self, key: ImageKey, content: Content, weights: Path) -> tuple[Path, int]:
-        spec, layout = content.spec, key.layout
-        temporary = await asyncio.to_thread(self._directory.create, image_bytes(spec, layout))
-        try:
-            checksum = await self._builders.build(
-                temporary, weights=weights, crc32c=content.file_crc32c, spec=spec, layout=layout
-            )
-            return self._directory.publish(temporary, key.file_name), checksum
-        except BaseException:
-            self._directory.remove(temporary)
-            raise
+    async def _pack(
+        self, key: ImageKey, content: Content, weights: Path, temporary: Path
+    ) -> tuple[Path, int]:
+        checksum = await self._builders.build(
+            temporary,
+            weights=weights,
+            crc32c=content.file_crc32c,
+            spec=content.spec,
+            layout=key.layout,
+        )
+        return self._directory.publish(temporary, key.file_name), checksum
 
-    async def _reserve(self, num_bytes: int) -> None:
-        """Count `num_bytes` as used once there is room; raises StoreFull."""
+    async def _reserve(self, num_bytes: int) -> Path:
+        """A file for an image, its bytes counted, once there is room; raises StoreFull.
+
+        The memory may be short before the budget is: the directory is not the store's alone.
+        """
         if num_bytes > self._budget_bytes:
             raise StoreFull(
                 f"an image of {num_bytes} bytes exceeds the store's budget (--ram-bytes) of "
@@ -200,17 +204,29 @@ class ImageTier:
                 imageBytes=num_bytes,
                 budgetBytes=self._budget_bytes,
             )
-        try:
-            async with asyncio.timeout(RECLAIM_WAIT_S), self._one_at_a_time:
-                while self._used_bytes + num_bytes > self._budget_bytes:
-                    await self._make_room(self._used_bytes + num_bytes - self._budget_bytes)
-        except TimeoutError:
-            raise StoreFull(
-                f"no room for an image of {num_bytes} bytes: all others are in use",
-                retry_after_s=RECLAIM_WAIT_S,
-                imageBytes=num_bytes,
-            ) from None
+        full = StoreFull(
+            f"no room for an image of {num_bytes} bytes: all others are in use",
+            retry_after_s=RECLAIM_WAIT_S,
+            imageBytes=num_bytes,
+        )
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + RECLAIM_WAIT_S
+        async with self._one_at_a_time:
+            while True:
+                missing_bytes = self._used_bytes + num_bytes - self._budget_bytes
+                if missing_bytes <= 0:
+                    try:
+                        return await self._allocate(num_bytes)
+                    except StoreFull as error:
+                        full, missing_bytes = error, num_bytes
+                if loop.time() >= deadline_s:
+                    raise full
+                await self._make_room(missing_bytes)
+
+    async def _allocate(self, num_bytes: int) -> Path:
+        path = await asyncio.to_thread(self._directory.create, num_bytes)
         self._used_bytes += num_bytes
+        return path
 
     async def _make_room(self, missing_bytes: int) -> None:
         """Evict one image, or ask for leases back and wait a while for the end of one.
