@@ -1,6 +1,8 @@
 """FetchAdapter over a real server: handles, chunks, leases, pressure."""
 
 import asyncio
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
