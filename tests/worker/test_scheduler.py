@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -246,7 +248,7 @@ ACTIONS = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(ACTIONS, max_size=60), st.integers(20, 60), st.integers(8, 24))
 def test_any_schedule_keeps_its_books_and_finishes_every_request(
-    actions: list[tuple[object, ...]], pages: int, step_tokens: int
+    actions: list[tuple[Any, ...]], pages: int, step_tokens: int
 ) -> None:
     driver = Driver(pages=pages, adapter_pages=VERSIONS, step_tokens=step_tokens)
     for action, *arguments in actions:
@@ -261,22 +263,23 @@ def test_any_schedule_keeps_its_books_and_finishes_every_request(
     assert driver.scheduler.pool.kv == 0
 
 
-def _apply(driver: Driver, action: str, arguments: list[object]) -> None:
+def _apply(driver: Driver, action: str, arguments: list[Any]) -> None:
     scheduler = driver.scheduler
-    if action == "submit":
-        prompt, max_tokens, version = arguments
-        driver.submit(len(driver.tokens) + 1, prompt, max_tokens, version)  # type: ignore[arg-type]
-    elif action == "cancel":
-        driver.note(*scheduler.cancel(arguments))  # type: ignore[arg-type]
-    elif action == "step":
-        for _ in range(int(str(arguments[0]))):
-            driver.step()
-    elif action == "stop":
-        driver.next_token = STOP if arguments[0] else 1
-    elif action == "prefetch":
-        scheduler.set_prefetch(arguments[0])  # type: ignore[arg-type]
-    elif action == "reclaim":
-        adapter = scheduler.residency.find(arguments[0])  # type: ignore[arg-type]
-        if adapter is not None and adapter.image is not None:
-            scheduler.residency.drop_image(adapter)
+    match action:
+        case "submit":
+            prompt, max_tokens, version = arguments
+            driver.submit(len(driver.tokens) + 1, prompt, max_tokens, version)
+        case "cancel":
+            driver.note(*scheduler.cancel(arguments))
+        case "step":
+            for _ in range(arguments[0]):
+                driver.step()
+        case "stop":
+            driver.next_token = STOP if arguments[0] else 1
+        case "prefetch":
+            scheduler.set_prefetch(arguments[0])
+        case "reclaim":
+            adapter = scheduler.residency.find(arguments[0])
+            if adapter is not None and adapter.image is not None:
+                scheduler.residency.drop_image(adapter)
     scheduler.check_integrity()

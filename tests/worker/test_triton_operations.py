@@ -110,6 +110,6 @@ def test_mixed_steps_have_the_references_hidden_states(model: Path, tmp_path: Pa
             compared += 1
         return original(batch, table)
 
-    runner.launch = launch  # type: ignore[method-assign]
+    runner.launch = launch  # type: ignore[method-assign]  # looks at each step on its way
     harness.run()
     assert compared == 6

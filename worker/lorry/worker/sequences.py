@@ -42,10 +42,6 @@ class SequenceTable:
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._admissions = 0
 
-    @property
-    def has_free_row(self) -> bool:
-        return bool(self._free_rows)
-
     def add(self, request: Request, slot: int) -> None:
         """Give `request` a row; it has no pages and nothing computed yet."""
         submit, row = request.submit, self._free_rows.pop()
