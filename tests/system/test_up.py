@@ -136,6 +136,20 @@ async def test_a_service_that_dies_is_named_and_the_others_are_stopped(tmp_path:
     assert not up.state_file.exists()
 
 
+async def test_the_services_end_with_an_up_that_is_killed(tmp_path: Path) -> None:
+    async with running_up(tmp_path) as up:
+        await up.ready()
+        started = list(up.descendants().values())
+        assert len(started) == 4  # with the engine
+        up.process.kill()
+        try:
+            await until_gone(started)
+        finally:
+            for process in started:
+                if process.is_running():
+                    process.kill()
+
+
 async def test_a_service_that_cannot_start_shows_why(tmp_path: Path) -> None:
     async with running_up(tmp_path, "--router-args", "--max-request-s 0") as up:
         exit_status, _, stderr = await up.end()

@@ -13,6 +13,7 @@ import enum
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ LISTENING_LINE = re.compile(rb"lorry\.\w+ listening on (\S+:\d+)\s*")
 PROBE_AGAIN_S = 0.5
 LAST_OUTPUT_S = 1.0  # its end comes at once, unless some daemon holds the pipe open
 TAIL_BYTES = 16 << 10
+TIED = Path(__file__).with_name("tied.py")
 
 
 class State(enum.Enum):
@@ -54,7 +56,8 @@ class ServiceProcess:
     """Owns one child process and its log file; `stop` leaves nothing of it running.
 
     The child leads a process group of its own: Ctrl-C in a terminal reaches `lorry up` alone,
-    which stops the services in order, and nothing that a service has started outlives it.
+    which stops the services in order, and nothing that a service has started outlives it. If this
+    process is killed, the child is asked to end too.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class ServiceProcess:
         self.log.write_bytes(b"")
         with self.log.open("ab") as log:  # appending, as two processes write it
             self._process = await asyncio.create_subprocess_exec(
+                *[sys.executable, str(TIED), str(os.getpid())],
                 *self._command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
