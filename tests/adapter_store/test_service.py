@@ -1,6 +1,7 @@
 """The three services over a real server: tenants, names, pages, statuses."""
 
 import asyncio
+from base64 import urlsafe_b64encode
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -237,7 +238,8 @@ async def test_a_page_token_is_good_for_its_filter_only(client: Client) -> None:
         await client.push(adapter_id, CONFIG, content, labels={"team": "x"})
     page = await listed(client, page_size=1, filter='labels.team="x"')
     assert page.next_page_token
-    for token in (page.next_page_token, "nonsense", "bm9uc2Vuc2U="):
+    nested = urlsafe_b64encode(b"[" * 10_000).decode()
+    for token in (page.next_page_token, "nonsense", "bm9uc2Vuc2U=", nested):
         with pytest.raises(InvalidRequest, match="page_token"):
             await listed(client, page_size=1, page_token=token)
     with pytest.raises(InvalidRequest, match="page_size"):
@@ -257,7 +259,8 @@ async def test_a_list_is_filtered_by_labels(client: Client) -> None:
         ("method=LORA", 2),
     ]:
         assert len((await listed(client, filter=text)).adapters) == expected
-    for text in ("team=x", "method=IA3", 'labels.team="x" AND', 'labels.team="x"method=LORA'):
+    wrong = ["team=x", "method=IA3", 'labels.team="x" AND', 'labels.team="x"method=LORA']
+    for text in (*wrong, " AND ".join(['labels.team="x"'] * 1000)):
         with pytest.raises(InvalidRequest, match="filter"):
             await listed(client, filter=text)
 

@@ -234,7 +234,7 @@ class ListAdaptersRequest(_message.Message):
     page_token: _builtins.str
     """Opaque, from the last page, for the same filter."""
     filter: _builtins.str
-    """`labels.KEY="VALUE"` and `method=LORA`, joined by AND; empty = all."""
+    """`labels.KEY="VALUE"` and `method=LORA`, joined by AND; empty = all. At most 8192 characters."""
     def __init__(
         self,
         *,
