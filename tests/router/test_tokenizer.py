@@ -60,6 +60,16 @@ async def test_a_templates_refusal_reaches_the_client(tokenizer: Tokenizer) -> N
         await tokenizer.encode(strange)
 
 
+async def test_what_a_template_cannot_work_with_is_the_clients_error(tmp_path: Path) -> None:
+    source = "{{ 'call ' + messages[0].tool_calls[0].name }}"
+    tokenizer = Tokenizer.read(write_byte_model(tmp_path, chat_template=source), num_threads=1)
+    calls = [{"name": 5}]  # not the text that the template takes for granted
+    strange = Chat(messages=[ChatMessage(role="user", content="hi", tool_calls=calls)])
+    with pytest.raises(InvalidRequest, match="chat: the model's chat template: can only concat"):
+        await tokenizer.encode(strange)
+    tokenizer.close()
+
+
 async def test_a_chat_needs_a_template(tmp_path: Path) -> None:
     tokenizer = Tokenizer.read(write_byte_model(tmp_path, chat_template=None), num_threads=1)
     with pytest.raises(InvalidRequest, match="no chat template"):

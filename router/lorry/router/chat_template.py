@@ -43,8 +43,9 @@ class ChatTemplate:
                 add_generation_prompt=chat.add_generation_prompt,
                 **self._special_tokens,
             )
-        except jinja2.TemplateError as error:
-            raise InvalidRequest.of("chat", f"the model's chat template: {error}") from error
+        except Exception as error:  # whatever a template does with what clients may send
+            text = str(error) or type(error).__name__
+            raise InvalidRequest.of("chat", f"the model's chat template: {text}") from error
         return _opened(text, chat.messages[-1]) if chat.continue_final_message else text
 
 
