@@ -12,6 +12,7 @@ from lorry.rpc.errors import (
     DeadlineExpired,
     InvalidRequest,
     LorryError,
+    NoWorker,
     QueueFull,
     RemoteError,
     Violation,
@@ -92,6 +93,15 @@ def test_an_error_info_with_our_domain_is_always_there_and_the_rest_only_if_it_s
     assert status.details[0].Unpack(info)
     assert (info.domain, info.reason) == (DOMAIN, "QUEUE_FULL")
     assert from_status(status).retry_after_s is None
+
+
+def test_metadata_may_have_any_keys() -> None:
+    status = to_status(NoWorker("nobody there"))
+    info = error_details_pb2.ErrorInfo(reason="NO_WORKER", metadata={"message": "a", "self": "b"})
+    status.details[0].Pack(info)
+    error = from_status(status)
+    assert isinstance(error, NoWorker)
+    assert error.metadata == {"message": "a", "self": "b"}
 
 
 def test_a_retry_at_once_is_not_the_same_as_no_advice() -> None:

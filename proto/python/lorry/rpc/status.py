@@ -51,12 +51,13 @@ def from_status(status: status_pb2.Status) -> LorryError:
         return RemoteError(status.message, status_code=code, status_reason=info.reason)
     fields = _unpacked(status, error_details_pb2.BadRequest()).field_violations
     retry = _unpacked(status, error_details_pb2.RetryInfo())
-    return cls(
+    error = cls(
         status.message,
         violations=[Violation(v.field, v.description) for v in fields],
         retry_after_s=to_seconds(retry.retry_delay) if retry.HasField("retry_delay") else None,
-        **info.metadata,
     )
+    error.metadata.update(info.metadata)  # a peer's keys may be any, such as names of arguments
+    return error
 
 
 def from_rpc(error: grpc.RpcError) -> LorryError:
