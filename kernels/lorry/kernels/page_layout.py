@@ -150,9 +150,9 @@ class PageLayout:
 
     def row_widths(self, module: str) -> tuple[int, int]:
         """Elements of a row of A and of a row of transposed B on this rank, padding included."""
-        return tuple(  # type: ignore[return-value]
-            math.ceil(width / self.row_unit) * self.row_unit for width in self._local_shape(module)
-        )
+        a_width, b_width = self._local_shape(module)
+        unit = self.row_unit
+        return math.ceil(a_width / unit) * unit, math.ceil(b_width / unit) * unit
 
     def a_rows(self, module: str, rank: int) -> int:
         """Rows of A on this rank of an adapter of rank `rank`; transposed B always has `rank`."""
