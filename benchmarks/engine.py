@@ -11,7 +11,7 @@ what the context allows, and a request is cancelled when it has the asked number
 import argparse
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,24 +59,7 @@ class Run:
         scheduler_before_s = self._engine.host_s
         replays, padded_rows = self._replays(), self._padded_rows()
         started_s = time.perf_counter()
-        self._engine.handle(
-            [
-                m.Submit(
-                    request=self._first + index,
-                    tenant="default",
-                    version=self._images.version(request.adapter),
-                    token_ids=prompts[index],
-                    generated_tokens=0,
-                    max_tokens=max_context_tokens - request.prompt_tokens,
-                    min_tokens=0,
-                    stop_token_ids=[],
-                    temperature=0.0,
-                    seed=index,
-                    remaining_s=None,
-                )
-                for index, request in enumerate(self._trace)
-            ]
-        )
+        self._engine.handle(self._submits(prompts, max_context_tokens))
         while self._outstanding:
             self._engine.step()
             self._note(self._engine.take_events(), time.perf_counter() - started_s)
@@ -99,6 +82,22 @@ class Run:
             "padded_rows": self._padded_rows() - padded_rows,
             "scheduler_ms_per_step": (self._engine.host_s - scheduler_before_s) / steps * 1e3,
         }
+
+    def _submits(self, prompts: Sequence[list[int]], max_context_tokens: int) -> Iterator[m.Submit]:
+        for index, request in enumerate(self._trace):
+            yield m.Submit(
+                request=self._first + index,
+                tenant="default",
+                version=self._images.version(request.adapter),
+                token_ids=prompts[index],
+                generated_tokens=0,
+                max_tokens=max_context_tokens - request.prompt_tokens,
+                min_tokens=0,
+                stop_token_ids=[],
+                temperature=0.0,
+                seed=index,
+                remaining_s=None,
+            )
 
     def _replays(self) -> int:
         runner = self._engine.runner

@@ -12,8 +12,7 @@ from lorry.worker.messages import ImageReady
 
 @dataclass(slots=True)
 class _MappedFile:
-    mapping: mmap.mmap
-    data: torch.Tensor  # uint8, read-only
+    data: torch.Tensor  # uint8, read-only; the mapping lives as long as any view of it
     users: int = 0
 
 
@@ -26,7 +25,7 @@ class HostImages:
 
     def map(self, image: ImageReady) -> None:
         """Map the image's file; raises OSError or ValueError if it is not as announced."""
-        file = self._files.get(image.path) or _open(image.path)
+        file = self._files.get(image.path) or _MappedFile(_open(image.path))
         if image.offset + image.image_bytes > len(file.data):
             raise ValueError(
                 f"{image.path} has {len(file.data)} bytes, "
@@ -47,8 +46,10 @@ class HostImages:
         return self._files[self._images[version].path].data
 
     def unmap(self, version: bytes) -> torch.Tensor | None:
-        """Forget an image; returns its file's bytes if no other image needs them, then unmapped
-        as soon as the caller drops them."""
+        """Forget an image; returns its file's bytes if no other image lies in them.
+
+        The file is unmapped as soon as the caller drops them.
+        """
         path = self._images.pop(version).path
         file = self._files[path]
         file.users -= 1
@@ -57,7 +58,7 @@ class HostImages:
         return self._files.pop(path).data
 
 
-def _open(path: str) -> _MappedFile:
+def _open(path: str) -> torch.Tensor:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         mapping = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
@@ -65,5 +66,4 @@ def _open(path: str) -> _MappedFile:
         os.close(descriptor)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        data = torch.frombuffer(mapping, dtype=torch.uint8)
-    return _MappedFile(mapping, data)
+        return torch.frombuffer(mapping, dtype=torch.uint8)
