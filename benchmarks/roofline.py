@@ -7,24 +7,30 @@ step, fills the rest of a step with prompt tokens, and overlaps nothing it could
 costs the model's cuBLAS products for its tokens in a CUDA graph, the KV bytes of its sequences and
 the bytes of its adapters at the best measured rate of a paged read. It is a yardstick, not a proven
 bound: prompts' attention and activations are left out. Products and rates were measured on one
-NVIDIA H200 (bf16, torch 2.11, CUDA 13.0).
+NVIDIA H200 (bf16, torch 2.11, CUDA 13.0): up to 512 rows those below, above them what
+`benchmarks/products.py` found, or where that has no result the rate of products over long prompts.
 """
 
 import argparse
 import bisect
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from benchmarks.results_file import RESULTS
 from benchmarks.trace import NO_ADAPTER, TraceRequest, make_trace
 
 BANDWIDTH = 4.12e12  # bytes/s of paged KV reads
 FLOPS = 673e12  # of products over long prompts
 ITEM_BYTES = 2
+PRODUCTS = RESULTS / "products.json"
 
 
 @dataclass(frozen=True, slots=True)
 class IdealModel:
+    name: str
     layers: int
     hidden: int
     kv_width: int
@@ -50,6 +56,7 @@ class IdealModel:
 
 MODELS = {
     "llama-2-7b": IdealModel(
+        name="llama-2-7b",
         layers=32,
         hidden=4096,
         kv_width=4096,
@@ -69,6 +76,7 @@ MODELS = {
         },
     ),
     "llama-3-8b": IdealModel(
+        name="llama-3-8b",
         layers=32,
         hidden=4096,
         kv_width=1024,
@@ -90,22 +98,59 @@ MODELS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class LargeProducts:
+    """Milliseconds of a large step's products, by rows of the step and by rows that sample."""
+
+    body_ms: Mapping[int, float]
+    head_ms: Mapping[int, float]
+
+    def ms(self, tokens: int, sampled: int) -> float:
+        return _between(self.body_ms, tokens) + _between(self.head_ms, sampled)
+
+
+@functools.cache
+def large_products(path: Path, model: str) -> LargeProducts | None:
+    """What the result file `path` says of `model`; None if it says nothing."""
+    found = json.loads(path.read_text())["metrics"] if path.exists() else {}
+    if model not in found:
+        return None
+    parts = {
+        part: {int(rows): ms for rows, ms in times.items()} for part, times in found[model].items()
+    }
+    return LargeProducts(parts["body_ms"], parts["head_ms"])
+
+
 def gemm_ms(model: IdealModel, tokens: int, sampled: int) -> float:
     """Milliseconds of the products of a step of `tokens` rows, `sampled` of which need logits."""
-    sizes = sorted(model.gemm_ms)
-    if tokens > sizes[-1]:
-        body = (model.weight_bytes / ITEM_BYTES - model.head_weights) * 2 * tokens / FLOPS
-        head = max(
-            model.head_weights * ITEM_BYTES / BANDWIDTH,
-            model.head_weights * 2 * sampled / FLOPS,
-        )
-        return max(model.gemm_ms[sizes[-1]], (body + head) * 1e3)
-    high = sizes[bisect.bisect_left(sizes, tokens)]
-    if high == tokens or high == sizes[0]:
-        return model.gemm_ms[high]
-    low = sizes[bisect.bisect_left(sizes, tokens) - 1]
-    part = (tokens - low) / (high - low)
-    return model.gemm_ms[low] * (1 - part) + model.gemm_ms[high] * part
+    most = max(model.gemm_ms)
+    if tokens <= most:
+        return _between(model.gemm_ms, tokens)
+    large = large_products(PRODUCTS, model.name)
+    large_ms = large.ms(tokens, sampled) if large else _long_prompt_ms(model, tokens, sampled)
+    return max(model.gemm_ms[most], large_ms)
+
+
+def _between(measured: Mapping[int, float], rows: int) -> float:
+    """The time of `rows` rows: between two that were measured, or at the rate of the most."""
+    sizes = sorted(measured)
+    if rows > sizes[-1]:
+        return measured[sizes[-1]] * rows / sizes[-1]
+    high = sizes[bisect.bisect_left(sizes, rows)]
+    if high == rows or high == sizes[0]:
+        return measured[high]
+    low = sizes[bisect.bisect_left(sizes, rows) - 1]
+    part = (rows - low) / (high - low)
+    return measured[low] * (1 - part) + measured[high] * part
+
+
+def _long_prompt_ms(model: IdealModel, tokens: int, sampled: int) -> float:
+    body = (model.weight_bytes / ITEM_BYTES - model.head_weights) * 2 * tokens / FLOPS
+    head = max(
+        model.head_weights * ITEM_BYTES / BANDWIDTH,
+        model.head_weights * 2 * sampled / FLOPS,
+    )
+    return (body + head) * 1e3
 
 
 @dataclass(slots=True)

@@ -1,11 +1,15 @@
 """Time launches on the device as replays of a CUDA graph, so that the host costs nothing."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from statistics import median
+from typing import TypeVar
 
 import torch
 
 WARMUPS = 2
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def graph_us(launches: list[Callable[[], None]], replays: int = 7) -> float:
@@ -48,3 +52,53 @@ def matmul_flops_per_s(device: torch.device) -> float:
     side = 8192
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * side**3 / (median(_times_us(lambda: a @ b, 7)) * 1e-6)
+
+
+def replayable(
+    launches: Mapping[Key, Callable[[], object]], device: torch.device
+) -> dict[Key, Callable[[], object]]:
+    """Replays of a CUDA graph of each; on a CPU the launches themselves."""
+    if device.type == "cpu":
+        return dict(launches)
+    memory = torch.cuda.graph_pool_handle()
+    replays = dict[Key, Callable[[], object]]()
+    for key, launch in launches.items():
+        launch()  # allocates what libraries keep outside the graph
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory):
+            launch()
+        replays[key] = graph.replay
+    return replays
+
+
+def interleaved_ms(
+    works: Mapping[Key, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[Key, list[float]]:
+    """Milliseconds of each in every round; in turns, so that a drift of clocks meets all."""
+    _one_round(works.values(), device)
+    times = dict[Key, list[float]]({key: [] for key in works})
+    for _ in range(rounds):
+        for key, elapsed_ms in zip(works, _one_round(works.values(), device), strict=True):
+            times[key].append(elapsed_ms)
+    return times
+
+
+def _one_round(works: Iterable[Callable[[], object]], device: torch.device) -> list[float]:
+    if device.type == "cpu":
+        return [_host_ms(work) for work in works]
+    spans = []
+    for work in works:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        spans.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in spans]
+
+
+def _host_ms(work: Callable[[], object]) -> float:
+    started_s = time.perf_counter()
+    work()
+    return (time.perf_counter() - started_s) * 1e3

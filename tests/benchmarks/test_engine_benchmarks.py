@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.roofline import large_products
 from tests.support.command import REPO
 
 TINY = {
@@ -34,10 +36,10 @@ def tiny(tmp_path: Path) -> Path:
     return directory
 
 
-def run(name: str, tiny: Path, *options: str) -> dict[str, Any]:
+def run(name: str, tiny: Path, *options: str, common: Sequence[str] = ENGINE) -> dict[str, Any]:
     """The one result file that a benchmark writes."""
     directory = tiny.parent / "results"
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--model", str(tiny), *ENGINE]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--model", str(tiny), *common]
     subprocess.run(
         [*command, "--directory", str(directory), *options], cwd=REPO, check=True, timeout=200
     )
@@ -59,3 +61,12 @@ def test_every_case_of_a_step_is_measured(tiny: Path) -> None:
     cases = run("step", tiny, *options)["metrics"]["cases"]
     assert [(case["batch"], case["adapters"]) for case in cases] == [(1, 0), (1, 2), (4, 0), (4, 2)]
     assert all(case["step_ms"] > case["scheduler_ms"] > 0 for case in cases)
+
+
+def test_the_ideal_engine_reads_the_measured_products(tiny: Path) -> None:
+    options = ("--rows", "4", "64", "--rounds", "3", "--device", "cpu", "--dtype", "fp32")
+    times = run("products", tiny, *options, common=())["metrics"][tiny.name]
+    products = large_products(tiny.parent / "results" / "products.json", tiny.name)
+    assert products is not None
+    doubled_ms = 2 * times["body_ms"]["64"] + times["head_ms"]["4"]
+    assert products.ms(128, 4) == pytest.approx(doubled_ms)
