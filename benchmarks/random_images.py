@@ -12,20 +12,36 @@ from benchmarks.trace import NO_ADAPTER
 from lorry.kernels.page_layout import PageLayout
 from lorry.worker import messages as m
 
+FILL_BYTES = 1 << 27
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class RandomImages:
-    """Page images of random normal weights: windows of one file, each at an offset of its own."""
+    """Page images of random normal weights: windows of one file, each at an offset of its own.
+
+    With `apart`, each is a file of its own, as the store keeps them.
+    """
 
     def __init__(
-        self, directory: Path, layout: PageLayout, ranks: Sequence[int], adapters: int
+        self,
+        directory: Path,
+        layout: PageLayout,
+        ranks: Sequence[int],
+        adapters: int,
+        *,
+        targets: Sequence[str] = TARGETS,
+        apart: bool = False,
     ) -> None:
-        self._layout = layout
+        self._directory, self._layout, self._targets = directory, layout, targets
         self._ranks = [ranks[adapter % len(ranks)] for adapter in range(adapters)]
-        self._path = directory / "images"
-        most = max((self._bytes(rank) for rank in self._ranks), default=0)
-        _write_random(self._path, most + adapters * self._layout.slice_bytes)
+        self._apart = apart
+        sizes = [self._bytes(rank) for rank in self._ranks]
+        random, step_bytes = _random_bytes(FILL_BYTES), layout.slice_bytes
+        if apart:
+            for adapter, num_bytes in enumerate(sizes):
+                _write(self._path(adapter), random, num_bytes, adapter * step_bytes)
+        else:
+            _write(self._path(0), random, max(sizes, default=0) + adapters * step_bytes, 0)
 
     def version(self, adapter: int) -> bytes:
         if adapter == NO_ADAPTER:
@@ -34,13 +50,13 @@ class RandomImages:
 
     def image(self, adapter: int) -> m.ImageReady:
         rank, layout = self._ranks[adapter], self._layout
-        offsets = layout.offsets(TARGETS, rank)
+        offsets = layout.offsets(self._targets, rank)
         return m.ImageReady(
             version=self.version(adapter),
-            path=str(self._path),
-            offset=adapter * layout.slice_bytes,
+            path=str(self._path(adapter)),
+            offset=0 if self._apart else adapter * layout.slice_bytes,
             image_bytes=self._bytes(rank),
-            pages=layout.pages(TARGETS, rank),
+            pages=layout.pages(self._targets, rank),
             rank=rank,
             modules=[
                 m.ImageModule(name, offset.a, offset.b, [2.0] * layout.geometry.layers)
@@ -48,16 +64,29 @@ class RandomImages:
             ],
         )
 
+    @staticmethod
+    def image_bytes(layout: PageLayout, rank: int, targets: Sequence[str] = TARGETS) -> int:
+        return layout.pages(targets, rank) * layout.page_bytes
+
+    def _path(self, adapter: int) -> Path:
+        return self._directory / (f"image-{adapter}" if self._apart else "images")
+
     def _bytes(self, rank: int) -> int:
-        return self._layout.pages(TARGETS, rank) * self._layout.page_bytes
+        return self.image_bytes(self._layout, rank, self._targets)
 
 
-def _write_random(path: Path, num_bytes: int) -> None:
-    part = torch.empty(1 << 26, dtype=torch.bfloat16)
+def _random_bytes(num_bytes: int) -> memoryview:
+    numbers = torch.empty(num_bytes // 2, dtype=torch.bfloat16).normal_(0, 0.02)
+    return numbers.view(torch.uint8).numpy().data
+
+
+def _write(path: Path, random: memoryview, num_bytes: int, start: int) -> None:
+    """Fill a file with the random bytes from `start`, around and around."""
     with path.open("wb") as file:
-        for start in range(0, num_bytes, part.nbytes):
-            part.normal_(0, 0.02)
-            file.write(part.view(torch.uint8).numpy().data[: num_bytes - start])
+        while num_bytes:
+            part = random[start % len(random) :][:num_bytes]
+            file.write(part)
+            start, num_bytes = start + len(part), num_bytes - len(part)
 
 
 @contextmanager

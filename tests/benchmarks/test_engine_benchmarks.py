@@ -70,3 +70,11 @@ def test_the_ideal_engine_reads_the_measured_products(tiny: Path) -> None:
     assert products is not None
     doubled_ms = 2 * times["body_ms"]["64"] + times["head_ms"]["4"]
     assert products.ms(128, 4) == pytest.approx(doubled_ms)
+
+
+def test_adapters_are_copied_into_consecutive_and_scattered_pages(tiny: Path) -> None:
+    options = ("--ranks", "4", "--gib", "0.001", "--pool-gib", "0.01", "--rounds", "2")
+    result = run("copies", tiny, *options, "--device", "cpu", "--dtype", "fp32", common=())
+    loads = result["metrics"]["loads"]
+    assert [load["places"] for load in loads] == ["consecutive", "scattered"]
+    assert all(load["gb_per_s"]["min"] > 0 for load in loads)

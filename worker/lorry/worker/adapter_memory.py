@@ -5,9 +5,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lorry.kernels.lora import AdapterTables
 from lorry.kernels.pool_view import PoolView
-from lorry.worker.adapter_tables import allocate_tables, describe
+from lorry.worker.adapter_tables import TableBuffer
 from lorry.worker.host_images import HostImages
 from lorry.worker.messages import ImageReady
 from lorry.worker.residency import Adapter
@@ -43,12 +42,13 @@ class DirectAdapterMemory:
     """Copies at once; see `AdapterMemory`."""
 
     def __init__(self, pool: PoolView, *, max_rank: int) -> None:
-        self.tables: AdapterTables = allocate_tables(
+        self._table_buffer = TableBuffer(
             pool.layout,
             num_slots=pool.num_pages - 1,
             max_rank=max_rank,
             device=pool.slices.device,
         )
+        self.tables = self._table_buffer.tables
         self._pages = pool.slices.view(torch.uint8).view(-1, pool.layout.page_bytes)
         self._images = HostImages()
         self._finished: list[FinishedLoad] = []
@@ -64,7 +64,7 @@ class DirectAdapterMemory:
         image = self._images.bytes_of(adapter.version)
         index = torch.tensor(adapter.pages, device=self._pages.device)
         self._pages[index] = image.view(len(adapter.pages), -1).to(self._pages.device)
-        describe(self.tables, adapter)
+        self._table_buffer.write([self._table_buffer.change(adapter)])
         seconds = max(time.monotonic() - started_s, 1e-9)
         self._finished.append(FinishedLoad(adapter, len(image), seconds))
 

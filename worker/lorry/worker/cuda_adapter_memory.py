@@ -2,7 +2,7 @@
 
 The copy stream waits, on the device, for the last launched step before it writes a page, since
 that step may still read what the page held. Files are registered for DMA where the driver allows;
-else images go through a pinned buffer.
+else images are staged.
 """
 
 import logging
@@ -15,24 +15,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lorry.kernels.lora import AdapterTables
 from lorry.kernels.page_layout import BASE_MODEL
 from lorry.kernels.pool_view import PoolView
 from lorry.worker.adapter_memory import FinishedLoad
-from lorry.worker.adapter_tables import allocate_tables, describe
+from lorry.worker.adapter_tables import TableBuffer, TableChange
 from lorry.worker.host_images import HostImages
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.messages import ImageReady
 from lorry.worker.residency import Adapter
+from lorry.worker.staging import Staging
 
 REGISTER_READ_ONLY = 0x08  # cudaHostRegisterReadOnly
-BOUNCE_BYTES = 64 << 20
 
 log = logging.getLogger(__name__)
 
 
 class _Copy(NamedTuple):
     num_bytes: int
+    change: TableChange
     started: torch.cuda.Event
     done: torch.cuda.Event
 
@@ -40,11 +40,12 @@ class _Copy(NamedTuple):
 class CudaAdapterMemory:
     """See `AdapterMemory`. A thread enqueues the copies; pages are written on the copy stream."""
 
-    def __init__(self, pool: PoolView, *, max_rank: int) -> None:
+    def __init__(self, pool: PoolView, *, max_rank: int, registers_files: bool = True) -> None:
         device = pool.slices.device
-        self.tables: AdapterTables = allocate_tables(
+        self._table_buffer = TableBuffer(
             pool.layout, num_slots=pool.num_pages - 1, max_rank=max_rank, device=device
         )
+        self.tables = self._table_buffer.tables
         self._pages = pool.slices.view(torch.uint8).view(-1, pool.layout.page_bytes)
         self._changes_all_S = np.zeros(pool.num_pages - 1, dtype=np.bool_)  # beyond attention
         self._images = HostImages()
@@ -52,9 +53,9 @@ class CudaAdapterMemory:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-copies")
         self._copies: deque[tuple[Adapter, Future[_Copy]]] = deque()
         self._registered: set[int] = set()  # addresses of files
-        self._can_register = True
+        self._can_register = registers_files
         self._runtime: Any = torch.cuda.cudart()
-        self._bounce: torch.Tensor | None = None
+        self._staging: Staging | None = None
 
     def map(self, image: ImageReady) -> None:
         self._images.map(image)
@@ -69,21 +70,23 @@ class CudaAdapterMemory:
         launched.record()
         image = self._images.bytes_of(adapter.version)
         file = self._images.file_of(adapter.version)
-        copy = self._thread.submit(self._copy, image, file, adapter.pages, launched)
+        copy = self._thread.submit(self._copy, adapter, image, file, launched)
         self._copies.append((adapter, copy))
 
     def finished_loads(self) -> list[FinishedLoad]:
-        finished = []
+        finished, changes = [], []
         while self._copies and self._copies[0][1].done():
             adapter, future = self._copies[0]
             copy = future.result()
             if not copy.done.query():
                 break
             self._copies.popleft()
-            describe(self.tables, adapter)
+            changes.append(copy.change)
             self._note_groups(adapter)
             seconds = max(copy.started.elapsed_time(copy.done) / 1e3, 1e-9)
             finished.append(FinishedLoad(adapter, copy.num_bytes, seconds))
+        if changes:
+            self._table_buffer.write(changes)
         return finished
 
     def groups_of(self, slot_S: np.ndarray) -> LoraGroups:
@@ -99,34 +102,29 @@ class CudaAdapterMemory:
         self._changes_all_S[adapter.slot] = groups is LoraGroups.ALL
 
     def _copy(
-        self, image: torch.Tensor, file: torch.Tensor, pages: list[int], launched: torch.cuda.Event
+        self, adapter: Adapter, image: torch.Tensor, file: torch.Tensor, launched: torch.cuda.Event
     ) -> _Copy:
         """Runs in the thread: enqueue the copies of one image."""
         started, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        source = image.view(len(pages), -1)
+        change = self._table_buffer.change(adapter)
+        source = image.view(len(adapter.pages), -1)
         is_registered = self._register(file)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(launched)
             started.record()
-            for first, count, page in _runs(pages):
+            for first, count, page in _runs(adapter.pages):
                 target, rows = self._pages[page : page + count], source[first : first + count]
                 if is_registered:
                     target.copy_(rows, non_blocking=True)
                 else:
-                    self._copy_through_bounce(rows, target)
+                    self._stage(rows, target)
             done.record()
-        return _Copy(len(image), started, done)
+        return _Copy(len(image), change, started, done)
 
-    def _copy_through_bounce(self, rows: torch.Tensor, target: torch.Tensor) -> None:
-        if self._bounce is None:
-            self._bounce = torch.empty(BOUNCE_BYTES, dtype=torch.uint8, pin_memory=True)
-        at_once = max(1, BOUNCE_BYTES // rows.shape[1])
-        for first in range(0, len(rows), at_once):
-            part = rows[first : first + at_once]
-            self._stream.synchronize()  # the copy before has left the buffer
-            staged = self._bounce[: part.numel()].view_as(part)
-            staged.copy_(part)
-            target[first : first + len(part)].copy_(staged, non_blocking=True)
+    def _stage(self, rows: torch.Tensor, target: torch.Tensor) -> None:
+        if self._staging is None:
+            self._staging = Staging()
+        self._staging.copy(rows.view(-1), target.view(-1))
 
     def _register(self, file: torch.Tensor) -> bool:
         """Make a file's mapping readable by the GPU; False if the driver refuses."""

@@ -25,7 +25,7 @@ class HostImages:
 
     def map(self, image: ImageReady) -> None:
         """Map the image's file; raises OSError or ValueError if it is not as announced."""
-        file = self._files.get(image.path) or _MappedFile(_open(image.path))
+        file = self._files.get(image.path) or _MappedFile(map_file(image.path))
         if image.offset + image.image_bytes > len(file.data):
             raise ValueError(
                 f"{image.path} has {len(file.data)} bytes, "
@@ -58,7 +58,8 @@ class HostImages:
         return self._files.pop(path).data
 
 
-def _open(path: str) -> torch.Tensor:
+def map_file(path: str | os.PathLike[str]) -> torch.Tensor:
+    """A file's bytes, read-only; the mapping lives as long as any view of them."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         mapping = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
