@@ -6,17 +6,15 @@ import torch
 from lorry.kernels.activation import swiglu, swiglu_reference
 from lorry.kernels.attention_plan import allocate_attention_work, plan_attention
 from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
+from lorry.kernels.lora_plan import allocate_lora_work, plan_lora
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference
-from lorry.kernels.page_layout import MODULES
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.rope import cos_sin_table, rope_write_kv, rope_write_kv_reference
 from lorry.kernels.sampling import sample, sample_reference
 from tests.support.kernel_cases import (
-    GEOMETRIES,
     LAYER,
     MIXED_ADAPTERS,
     TOLERANCE,
-    Adapter,
     layout_of,
     mixes,
     poisoned_pool,
@@ -24,14 +22,15 @@ from tests.support.kernel_cases import (
     store_adapters,
     store_sequences,
 )
-from tests.support.kernel_checks import attend, check_attention, check_lora
+from tests.support.kernel_checks import adapt, attend, check_attention, check_lora, digest
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 MODELS = ["llama-2-7b", "llama-3-8b", "qwen2.5-0.5b", "llama-70b"]
 RAGGED = [(1, 1), (15, 1), (16, 1), (17, 1), (300, 1), (1023, 1), (64, 1), (4000, 1), (33, 1)]
 CHUNKS = [(130, 37), (1, 1), (260, 260), (700, 129), (2000, 1), (40, 5), (512, 64)]
 MIXES = mixes(200, len(MIXED_ADAPTERS))
-SPLIT_MODELS = [("llama-3-8b", 4), ("qwen2.5-0.5b", 2), ("llama-2-7b", 8), ("llama-70b", 8)]
+# What ships, each once: float32 has one setting for steps of all sizes.
+LORA_SETTINGS = [(d, rows) for d in DTYPES for rows in LORA if d != torch.float32 or rows == 64]
 TWENTY = 20
 
 
@@ -54,23 +53,38 @@ def test_attention_of_many_sequences_matches_the_reference(device):
     check_attention(sequences, 32, decode_setting(torch.bfloat16, 4))
 
 
-def test_attention_repeats_bit_for_bit(device):
-    layout = layout_of("llama-3-8b", torch.bfloat16)
-    sequences = store_sequences(CHUNKS, layout, device)
+@pytest.mark.parametrize("form", [decode_setting, prefill_setting])
+def test_attention_of_a_large_step_matches_the_reference(device, dtype, form):
+    sequences = store_sequences(
+        [*RAGGED, *CHUNKS] * 2 + [(900, 200)], layout_of("llama-3-8b", dtype), device
+    )
+    assert len(sequences.sequence_T) > 1024
+    check_attention(sequences, 32, form(dtype, 4))
+
+
+@pytest.mark.parametrize("form", [decode_setting, prefill_setting])
+def test_a_plan_of_nothing_writes_nothing(device, dtype, form):
+    sequences = store_sequences([(1, 1), (300, 1)], layout_of("llama-3-8b", dtype), device)
+    sequences.sequence_T.fill_(-1)
+    q_TQD = torch.randn(2, 32, 128).to(sequences.pool.slices)
+    assert attend(sequences, q_TQD, form(dtype, 4)).isnan().all()
+
+
+@pytest.mark.parametrize("form", [decode_setting, prefill_setting])
+def test_attention_repeats_bit_for_bit(device, dtype, form):
+    sequences = store_sequences(CHUNKS, layout_of("llama-3-8b", dtype), device)
     q_TQD = torch.randn(len(sequences.sequence_T), 32, 128).to(sequences.pool.slices)
-    setting = decode_setting(torch.bfloat16, 4)
-    first = attend(sequences, q_TQD, setting)
-    for _ in range(TWENTY):
-        assert torch.equal(attend(sequences, q_TQD, setting), first)
+    outcomes = {digest(attend(sequences, q_TQD, form(dtype, 4))) for _ in range(TWENTY)}
+    assert len(outcomes) == 1
 
 
-def test_a_captured_step_follows_new_lengths_without_the_host(device):
+def test_a_captured_step_follows_new_lengths_without_the_host(gpu):
     """One graph of plan and attention, replayed after the device tensors have changed."""
     layout = layout_of("llama-3-8b", torch.bfloat16)
-    long = store_sequences([(900, 1), (50, 1)], layout, device)
+    long = store_sequences([(900, 1), (50, 1)], layout, gpu)
     setting = decode_setting(torch.bfloat16, 4)
     work = allocate_attention_work(
-        setting, max_rows=2, heads=32, kv_heads=8, head_dim=128, device=device
+        setting, max_rows=2, heads=32, kv_heads=8, head_dim=128, device=gpu
     )
     q_TQD = torch.randn(2, 32, 128).to(long.pool.slices)
     out_TQD = torch.empty_like(q_TQD)
@@ -92,28 +106,69 @@ def test_a_captured_step_follows_new_lengths_without_the_host(device):
         assert torch.equal(replayed, out_TQD)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "rows"), LORA_SETTINGS, ids=str)
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("rows", [*LORA])
 def test_lora_of_mixed_ranks_matches_the_reference(device, dtype, mix, rows):
     pool, tables = store_adapters(MIXED_ADAPTERS, layout_of("tiny", dtype), device)
     check_lora(MIXES[mix], pool, tables, lora_setting(dtype, rows))
 
 
-@pytest.mark.parametrize("name", [name for name in GEOMETRIES if name != "tiny"])
-def test_lora_of_real_widths_matches_the_reference(device, name):
-    adapters = (Adapter(MODULES, 3), Adapter(MODULES[:4], 16), Adapter(MODULES, 65))
-    pool, tables = store_adapters(adapters, layout_of(name, torch.bfloat16), device)
-    slots = [0, 1, 1, -1, 2, *[1] * 70, 0, *[2] * 17]
-    for rows in LORA:
-        check_lora(slots, pool, tables, lora_setting(torch.bfloat16, rows))
+@pytest.mark.parametrize(("dtype", "rows"), LORA_SETTINGS, ids=str)
+def test_lora_of_odd_numbers_of_rows_matches_the_reference(device, dtype, rows):
+    pool, tables = store_adapters(MIXED_ADAPTERS, layout_of("tiny", dtype), device)
+    for slots in ([4], [-1], [0, 4], [2] * 3, [1] * 15 + [3] * 17, [4] * 33, [-1, 2] * 16 + [0]):
+        check_lora(slots, pool, tables, lora_setting(dtype, rows), groups=(0, 1))
 
 
-@pytest.mark.parametrize(("name", "tp_size"), SPLIT_MODELS)
-def test_lora_of_split_widths_matches_the_reference(device, name, tp_size):
-    adapters = (Adapter(MODULES, 3), Adapter(MODULES[:4], 16))
-    pool, tables = store_adapters(adapters, layout_of(name, torch.bfloat16, tp_size), device)
-    check_lora([0, 1, 1, -1, 0], pool, tables, lora_setting(torch.bfloat16, 64))
+@pytest.mark.parametrize("num_rows", [1000, 1024, 2048])
+def test_lora_of_large_steps_matches_the_reference(device, dtype, num_rows):
+    pool, tables = store_adapters(MIXED_ADAPTERS, layout_of("tiny", dtype), device)
+    for mix in ("uniform", "zipf"):
+        slots = mixes(num_rows, len(MIXED_ADAPTERS))[mix]
+        check_lora(slots, pool, tables, lora_setting(dtype, num_rows), groups=(0, 3))
+
+
+@pytest.mark.parametrize("rows", [*LORA])
+def test_lora_repeats_bit_for_bit(device, dtype, rows):
+    """The partial sums of A's splits, too."""
+    pool, tables = store_adapters(MIXED_ADAPTERS, layout_of("llama-3-8b", dtype), device)
+    slot_T = torch.tensor(MIXES["uniform"], dtype=torch.int32, device=device)
+    work = allocate_lora_work(
+        lora_setting(dtype, rows), pool.layout, max_rows=len(slot_T), device=device
+    )
+    x_TI, base = torch.randn(len(slot_T), 4096), torch.randn(len(slot_T), 6144)
+    outcomes = set()
+    for _ in range(TWENTY):
+        plan_lora(slot_T, tables, work)
+        out = adapt(x_TI.to(pool.slices), base.to(pool.slices), 0, pool, tables, work)
+        outcomes.add((digest(out), digest(work.y)))
+    assert len(outcomes) == 1
+
+
+def test_a_captured_step_follows_new_adapters_without_the_host(gpu, dtype):
+    """One graph of plan, shrink and expand, replayed after the rows' slots have changed."""
+    pool, tables = store_adapters(MIXED_ADAPTERS, layout_of("tiny", dtype), gpu)
+    slot_T = torch.tensor(MIXES["distinct"], dtype=torch.int32, device=gpu)
+    work = allocate_lora_work(
+        lora_setting(dtype, 64), pool.layout, max_rows=len(slot_T), device=gpu
+    )
+    x_TI = torch.randn(len(slot_T), 192).to(pool.slices)
+    base = torch.randn(len(slot_T), 320).to(pool.slices)
+
+    def step():
+        plan_lora(slot_T, tables, work)
+        return adapt(x_TI, base, 0, pool, tables, work)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for mix in ("none", "identical", "skewed", "none", "zipf"):
+        slot_T.copy_(torch.tensor(MIXES[mix]))
+        graph.replay()
+        replayed = out.clone()
+        assert torch.equal(replayed, step())
+        assert torch.equal(replayed, base) == (mix == "none")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,6 +13,7 @@ from lorry.kernels.page_layout import (
     PageLayout,
     TpStrategy,
 )
+from tests.support.kernel_cases import widths_of
 
 GEOMETRIES = {
     "llama-2-7b": ModelGeometry(
@@ -82,31 +83,13 @@ def test_the_row_unit_is_the_largest_that_needs_no_padding(layout: PageLayout) -
     padded = any(
         width != natural
         for module in MODULES
-        for width, natural in zip(
-            layout.row_widths(module), natural_widths(layout, module), strict=True
-        )
+        for width, natural in zip(layout.row_widths(module), widths_of(layout, module), strict=True)
     )
     sizes = [layout.slice_elements]
-    sizes += [width for module in MODULES for width in natural_widths(layout, module)]
+    sizes += [width for module in MODULES for width in widths_of(layout, module)]
     fitting = [u for u in (64, 128, 256) if all(size % u == 0 for size in sizes)]
     assert layout.row_unit == max(fitting, default=64)
     assert padded == (not fitting)
-
-
-def natural_widths(layout: PageLayout, module: str) -> tuple[int, int]:
-    """Elements of a row of A and of transposed B on a rank, before padding."""
-    geometry, size = layout.geometry, layout.tp_size
-
-    def share(width: int, of: int) -> int:
-        return -(-of // size) * (width // of)
-
-    widths = geometry.module_shape(module)
-    heads = {"q_proj": geometry.heads, "k_proj": geometry.kv_heads, "v_proj": geometry.kv_heads}
-    if module not in ROW_PARALLEL:
-        return widths[0], share(widths[1], heads.get(module, widths[1]))
-    inner = share(widths[0], geometry.heads if module == "o_proj" else widths[0])
-    split_out = layout.tp_strategy is TpStrategy.SLORA
-    return inner, share(widths[1], widths[1]) if split_out else widths[1]
 
 
 def test_offsets_are_dense_and_disjoint_at_every_rank(layout: PageLayout) -> None:

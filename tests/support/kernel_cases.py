@@ -10,6 +10,7 @@ from lorry.kernels.lora import AdapterTables
 from lorry.kernels.page_layout import (
     MODULES,
     PAGE_TOKENS,
+    ROW_PARALLEL,
     Dtype,
     ModelGeometry,
     PageLayout,
@@ -37,6 +38,7 @@ def geometry(hidden: int, heads: int, kv_heads: int, head_dim: int, width: int) 
 
 GEOMETRIES = {
     "tiny": geometry(192, 6, 2, 32, 320),
+    "demo": geometry(128, 4, 2, 32, 384),
     "qwen2.5-0.5b": geometry(896, 14, 2, 64, 4864),
     "llama-2-7b": geometry(4096, 32, 32, 128, 11008),
     "llama-3-8b": geometry(4096, 32, 8, 128, 14336),
@@ -129,10 +131,19 @@ def _image(
 
 
 def widths_of(layout: PageLayout, module: str) -> tuple[int, int]:
-    """Input and output width of a module on the layout's rank."""
-    return (
-        layout.geometry.module_shape(module) if layout.tp_size == 1 else layout.row_widths(module)
-    )
+    """Elements of a row of A and of transposed B on a rank, before padding."""
+    geometry, size = layout.geometry, layout.tp_size
+
+    def share(width: int, of: int) -> int:
+        return -(-of // size) * (width // of)
+
+    widths = geometry.module_shape(module)
+    heads = {"q_proj": geometry.heads, "k_proj": geometry.kv_heads, "v_proj": geometry.kv_heads}
+    if module not in ROW_PARALLEL:
+        return widths[0], share(widths[1], heads.get(module, widths[1]))
+    inner = share(widths[0], geometry.heads if module == "o_proj" else widths[0])
+    split_out = layout.tp_strategy is TpStrategy.SLORA
+    return inner, share(widths[1], widths[1]) if split_out else widths[1]
 
 
 def row_tiles(owner_T: Sequence[int], device: torch.device, tile_rows: int = 8) -> RowTiles:

@@ -1,5 +1,6 @@
 """Run a kernel and its reference on one case and compare; for the interpreter and for a GPU."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
 from lorry.kernels.lora import AdapterTables, lora_reference
 from lorry.kernels.lora_expand import lora_expand_add
-from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
+from lorry.kernels.lora_plan import LoraSetting, LoraWork, allocate_lora_work, plan_lora
 from lorry.kernels.lora_shrink import lora_shrink
 from lorry.kernels.page_layout import GROUPS
 from lorry.kernels.paged_attention import paged_attention, paged_attention_reference
@@ -62,6 +63,23 @@ def check_attention(sequences: Sequences, heads: int, setting: AttentionSetting)
     assert out_TQD[~is_row].isnan().all(), "padded rows are written"
 
 
+def adapt(
+    x_TI: torch.Tensor,
+    base: torch.Tensor,
+    group: int,
+    pool: PoolView,
+    tables: AdapterTables,
+    work: LoraWork,
+) -> torch.Tensor:
+    """A group's outputs, side by side, with the adapters that `work` was planned for."""
+    out = base.clone()
+    outputs = out.split([widths_of(pool.layout, module)[1] for module in GROUPS[group]], dim=1)
+    work.y.fill_(torch.nan)
+    y_STY = lora_shrink(x_TI, group, pool, tables, LAYER, work)
+    lora_expand_add(outputs, group, pool, tables, LAYER, work, y_STY)
+    return out
+
+
 def check_lora(
     slots: Sequence[int],
     pool: PoolView,
@@ -82,13 +100,15 @@ def check_lora(
         x_TI[is_base] = torch.nan
         widths = [widths_of(layout, module)[1] for module in modules]
         base = torch.randn(len(slots), sum(widths)).to(pool.slices)
-        outputs = base.clone().split(widths, dim=1)
-        work.y.fill_(torch.nan)
-        y_STY = lora_shrink(x_TI, group, pool, tables, LAYER, work)
-        lora_expand_add(outputs, group, pool, tables, LAYER, work, y_STY)
+        outputs = adapt(x_TI, base, group, pool, tables, work).split(widths, dim=1)
         expected = base.float().clone().split(widths, dim=1)
         tiles = row_tiles(slots, device)
         lora_reference(x_TI.float(), expected, modules, precise_pool(pool), tables, LAYER, tiles)
         for output, wanted, kept in zip(outputs, expected, base.split(widths, dim=1), strict=True):
             assert relative_error(output, wanted) < TOLERANCE[dtype], modules
             assert torch.equal(output[is_base], kept[is_base]), "base rows are written"
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Of a tensor's bits, where NaN is not equal to itself."""
+    return hashlib.sha256(tensor.contiguous().cpu().view(torch.uint8).numpy()).hexdigest()
