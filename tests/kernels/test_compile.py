@@ -28,12 +28,15 @@ def test_every_kernel_of_the_engine_is_compiled(kernels):
         "attention_kernel",
         "_best_kernel",
         "_expand_kernel",
+        "_logprobs_kernel",
         "_plan_kernel",
+        "_rank_kernel",
         "_rms_norm_kernel",
         "_rope_write_kv_kernel",
         "_scores_kernel",
         "_shrink_kernel",
         "_swiglu_kernel",
+        "_truncation_kernel",
     }
 
 

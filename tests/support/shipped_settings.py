@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from lorry.kernels import activation, norm, rope, sampling
+from lorry.kernels import activation, logprobs, norm, rope, sampling, truncation
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
 from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
 from lorry.kernels.lora import AdapterTables
@@ -87,8 +87,17 @@ def rows_of_8b() -> None:
     table = empty(8192, 2, 128, dtype=FP32)
     pool = allocate_pool(64, layout, DEVICE)
     rope.rope_write_kv(q, k, v, table, empty(64), empty(64), pool, 1)
-    logits, long = empty(64, 128256, dtype=BF16), empty(64, dtype=torch.int64)
-    sampling.sample(logits, empty(64, dtype=FP32), long, long, long)
+
+
+def draw(dtype: torch.dtype) -> None:
+    logits, long = empty(64, 128256, dtype=dtype), empty(64, dtype=torch.int64)
+    number, whole = empty(64, dtype=FP32), empty(64)
+    sampling.sample(logits, number, long, whole, long)
+    ranked = logprobs.rank(logits, whole)
+    threshold = truncation.truncate(logits, number, whole, number, number)
+    sampling.sample(logits, number, long, whole, long, threshold)
+    out = logprobs.unpacked(logprobs.packed_logprobs(64, DEVICE))
+    logprobs.write_logprobs(logits, ranked, long, whole, out)
 
 
 def shipped() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -104,6 +113,8 @@ def shipped() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"lora {rows} rows {GROUPS[group]}", partial(adapt, BF16, setting, rows, group)
     yield "lora float32", partial(adapt, FP32, lora_setting(FP32, 64), 64, 0)
     yield "rows", rows_of_8b
+    for dtype in (BF16, FP16, FP32):
+        yield f"draw {dtype}", partial(draw, dtype)
 
 
 def main() -> None:

@@ -22,16 +22,21 @@ def sample_reference(
     temperature_T: torch.Tensor,
     seed_T: torch.Tensor,
     output_position_T: torch.Tensor,
+    threshold_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return a token id for each row (int64); temperature 0 takes the most likely one.
 
-    `seed_T` holds the bits of an unsigned 64-bit seed in int64. Ties go to the smallest id.
+    `seed_T` holds the bits of an unsigned 64-bit seed in int64. Tokens whose logits are below the
+    row's threshold are not drawn. Ties go to the smallest id.
     """
     token_T = logits_TV.argmax(dim=-1)
     drawn = (temperature_T > 0).nonzero()[:, 0]
     if drawn.numel():
         noise = gumbel_noise(seed_T[drawn], output_position_T[drawn], logits_TV.shape[1])
-        score = logits_TV[drawn].float() / temperature_T[drawn, None] + noise
+        logits = logits_TV[drawn].float()
+        score = logits / temperature_T[drawn, None] + noise
+        if threshold_T is not None:
+            score = score.where(logits >= threshold_T[drawn, None], -torch.inf)
         token_T[drawn] = score.argmax(dim=-1)
     return token_T
 
@@ -76,6 +81,7 @@ def _scores_kernel(
     temperature_ptr,  # [T]
     seed_ptr,  # [T]
     output_position_ptr,  # [T]
+    threshold_ptr,  # [T], or unused
     best_score_ptr,  # [T, chunks], float32
     best_token_ptr,  # [T, chunks], int32
     stride_lt,
@@ -85,6 +91,7 @@ def _scores_kernel(
     MULTIPLIER_1: tl.constexpr,
     WEYL_0: tl.constexpr,
     WEYL_1: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Best score and its token in each chunk of a row's vocabulary."""
@@ -115,7 +122,11 @@ def _scores_kernel(
             key_0 += tl.full((), WEYL_0, tl.uint32)
             key_1 += tl.full((), WEYL_1, tl.uint32)
         uniform = ((c0 >> 9).to(tl.float32) + 0.5) * (2.0**-23)
-        score = tl.where(in_row, score / temperature - tl.log(-tl.log(uniform)), score)
+        is_kept = in_row
+        if HAS_THRESHOLD:
+            is_kept = in_row & (score >= tl.load(threshold_ptr + row))
+        score = score / temperature - tl.log(-tl.log(uniform))
+        score = tl.where(is_kept, score, -float("inf"))
     best, place = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
     at = row * tl.num_programs(1) + chunk
     tl.store(best_score_ptr + at, best)
@@ -145,11 +156,13 @@ def sample(
     seed_T: torch.Tensor,
     output_position_T: torch.Tensor,
     token_T: torch.Tensor,
+    threshold_T: torch.Tensor | None = None,
 ) -> None:
     """Write ``argmax(logits / temperature + noise)`` of each row into `token_T` (int64).
 
-    Temperature 0 takes the most likely token; ties go to the smallest id. The noise is that of
-    `gumbel_noise`, whose 32 random bits are equal and whose logarithms may differ in the last ones.
+    Temperature 0 takes the most likely token; else tokens whose logits are below the row's
+    threshold are left out. Ties go to the smallest id. The noise is that of `gumbel_noise`, whose
+    32 random bits are equal and whose logarithms may differ in the last ones.
     """
     num_rows, vocabulary = logits_TV.shape
     chunks = triton.cdiv(vocabulary, BLOCK_V)
@@ -160,6 +173,7 @@ def sample(
         temperature_T,
         seed_T,
         output_position_T,
+        threshold_T,
         best_score,
         best_token,
         logits_TV.stride(0),
@@ -169,6 +183,7 @@ def sample(
         MULTIPLIER_1=PHILOX_MULTIPLIERS[1],
         WEYL_0=PHILOX_WEYL[0],
         WEYL_1=PHILOX_WEYL[1],
+        HAS_THRESHOLD=threshold_T is not None,
         BLOCK_V=BLOCK_V,
         num_warps=4,
     )
