@@ -19,7 +19,8 @@ from lorry.kernels.pool_view import PoolView
 UNROLLED_SPLITS = tl.constexpr(4)  # loads in flight; all of them would spill registers
 
 
-@triton.jit
+# Scalars by layer and group lie anywhere: one kernel for all.
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "count_ptr"])
 def _expand_kernel(
     out_ptr,  # [T, O] of the group's first module
     pool_ptr,  # the layer's slice of page 0

@@ -13,7 +13,8 @@ from lorry.kernels.lora_plan import LoraWork, load_piece
 from lorry.kernels.pool_view import PoolView
 
 
-@triton.jit
+# Scalars by layer and group lie anywhere: one kernel for all.
+@triton.jit(do_not_specialize_on_alignment=["count_ptr"])
 def _shrink_kernel(
     x_ptr,  # [T, I]
     pool_ptr,  # the layer's slice of page 0
