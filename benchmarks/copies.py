@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.engine import CONFIGS, GIB, device_name
+from benchmarks.building import CONFIGS, GIB, device_name
 from benchmarks.random_images import RandomImages, image_directory
 from benchmarks.results_file import RESULTS, write_result
 from lorry.kernels.page_layout import PageLayout

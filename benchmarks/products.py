@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.engine import CONFIGS, device_name
+from benchmarks.building import CONFIGS, device_name
 from benchmarks.results_file import RESULTS, write_result
 from benchmarks.timing import interleaved_ms, replayable
 from lorry.kernels.pool_view import TORCH_DTYPES

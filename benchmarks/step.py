@@ -2,117 +2,143 @@
 
     python -m benchmarks.step --model llama-3-8b --batch 64 --context 1024 --adapters 64 --ranks 16
 
-The engine is the very one that the worker serves with. Requests are submitted at once and decode
-until each has passed the context; steps in which all of them decode around it are timed, and the
-ideal step is that of `benchmarks/roofline.py`.
+The engine is the very one that the worker serves with. Requests decode at the asked context, which
+they reach without computing it (`benchmarks/contexts.py`), over random numbers. The ideal step is
+that of `benchmarks/roofline.py`. Of the host it tells the CPU time of the whole process, in which
+it also waits for the GPU, and what planning, launching and committing take; of the GPU the kernels
+and copies that ran, launches, and how long it was busy, from a few steps under the profiler.
 """
 
 import argparse
 import itertools
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.engine import build, device_name, engine_parser, evict_all, model_of
-from benchmarks.random_images import RandomImages, image_directory
+from benchmarks.building import build, device_name, engine_parser, model_of
+from benchmarks.contexts import contexts, shift_contexts
+from benchmarks.driver import Driver, greedy
+from benchmarks.launches import launches_of
+from benchmarks.random_images import TARGETS, RandomImages, image_directory
 from benchmarks.results_file import write_result
 from benchmarks.roofline import BANDWIDTH, MODELS, gemm_ms
 from lorry.worker import messages as m
 from lorry.worker.engine import Engine
 
-MEASURED_STEPS = 64
+MEASURED_STEPS = 48
 WARM_UP_STEPS = 8
+PROFILED_STEPS = 4
+PROMPT_TOKENS = 8
+FILL_ELEMENTS = 1 << 30
 
 
-def measure_case(
-    engine: Engine, images: RandomImages, batch: int, context: int, adapters: int, vocabulary: int
-) -> dict[str, float]:
-    """Median milliseconds of a step, and how much of it the host computed."""
-    random = np.random.default_rng(0)
-    prompt = context - MEASURED_STEPS // 2
-    first = time.time_ns()
-    versions = {images.version(adapter): adapter for adapter in range(adapters)}
-    for index in range(batch):
-        version = images.version(index % adapters) if adapters else b""
-        engine.handle(
-            [
-                m.Submit(
-                    request=first + index,
-                    tenant="default",
-                    version=version,
-                    token_ids=random.integers(3, vocabulary, prompt).tolist(),
-                    generated_tokens=0,
-                    max_tokens=4 * MEASURED_STEPS,
-                    min_tokens=0,
-                    stop_token_ids=[],
-                    temperature=0.0,
-                    seed=index,
-                    remaining_s=None,
-                )
-            ]
-        )
-    _until_all_decode(engine, images, versions, batch)
-    host_s, times_s = engine.host_s, []
-    for _ in range(MEASURED_STEPS):
-        started_s = time.perf_counter()
-        engine.step()
-        engine.take_events()
-        times_s.append(time.perf_counter() - started_s)
-    engine.handle([m.Cancel(list(range(first, first + batch)))])
-    host_ms = (engine.host_s - host_s) / MEASURED_STEPS * 1e3
-    evict_all(engine)
-    return {"step_ms": float(np.median(times_s)) * 1e3, "scheduler_ms": host_ms}
+class Case(NamedTuple):
+    context: int
+    batch: int
+    adapters: int
+    rank: int  # 0 without adapters
+
+    def pages(self, engine: Engine, adapter_pages: int) -> int:
+        """What it needs of the pool, with a page for each sequence to grow into."""
+        tokens = self.context + MEASURED_STEPS + WARM_UP_STEPS
+        of_sequence = -(-tokens // engine.scheduler.table.page_tokens) + 1
+        return self.batch * of_sequence + self.adapters * adapter_pages
 
 
-def _until_all_decode(
-    engine: Engine, images: RandomImages, versions: dict[bytes, int], batch: int
-) -> None:
-    tokens = 0
-    while tokens < WARM_UP_STEPS * batch:
-        engine.step()
-        for event in engine.take_events():
-            if isinstance(event, m.FetchImage):
-                engine.handle([images.image(versions[event.version])])
-            elif isinstance(event, m.StepTokens):
-                tokens = tokens + batch if len(event.requests) == batch else 0
+def measure(driver: Driver, images: RandomImages, case: Case, *, profiles: bool) -> dict[str, Any]:
+    """Medians of a step's times, and what the host did."""
+    engine, numbers = driver.engine, _submit(driver, images, case)
+    steps_before = MEASURED_STEPS // 2 + WARM_UP_STEPS
+    shift_contexts(engine, case.context - steps_before - int(contexts(engine).mean()))
+    for _ in range(WARM_UP_STEPS):
+        driver.step()
+    host, replays = engine.host_time, driver.replays
+    plan_s, launch_s, commit_s = host.plan_s, host.launch_s, host.commit_s
+    context, cpu_s = int(contexts(engine).mean()), time.process_time()
+    times_s = [_timed_step(driver) for _ in range(MEASURED_STEPS)]
+    per_step_ms = 1e3 / MEASURED_STEPS
+    found: dict[str, Any] = {
+        "mean_context": context + MEASURED_STEPS // 2,
+        "step_ms": float(np.median(times_s)) * 1e3,
+        "cpu_ms": (time.process_time() - cpu_s) * per_step_ms,
+        "plan_ms": (host.plan_s - plan_s) * per_step_ms,
+        "launch_ms": (host.launch_s - launch_s) * per_step_ms,
+        "commit_ms": (host.commit_s - commit_s) * per_step_ms,
+        "graph_replays": driver.replays - replays,
+        "eager_steps": MEASURED_STEPS - (driver.replays - replays),
+    }
+    if profiles:
+        found |= launches_of(driver.step, PROFILED_STEPS)
+    engine.handle([m.Cancel(numbers)])
+    driver.evict_all()
+    return found
 
 
-def ideal_ms(model: str, batch: int, context: int, adapters: int, ranks: list[int]) -> float:
+def _submit(driver: Driver, images: RandomImages, case: Case) -> list[int]:
+    """Submit a case's requests and step until all of them decode."""
+    random, first = np.random.default_rng(0), time.time_ns()
+    numbers = list(range(first, first + case.batch))
+    for index, number in enumerate(numbers):
+        version = images.version(index % case.adapters) if case.adapters else b""
+        prompt = random.integers(3, 100, PROMPT_TOKENS).tolist()
+        driver.engine.handle([greedy(number, version, prompt, 8 * MEASURED_STEPS)])
+    while len(contexts(driver.engine)) < case.batch:
+        driver.step()
+    return numbers
+
+
+def _timed_step(driver: Driver) -> float:
+    started_s = time.perf_counter()
+    driver.step()
+    return time.perf_counter() - started_s
+
+
+def ideal_ms(model: str, case: Case, context: int) -> float:
     """The ideal engine's step: products, KV and adapter bytes at the best measured rates."""
     ideal = MODELS[model]
-    distinct = min(adapters, batch)
-    rank_sum = sum(ranks[adapter % len(ranks)] for adapter in range(distinct))
-    read = batch * context * ideal.kv_bytes + rank_sum * ideal.adapter_bytes_per_rank
-    return gemm_ms(ideal, batch, batch) + read / BANDWIDTH * 1e3
+    read = case.batch * context * ideal.kv_bytes
+    read += case.adapters * case.rank * ideal.adapter_bytes_per_rank
+    return gemm_ms(ideal, case.batch, case.batch) + read / BANDWIDTH * 1e3
 
 
-def parser() -> argparse.ArgumentParser:
-    result = engine_parser(__doc__)
-    result.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
-    result.add_argument("--context", type=int, nargs="+", default=[1024])
-    result.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 64])
-    return result
+def cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """Every combination; adapters beyond the batch are left out, since no step would use them."""
+    for context, batch in itertools.product(arguments.context, arguments.batch):
+        for adapters in arguments.adapters:
+            if adapters == 0:
+                yield Case(context, batch, 0, 0)
+            elif adapters <= batch:
+                yield from (Case(context, batch, adapters, rank) for rank in arguments.ranks)
 
 
-def cases(arguments: argparse.Namespace, engine: Engine, vocabulary: int) -> list[dict[str, Any]]:
-    """Measure every combination; prints a line for each."""
+def measure_all(arguments: argparse.Namespace, engine: Engine) -> list[dict[str, Any]]:
+    """Measure what the pool has room for; prints a line for each case."""
     _, layout = model_of(arguments)
-    found = []
-    with image_directory() as directory:
-        images = RandomImages(directory, layout, arguments.ranks, max(arguments.adapters))
-        for batch, context, adapters in itertools.product(
-            arguments.batch, arguments.context, arguments.adapters
-        ):
-            case: dict[str, Any] = {"batch": batch, "context": context, "adapters": adapters}
-            case |= measure_case(engine, images, batch, context, adapters, vocabulary)
+    found, most = [], max(arguments.adapters)
+    with ExitStack() as directories:
+        images = {
+            rank: RandomImages(directories.enter_context(image_directory()), layout, [rank], most)
+            for rank in arguments.ranks
+        }
+        for case in cases(arguments):
+            mine = images[case.rank or arguments.ranks[0]]
+            adapter_pages = layout.pages(TARGETS, case.rank) if case.rank else 0
+            if case.pages(engine, adapter_pages) > engine.scheduler.pool.total:
+                print(f"the pool has no room for {case}", flush=True)
+                continue
+            profiles = arguments.device == "cuda" and case.context == arguments.context[0]
+            driver = Driver(engine, mine, range(case.adapters))
+            row = case._asdict() | measure(driver, mine, case, profiles=profiles)
             if arguments.model in MODELS:
-                ideal = ideal_ms(arguments.model, batch, context, adapters, arguments.ranks)
-                case |= {"ideal_ms": ideal, "times_ideal": case["step_ms"] / ideal}
-            print("  ".join(f"{name} {_short(value)}" for name, value in case.items()), flush=True)
-            found.append(case)
+                ideal = ideal_ms(arguments.model, case, row["mean_context"])
+                row |= {"ideal_ms": ideal, "times_ideal": row["step_ms"] / ideal}
+            print("  ".join(f"{name} {_short(value)}" for name, value in row.items()), flush=True)
+            found.append(row)
     return found
 
 
@@ -120,18 +146,34 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
+def fill_pool(engine: Engine) -> None:
+    """Give the pages random numbers, as KV would be: zeros cost less power than they."""
+    for part in engine.runner.adapters.pool.slices.view(-1).split(FILL_ELEMENTS):
+        part.normal_()
+
+
+def parser() -> argparse.ArgumentParser:
+    result = engine_parser(__doc__)
+    result.set_defaults(ranks=[16, 64])
+    result.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256, 512])
+    result.add_argument("--context", type=int, nargs="+", default=[512, 1024])
+    result.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 64, 200])
+    return result
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
     arguments = parser().parse_args()
     base_model, layout = model_of(arguments)
     engine, _ = build(arguments, base_model, layout)
+    fill_pool(engine)
     ranks = "-".join(map(str, arguments.ranks))
     write_result(
         f"step-{Path(arguments.model).name}-r{ranks}",
         benchmark="step",
         device=device_name(arguments.device),
         config={"model": arguments.model, "ranks": arguments.ranks, "dtype": arguments.dtype},
-        metrics={"cases": cases(arguments, engine, base_model.vocab_size)},
+        metrics={"cases": measure_all(arguments, engine)},
         directory=arguments.directory,
         commit=arguments.commit,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.roofline import large_products
+from benchmarks.trace import make_trace
 from tests.support.command import REPO
 
 TINY = {
@@ -56,11 +57,30 @@ def test_a_trace_ends_every_request_at_its_length(tiny: Path) -> None:
     assert metrics["latency_s"]["p99"] <= metrics["seconds"]
 
 
-def test_every_case_of_a_step_is_measured(tiny: Path) -> None:
-    options = ("--batch", "1", "4", "--context", "64", "--adapters", "0", "2")
+def test_requests_may_come_at_their_arrivals(tiny: Path) -> None:
+    options = ("--requests", "4", "--adapters", "3", "--runs", "1", "--arrivals", "--rate", "8")
+    result = run("engine", tiny, *options)
+    trace = make_trace(requests=4, adapters=3, rate=8.0)
+    assert result["metrics"]["seconds"] > trace[-1].arrival_s > 0.2
+    # Times count from a request's own arrival, which the last one's is long after the start.
+    assert 0 < result["metrics"]["ttft_s"]["p50"] < result["metrics"]["latency_s"]["p50"]
+    assert result["metrics"]["ttft_s"]["p99"] < result["metrics"]["seconds"]
+    assert result["config"]["rate"] == 8.0
+
+
+def test_every_case_of_a_step_is_measured_around_its_context(tiny: Path) -> None:
+    options = ("--batch", "1", "4", "--context", "100", "400", "--adapters", "0", "2")
     cases = run("step", tiny, *options)["metrics"]["cases"]
-    assert [(case["batch"], case["adapters"]) for case in cases] == [(1, 0), (1, 2), (4, 0), (4, 2)]
-    assert all(case["step_ms"] > case["scheduler_ms"] > 0 for case in cases)
+    columns = ("context", "batch", "adapters", "rank")
+    assert [tuple(case[name] for name in columns) for case in cases] == [
+        (context, *case)
+        for context in (100, 400)
+        for case in [(1, 0, 0), (4, 0, 0), (4, 2, 4), (4, 2, 8)]
+    ]
+    for case in cases:
+        assert abs(case["mean_context"] - case["context"]) <= 1
+        assert case["step_ms"] > case["plan_ms"] > 0
+        assert case["cpu_ms"] > case["launch_ms"] > 0
 
 
 def test_the_ideal_engine_reads_the_measured_products(tiny: Path) -> None:

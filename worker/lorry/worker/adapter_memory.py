@@ -21,6 +21,8 @@ class FinishedLoad(NamedTuple):
 class AdapterMemory(Protocol):
     """Host images and the adapters' part of the pool."""
 
+    pool: PoolView
+
     def map(self, image: ImageReady) -> None:
         """Map an image's file; raises OSError or ValueError if it is not as announced."""
         ...
@@ -42,6 +44,7 @@ class DirectAdapterMemory:
     """Copies at once; see `AdapterMemory`."""
 
     def __init__(self, pool: PoolView, *, max_rank: int) -> None:
+        self.pool = pool
         self._table_buffer = TableBuffer(
             pool.layout,
             num_slots=pool.num_pages - 1,

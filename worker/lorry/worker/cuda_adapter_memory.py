@@ -42,6 +42,7 @@ class CudaAdapterMemory:
 
     def __init__(self, pool: PoolView, *, max_rank: int, registers_files: bool = True) -> None:
         device = pool.slices.device
+        self.pool = pool
         self._table_buffer = TableBuffer(
             pool.layout, num_slots=pool.num_pages - 1, max_rank=max_rank, device=device
         )

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lorry.worker import messages as m
@@ -21,13 +22,22 @@ class _Launched(NamedTuple):
     started_s: float
 
 
+@dataclass(slots=True)
+class HostTime:
+    """What the host spent on steps; plan and commit are the scheduler's part."""
+
+    plan_s: float = 0.0
+    launch_s: float = 0.0
+    commit_s: float = 0.0
+
+
 class Engine:
     """One pool, one model, one scheduler; every method returns at once but `step`."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler, clock: Clock = time.monotonic) -> None:
         self.scheduler = scheduler
         self.gauges = Gauges()
-        self.host_s = 0.0  # spent on planning steps and on taking their results
+        self.host_time = HostTime()
         self.runner = runner
         self._clock = clock
         self._in_flight: deque[_Launched] = deque()
@@ -58,7 +68,7 @@ class Engine:
         self._finish_loads()
         planning_s = self._clock()
         plan = self.scheduler.plan(planning_s, list(self._pin_calls.values()))
-        self.host_s += self._clock() - planning_s
+        self.host_time.plan_s += self._clock() - planning_s
         self._report(plan)
         for adapter in plan.loads:
             self.runner.adapters.begin_load(adapter)
@@ -96,16 +106,17 @@ class Engine:
         if batch is not None:
             started_s = self._clock()
             read = self.runner.launch(batch, self.scheduler.table)
+            self.host_time.launch_s += self._clock() - started_s
             self._in_flight.append(_Launched(batch, read, started_s))
         keep = self.runner.max_in_flight - 1 if batch is not None else 0
         while len(self._in_flight) > keep:
             self._read(self._in_flight.popleft())
 
     def _read(self, launched: "_Launched") -> None:
-        token_ids = launched.read()
+        drawn = launched.read()
         now_s = self._clock()
-        tokens, finished = self.scheduler.commit(launched.batch, token_ids, now_s)
-        self.host_s += self._clock() - now_s
+        tokens, finished = self.scheduler.commit(launched.batch, drawn, now_s)
+        self.host_time.commit_s += self._clock() - now_s
         # Steps overlap: a step's time is what passed since the one before was read.
         started_s = max(launched.started_s, self._last_read_s)
         self.gauges.note_step(launched.batch, max(now_s - started_s, 1e-9))

@@ -1,0 +1,63 @@
+"""The engine that a benchmark's options describe, with random weights."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.results_file import RESULTS
+from lorry.kernels.page_layout import PageLayout
+from lorry.rpc.base_model import BaseModel, read_base_model
+from lorry.rpc.service_config import DTYPES
+from lorry.worker.building import build_engine
+from lorry.worker.config import EngineConfig
+from lorry.worker.engine import Engine
+
+CONFIGS = Path(__file__).parent / "models"
+GIB = 1 << 30
+
+
+def engine_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of the engine and of the result file."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--model", default="llama-3-8b", help="a directory of benchmarks/models")
+    result.add_argument("--ranks", type=int, nargs="+", default=[16], help="cycled over adapters")
+    result.add_argument("--pool-gib", type=float, default=108.0)
+    result.add_argument("--step-tokens", type=int, default=1024)
+    result.add_argument("--max-running", type=int, default=512)
+    result.add_argument("--max-context-tokens", type=int, default=4096)
+    result.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    result.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    result.add_argument("--directory", type=Path, default=RESULTS, help="for the result files")
+    result.add_argument("--commit", help="where the tree came without its history")
+    return result
+
+
+def build(
+    arguments: argparse.Namespace, base_model: BaseModel, layout: PageLayout
+) -> tuple[Engine, EngineConfig]:
+    config = EngineConfig(
+        model=base_model.directory,
+        load_format="dummy",
+        device=arguments.device,
+        dtype=arguments.dtype,
+        pool_pages=int(arguments.pool_gib * GIB) // layout.page_bytes,
+        max_running=arguments.max_running,
+        step_tokens=arguments.step_tokens,
+        max_rank=max(64, *arguments.ranks),
+        max_context_tokens=arguments.max_context_tokens,
+    )
+    started_s = time.perf_counter()
+    engine = build_engine(config, base_model)
+    print(f"engine built in {time.perf_counter() - started_s:.1f} s", flush=True)
+    return engine, config
+
+
+def model_of(arguments: argparse.Namespace) -> tuple[BaseModel, PageLayout]:
+    base_model = read_base_model(CONFIGS / arguments.model)
+    return base_model, PageLayout(geometry=base_model.geometry, dtype=DTYPES[arguments.dtype])
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
