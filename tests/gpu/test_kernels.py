@@ -11,6 +11,7 @@ from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.rope import cos_sin_table, rope_write_kv, rope_write_kv_reference
 from lorry.kernels.sampling import sample, sample_reference
+from tests.support.digest import digest
 from tests.support.kernel_cases import (
     LAYER,
     MIXED_ADAPTERS,
@@ -22,7 +23,7 @@ from tests.support.kernel_cases import (
     store_adapters,
     store_sequences,
 )
-from tests.support.kernel_checks import adapt, attend, check_attention, check_lora, digest
+from tests.support.kernel_checks import adapt, attend, check_attention, check_lora
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 MODELS = ["llama-2-7b", "llama-3-8b", "qwen2.5-0.5b", "llama-70b"]

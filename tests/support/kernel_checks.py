@@ -1,6 +1,5 @@
 """Run a kernel and its reference on one case and compare; for the interpreter and for a GPU."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -107,8 +106,3 @@ def check_lora(
         for output, wanted, kept in zip(outputs, expected, base.split(widths, dim=1), strict=True):
             assert relative_error(output, wanted) < TOLERANCE[dtype], modules
             assert torch.equal(output[is_base], kept[is_base]), "base rows are written"
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """Of a tensor's bits, where NaN is not equal to itself."""
-    return hashlib.sha256(tensor.contiguous().cpu().view(torch.uint8).numpy()).hexdigest()

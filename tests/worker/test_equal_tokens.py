@@ -1,76 +1,26 @@
 """The engine answers token for token like transformers + peft in float32."""
 
-import itertools
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from lorry.worker.torch_runner import TorchRunner
 from tests.support.engines import EngineHarness
-from tests.support.models import EOS, Greedy, Reference, first_difference, make_adapter, make_llama
-
-QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
-ALL = [*QKVO, "gate_proj", "up_proj", "down_proj"]
-MODELS: dict[str, dict[str, Any]] = {
-    "gqa-tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
-    "mha-untied": {"num_key_value_heads": 4, "tie_word_embeddings": False},
-}
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "r1": {"r": 1, "lora_alpha": 4, "target_modules": ALL},
-    "r3": {"r": 3, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]},
-    "r8": {"r": 8, "lora_alpha": 16, "target_modules": QKVO},
-    "r16-rslora": {"r": 16, "lora_alpha": 16, "target_modules": ALL, "use_rslora": True},
-    "r64": {"r": 64, "lora_alpha": 32, "target_modules": ["down_proj", "gate_proj", "k_proj"]},
-    "r256": {"r": 256, "lora_alpha": 256, "target_modules": QKVO},
-    "pattern": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ALL,
-        "rank_pattern": {"q_proj": 12, r"layers\.1\.mlp\.up_proj": 1},
-    },
-}
-LENGTHS = [1, 2, 15, 16, 17, 33, 100, 257, 600]
-MAX_TOKENS = 36
-
-
-class World:
-    """A model, its adapters, and the reference's answers to a fixed set of requests."""
-
-    def __init__(self, directory: Path, model_fields: dict[str, Any]) -> None:
-        self.model = make_llama(directory / "model", **model_fields)
-        self.adapters = [None] + [
-            make_adapter(directory / name, self.model, seed=seed, **fields)
-            for seed, (name, fields) in enumerate(ADAPTERS.items())
-        ]
-        reference = Reference(self.model)
-        random = np.random.default_rng(0)
-        self.requests: list[tuple[list[int], Path | None, Greedy]] = []
-        for index, adapter in enumerate(itertools.chain(self.adapters * 2)):
-            length = LENGTHS[index % len(LENGTHS)]
-            prompt = random.integers(3, 320, length).tolist()
-            self.requests.append((prompt, adapter, reference.greedy(prompt, adapter, MAX_TOKENS)))
+from tests.support.equal_tokens import (
+    ADAPTERS,
+    LENGTHS,
+    MAX_TOKENS,
+    MODELS,
+    World,
+    check_answers,
+    largest_adapter_pages,
+)
+from tests.support.models import EOS, Reference, first_difference
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp(request.param), MODELS[request.param])
-
-
-def check_answers(
-    world: World, harness: EngineHarness, *, copies: int = 1, longest: int = max(LENGTHS)
-) -> None:
-    """Send each request with a prompt up to `longest` `copies` times at once; compare answers."""
-    requests = [request for request in world.requests if len(request[0]) <= longest] * copies
-    numbers = [harness.submit(prompt, adapter, MAX_TOKENS) for prompt, adapter, _ in requests]
-    harness.run()
-    for number, (prompt, adapter, expected) in zip(numbers, requests, strict=True):
-        actual = harness.tokens[number]
-        assert first_difference(expected, actual) is None, (
-            f"{adapter} after {len(prompt)} tokens: {actual}, not {expected.token_ids}"
-        )
-        assert harness.finished[number].failure is None
 
 
 def test_reference_is_worth_comparing_with(world: World) -> None:
@@ -119,11 +69,6 @@ def test_preemption_leaves_no_trace_in_the_tokens(world: World, tmp_path: Path) 
     harness = EngineHarness(world.model, tmp_path, step_tokens=64, pool_pages=pages)
     check_answers(world, harness, copies=12, longest=17)
     assert harness.engine.status().preemptions > 0
-
-
-def largest_adapter_pages(world: World, tmp_path: Path) -> int:
-    harness = EngineHarness(world.model, tmp_path, pool_pages=1)
-    return max(harness.image_pages(adapter) for adapter in world.adapters if adapter)
 
 
 def test_steps_that_overlap_leave_no_trace_in_the_tokens(world: World, tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Identical steps compute identical bits, in the dtype that models are served in."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorry.worker.cuda_runner import CudaRunner
+from tests.support.digest import digest
+from tests.support.engines import EngineHarness
+from tests.support.equal_tokens import ADAPTERS, largest_adapter_pages
+from tests.support.models import make_adapter, make_llama
+from tests.support.step_trace import PatientLoads, StepTrace
+
+TWENTY = 20
+
+
+class Models:
+    def __init__(self, directory: Path) -> None:
+        self.model = make_llama(directory / "model")
+        self.adapters: list[Path | None] = [None]
+        for seed, (name, fields) in enumerate(ADAPTERS.items()):
+            self.adapters.append(make_adapter(directory / name, self.model, seed=seed, **fields))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+def engine(device: torch.device, models: Models, directory: Path, **config: Any) -> EngineHarness:
+    """With requests of all adapters, greedy and sampled, and prompts of many lengths."""
+    defaults = {"device": device.type, "dtype": "bf16", "step_tokens": 64}
+    harness = EngineHarness(models.model, directory, **(defaults | config))
+    runner: Any = harness.engine.runner
+    runner.adapters = PatientLoads(runner.adapters)
+    random = np.random.default_rng(0)
+    for index in range(40):
+        prompt = random.integers(3, 320, int(random.integers(1, 90))).tolist()
+        adapter = models.adapters[index % len(models.adapters)]
+        harness.submit(prompt, adapter, 24, temperature=float(index % 3))
+    return harness
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "overlapped": {},
+    "one after the other": {"max_in_flight": 1},
+    "evicting and preempting": {"scarce": True},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_identical_sequences_of_steps_compute_identical_bits(
+    device: torch.device, models: Models, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    outcomes = []
+    pages = largest_adapter_pages(models, tmp_path) + 20 if "scarce" in config else 2000
+    for _ in range(2):
+        harness = engine(device, models, tmp_path, pool_pages=pages)
+        runner: Any = harness.engine.runner
+        runner.max_in_flight = config.get("max_in_flight", 2)
+        trace = StepTrace(harness.engine)
+        harness.run()
+        outcomes.append((trace.plans(), trace.digests(), harness.tokens))
+        if "scarce" in config:
+            assert harness.engine.status().adapter_evictions > 0
+            assert harness.engine.status().preemptions > 0
+    for first, second in zip(*outcomes, strict=True):
+        assert first == second
+    assert len(set(outcomes[0][1])) > TWENTY
+
+
+def test_twenty_runs_of_a_step_compute_identical_bits(
+    gpu: torch.device, models: Models, tmp_path: Path
+) -> None:
+    """Hidden states, drawn tokens and written KV; the dummy page belongs to nobody."""
+    harness = engine(gpu, models, tmp_path)
+    runner = harness.engine.runner
+    assert isinstance(runner, CudaRunner)
+    graphs, pool = runner.graphs, runner.graphs._state.pool
+    state = [pool.slices, *(x for x in vars(graphs).values() if isinstance(x, torch.Tensor))]
+    trace, replay = StepTrace(harness.engine), graphs.replay
+    last: dict[str, Any] = {}
+
+    def record(*step: Any) -> None:
+        last.update(step=step, before=[tensor.clone() for tensor in state])
+        replay(*step)
+
+    graphs.replay = record  # type: ignore[method-assign]  # keeps what a step begins with
+    while not (trace.steps and trace.steps[-1].is_mixed):
+        harness.step()
+    hidden_TH = graphs._hidden_TH[: len(trace.steps[-1].hidden_TH)]
+    outcomes = set()
+    for _ in range(TWENTY):
+        for tensor, before in zip(state, last["before"], strict=True):
+            tensor.copy_(before)
+        replay(*last["step"])
+        computed = (hidden_TH, graphs.token_N, pool.slices[pool.layers :])
+        outcomes.add(tuple(map(digest, computed)))
+    assert len(outcomes) == 1
+    assert outcomes.pop()[0] == trace.digests()[-1]
