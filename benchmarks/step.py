@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.building import build, device_name, engine_parser, model_of
-from benchmarks.contexts import contexts, shift_contexts
+from benchmarks.contexts import contexts, fill_pool, shift_contexts
 from benchmarks.driver import Driver, greedy
 from benchmarks.launches import launches_of
 from benchmarks.random_images import TARGETS, RandomImages, image_directory
@@ -34,7 +34,6 @@ MEASURED_STEPS = 48
 WARM_UP_STEPS = 8
 PROFILED_STEPS = 4
 PROMPT_TOKENS = 8
-FILL_ELEMENTS = 1 << 30
 
 
 class Case(NamedTuple):
@@ -86,7 +85,7 @@ def _submit(driver: Driver, images: RandomImages, case: Case) -> list[int]:
     for index, number in enumerate(numbers):
         version = images.version(index % case.adapters) if case.adapters else b""
         prompt = random.integers(3, 100, PROMPT_TOKENS).tolist()
-        driver.engine.handle([greedy(number, version, prompt, 8 * MEASURED_STEPS)])
+        driver.engine.handle([greedy(number, version, prompt, case.context + 2 * MEASURED_STEPS)])
     while len(contexts(driver.engine)) < case.batch:
         driver.step()
     return numbers
@@ -144,12 +143,6 @@ def measure_all(arguments: argparse.Namespace, engine: Engine) -> list[dict[str,
 
 def _short(value: float) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def fill_pool(engine: Engine) -> None:
-    """Give the pages random numbers, as KV would be: zeros cost less power than they."""
-    for part in engine.runner.adapters.pool.slices.view(-1).split(FILL_ELEMENTS):
-        part.normal_()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -98,3 +98,14 @@ def test_adapters_are_copied_into_consecutive_and_scattered_pages(tiny: Path) ->
     loads = result["metrics"]["loads"]
     assert [load["places"] for load in loads] == ["consecutive", "scattered"]
     assert all(load["gb_per_s"]["min"] > 0 for load in loads)
+
+
+def test_cold_and_resident_adapters_take_turns_beside_streams(tiny: Path) -> None:
+    streams = ("--streams", "3", "--stream-adapters", "2", "--context", "300", "--seconds", "1")
+    beside = ("--block", "0.5", "--interval", "0.2", "--output-tokens", "4")
+    metrics = run("cold", tiny, *streams, *beside)["metrics"]
+    assert metrics["cold"]["requests"] >= 2
+    assert metrics["resident"]["requests"] >= 2
+    for name in ("cold", "resident"):
+        assert 0 < metrics[name]["token_gap_s"]["p50"] <= metrics[name]["token_gap_s"]["max"]
+        assert metrics[name]["first_token_s"]["p50"] > 0
