@@ -17,6 +17,17 @@ WORD = np.dtype(np.int32)
 ALIGNMENT_WORDS = 32  # of each table's start, as kernels like it
 
 
+def slot_bytes(layout: PageLayout, max_rank: int) -> int:
+    """Bytes of a slot in all tables, at most."""
+    return sum(_slot_widths(layout, layout.pages(MODULES, max_rank))) * WORD.itemsize
+
+
+def _slot_widths(layout: PageLayout, pages: int) -> tuple[int, ...]:
+    """Words of a slot in each table; an adapter has up to `pages` pages."""
+    modules = len(MODULES)
+    return pages, 1, modules, modules, layout.geometry.layers * modules
+
+
 class TableChange(NamedTuple):
     """An adapter's slot: where its words are in the buffer, and what they become."""
 
@@ -31,8 +42,7 @@ class TableBuffer:
         self, layout: PageLayout, *, num_slots: int, max_rank: int, device: torch.device
     ) -> None:
         layers, modules = layout.geometry.layers, len(MODULES)
-        pages = min(layout.pages(MODULES, max_rank), num_slots)
-        self._widths = (pages, 1, modules, modules, layers * modules)  # words of a slot
+        self._widths = _slot_widths(layout, min(layout.pages(MODULES, max_rank), num_slots))
         sizes = [-(-num_slots * width // ALIGNMENT_WORDS) for width in self._widths]
         starts = np.cumsum([0, *sizes]) * ALIGNMENT_WORDS
         self._starts = starts[:-1].tolist()

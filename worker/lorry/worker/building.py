@@ -1,5 +1,10 @@
 """Builds an engine: weights, pool, scheduler and the runner of its device."""
 
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
 import torch
 
 from lorry.kernels.page_layout import PageLayout
@@ -7,6 +12,13 @@ from lorry.kernels.pool_view import TORCH_DTYPES, PoolView, allocate_pool
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.config import EngineConfig
 from lorry.worker.cuda_runner import CudaRunner
+from lorry.worker.device_memory import (
+    GpuMemory,
+    StepLimits,
+    check_pool_pages,
+    default_pool_pages,
+    memory_needs,
+)
 from lorry.worker.engine import Engine
 from lorry.worker.model import LlamaModel
 from lorry.worker.pool import PagePool
@@ -16,23 +28,63 @@ from lorry.worker.sequences import SequenceTable
 from lorry.worker.torch_runner import TorchRunner
 from lorry.worker.weights import CheckpointReader, RandomWeights, WeightReader, load_weights
 
+log = logging.getLogger(__name__)
+
 
 def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
-    """Load the model and allocate the pool; the dummy page comes on top of `pool_pages`."""
+    """Load the model, allocate the pool, and on a GPU capture all steps; logs what takes long.
+
+    Raises PoolDoesNotFit before anything large is allocated.
+    """
     torch.set_num_threads(config.threads)
     device = torch.device(config.device)
     layout = PageLayout(geometry=base_model.geometry, dtype=config.page_dtype)
-    weights = load_weights(base_model, _weight_reader(config, base_model, device))
-    model = LlamaModel(weights, base_model.geometry)
-    pool = allocate_pool(config.pool_pages + 1, layout, device)
     limits = SchedulerLimits(
         step_tokens=max(config.step_tokens, config.max_running),
         max_running=config.max_running,
         max_context_tokens=config.max_context_tokens or base_model.max_context_tokens,
     )
-    table = SequenceTable(config.max_running, limits.max_context_tokens, layout.page_tokens)
-    scheduler = Scheduler(limits, PagePool(pool.num_pages), table)
-    return Engine(_runner(config, base_model, model, pool, limits), scheduler)
+    pool_pages = _pool_pages(config, base_model, layout, limits)
+    with logged("loaded the weights"):
+        weights = load_weights(base_model, _weight_reader(config, base_model, device))
+        model = LlamaModel(weights, base_model.geometry)
+    with logged(f"allocated a pool of {pool_pages} pages of {layout.page_bytes} bytes"):
+        pool = allocate_pool(pool_pages + 1, layout, device)  # with the dummy page
+        table = SequenceTable(config.max_running, limits.max_context_tokens, layout.page_tokens)
+        scheduler = Scheduler(limits, PagePool(pool.num_pages), table)
+    with logged("prepared the steps"):
+        runner = _runner(config, base_model, model, pool, limits)
+    return Engine(runner, scheduler)
+
+
+@contextlib.contextmanager
+def logged(done: str) -> Iterator[None]:
+    """Log what the block has done, and its seconds."""
+    started_s = time.monotonic()
+    yield
+    log.info("%s in %.1f s", done, time.monotonic() - started_s)
+
+
+def _pool_pages(
+    config: EngineConfig, base_model: BaseModel, layout: PageLayout, limits: SchedulerLimits
+) -> int:
+    if config.device == "cpu":
+        if config.pool_pages is None:
+            raise ValueError("pool_pages is required on the CPU")
+        return config.pool_pages
+    steps = StepLimits(
+        max_rows=limits.step_tokens,
+        max_samples=limits.max_running,
+        max_context_tokens=limits.max_context_tokens,
+    )
+    needs = memory_needs(base_model, layout, steps, max_rank=config.max_rank)
+    with logged("opened the GPU"):
+        torch.cuda.empty_cache()
+        memory = GpuMemory(*torch.cuda.mem_get_info())
+    if config.pool_pages is None:
+        return default_pool_pages(memory, needs, config.memory_fraction)
+    check_pool_pages(memory, needs, config.pool_pages)
+    return config.pool_pages
 
 
 def _weight_reader(

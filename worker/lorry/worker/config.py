@@ -20,6 +20,8 @@ LoadFormat = Literal["safetensors", "dummy"]
 NATIVE_DTYPE: dict[Device, DtypeName] = {"cpu": "fp32", "cuda": "bf16"}
 STEP_TOKENS: dict[Device, int] = {"cpu": 256, "cuda": 1024}
 MAX_RUNNING = 512
+CPU_POOL_BYTES = 512 << 20
+MEMORY_FRACTION = 0.9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,8 @@ class EngineConfig:
     load_format: LoadFormat = "safetensors"
     device: Device = "cpu"
     dtype: DtypeName = "fp32"
-    pool_pages: int  # the dummy page not counted
+    pool_pages: int | None  # the dummy page not counted; None, on a GPU: by memory_fraction
+    memory_fraction: float = MEMORY_FRACTION
     max_running: int = STEP_TOKENS["cpu"]
     step_tokens: int = STEP_TOKENS["cpu"]  # at least max_running: a step has a row of each
     max_rank: int = MAX_RANK
@@ -79,11 +82,16 @@ class Config(ServiceConfig):
     dtype: DtypeName | None = None
     """Type of weights, KV cache and adapters; by default fp32 on the CPU and bf16 on a GPU."""
 
-    pool_bytes: int = 512 << 20
-    """Memory for KV cache and adapters together."""
+    pool_bytes: int | None = None
+    """Memory for KV cache and adapters together; by default 512 MiB on the CPU, and on a GPU what
+    memory_fraction leaves."""
 
     pool_pages: int | None = None
     """The same as a number of pages, of 16 tokens of KV each; instead of pool_bytes."""
+
+    memory_fraction: float = MEMORY_FRACTION
+    """Share of a GPU's memory that may be in use, by this worker and others, where neither
+    pool_bytes nor pool_pages is given."""
 
     max_running: int | None = None
     """Sequences that may run at the same time; by default 512, and at most step_tokens."""
@@ -140,6 +148,8 @@ class Config(ServiceConfig):
         check_not_negative(self, "max_waiting", "grace_s")
         if not 1 <= self.max_rank <= MAX_RANK:
             raise ValueError(f"max_rank must be in [1, {MAX_RANK}], got {self.max_rank}")
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
         if not self.worker_id:
             raise ValueError("worker_id must not be empty")
 
@@ -149,10 +159,6 @@ class Config(ServiceConfig):
 
     def engine(self, base_model: BaseModel) -> EngineConfig:
         """What to tell the engine; raises ValueError for a pool or a step that is too small."""
-        page_bytes = self.page_layout(base_model).page_bytes
-        pool_pages = self.pool_pages or self.pool_bytes // page_bytes
-        if not pool_pages:
-            raise ValueError(f"pool_bytes {self.pool_bytes} holds no page of {page_bytes} bytes")
         step_tokens = self.step_tokens or STEP_TOKENS[self.device]
         max_running = self.max_running or min(MAX_RUNNING, step_tokens)
         if max_running > step_tokens:
@@ -165,10 +171,22 @@ class Config(ServiceConfig):
             load_format=self.load_format,
             device=self.device,
             dtype=self.dtype or NATIVE_DTYPE[self.device],
-            pool_pages=pool_pages,
+            pool_pages=self._pool_pages(base_model),
+            memory_fraction=self.memory_fraction,
             max_running=max_running,
             step_tokens=step_tokens,
             max_rank=self.max_rank,
             max_context_tokens=context,
             threads=self.threads or max(1, (os.cpu_count() or 1) // 2),
         )
+
+    def _pool_pages(self, base_model: BaseModel) -> int | None:
+        pool_bytes = self.pool_bytes
+        if pool_bytes is None and self.device == "cpu":
+            pool_bytes = CPU_POOL_BYTES
+        if self.pool_pages or pool_bytes is None:
+            return self.pool_pages
+        page_bytes = self.page_layout(base_model).page_bytes
+        if pool_bytes < page_bytes:
+            raise ValueError(f"pool_bytes {pool_bytes} holds no page of {page_bytes} bytes")
+        return pool_bytes // page_bytes

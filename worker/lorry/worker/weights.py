@@ -1,5 +1,6 @@
 """The base model's weights, read from safetensors files and joined as the model multiplies them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,6 +8,7 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
+from lorry.kernels.page_layout import MODULES
 from lorry.rpc.base_model import BaseModel, UnsupportedModel, tensor_files
 
 RANDOM_STANDARD_DEVIATION = 0.02
@@ -75,6 +77,16 @@ class RandomWeights:
         mean = 1.0 if len(shape) == 1 else 0.0
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
         return tensor.normal_(mean, RANDOM_STANDARD_DEVIATION)
+
+
+def num_weights(base_model: BaseModel) -> int:
+    """Elements of all tensors of the model."""
+    geometry = base_model.geometry
+    projections = sum(math.prod(geometry.module_shape(module)) for module in MODULES)
+    layer = projections + 2 * geometry.hidden
+    embeddings = 1 if base_model.tie_embeddings else 2
+    vocabulary = embeddings * base_model.vocab_size * geometry.hidden
+    return vocabulary + geometry.layers * layer + geometry.hidden
 
 
 def load_weights(base_model: BaseModel, reader: WeightReader) -> ModelWeights:

@@ -1,0 +1,122 @@
+"""How many pages a GPU has room for, computed before anything large is allocated."""
+
+from dataclasses import dataclass
+
+from lorry.kernels.page_layout import PageLayout
+from lorry.rpc.base_model import BaseModel
+from lorry.worker.adapter_tables import slot_bytes
+from lorry.worker.buckets import bucket_sizes
+from lorry.worker.lora_groups import LoraGroups
+from lorry.worker.weights import num_weights
+
+# By default there are no more: tables and host lists grow with them, and 4 million tokens of KV
+# are more than most can use. `pool_pages` may ask for more.
+MOST_DEFAULT_PAGES = 1 << 18
+
+# Upper bounds; what capture took is logged beside their sum.
+FIXED_BYTES = 1 << 30  # code of kernels, workspaces of matrix products, work lists
+GRAPH_BYTES = 4 << 20  # of a graph's nodes in the driver
+LOGIT_BYTES = 16  # of a logit and what the sampler makes of it
+HEADS = 2  # that a bucket of samples may have
+ACTIVATION_COPIES = 2  # of the run before a capture, and in the graphs' own memory
+
+
+class PoolDoesNotFit(ValueError):
+    """The pool leaves no room for the weights, or for the steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeeds:
+    """What an engine takes of a GPU's memory."""
+
+    weights_bytes: int
+    steps_bytes: int  # activations, buffers and graphs
+    page_bytes: int  # of the pool
+    slot_bytes: int  # of the adapter tables; there are as many slots as pages
+
+    def pages_in(self, num_bytes: int) -> int:
+        """Pages that fit into `num_bytes` beside weights and steps, the dummy page not counted."""
+        left = num_bytes - self.weights_bytes - self.steps_bytes
+        return max(0, left // (self.page_bytes + self.slot_bytes) - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLimits:
+    """The largest step for which graphs are captured."""
+
+    max_rows: int
+    max_samples: int
+    max_context_tokens: int
+
+
+def memory_needs(
+    base_model: BaseModel, layout: PageLayout, steps: StepLimits, *, max_rank: int
+) -> MemoryNeeds:
+    """What an engine for `base_model` takes; steps are bounded from above."""
+    return MemoryNeeds(
+        weights_bytes=num_weights(base_model) * layout.dtype.itemsize,
+        steps_bytes=_steps_bytes(base_model, layout, steps),
+        page_bytes=layout.page_bytes,
+        slot_bytes=slot_bytes(layout, max_rank),
+    )
+
+
+def _steps_bytes(base_model: BaseModel, layout: PageLayout, steps: StepLimits) -> int:
+    geometry, itemsize = base_model.geometry, layout.dtype.itemsize
+    attention = (geometry.heads + geometry.kv_heads) * geometry.head_dim
+    row_bytes = (6 * geometry.hidden + 2 * attention + 4 * geometry.intermediate) * itemsize
+    sample_bytes = base_model.vocab_size * LOGIT_BYTES
+    activations = steps.max_rows * row_bytes + steps.max_samples * sample_bytes
+    block_table = -(-steps.max_context_tokens // layout.page_tokens) * steps.max_samples * 4
+    rope_table = base_model.max_context_tokens * 2 * geometry.head_dim * itemsize
+    graphs = len(bucket_sizes(steps.max_rows)) * len(LoraGroups)
+    graphs += len(bucket_sizes(steps.max_samples)) * HEADS
+    return (
+        FIXED_BYTES
+        + graphs * GRAPH_BYTES
+        + ACTIVATION_COPIES * activations
+        + block_table
+        + rope_table
+    )
+
+
+def default_pool_pages(memory: GpuMemory, needs: MemoryNeeds, memory_fraction: float) -> int:
+    """Pages with which `memory_fraction` of the GPU's memory is in use; raises PoolDoesNotFit."""
+    reserve = int((1 - memory_fraction) * memory.total_bytes)
+    pages = min(needs.pages_in(memory.free_bytes - reserve), MOST_DEFAULT_PAGES)
+    if not pages:
+        raise PoolDoesNotFit(
+            f"memory_fraction {memory_fraction:g} leaves no room for a pool: the GPU has "
+            f"{_gib(memory.free_bytes)} free of {_gib(memory.total_bytes)}, {_others(needs)}"
+        )
+    return pages
+
+
+def check_pool_pages(memory: GpuMemory, needs: MemoryNeeds, pool_pages: int) -> None:
+    """Raise PoolDoesNotFit, which says what would fit, if `pool_pages` pages do not."""
+    most = needs.pages_in(memory.free_bytes)
+    if pool_pages <= most:
+        return
+    fits = f"at most pool_pages {most} (pool_bytes {most * needs.page_bytes}) fits"
+    raise PoolDoesNotFit(
+        f"pool_pages {pool_pages} ({_gib(pool_pages * needs.page_bytes)}) does not fit: the GPU "
+        f"has {_gib(memory.free_bytes)} free, {_others(needs)}; "
+        f"{fits if most else 'no page fits beside them'}"
+    )
+
+
+def _others(needs: MemoryNeeds) -> str:
+    return (
+        f"weights take {_gib(needs.weights_bytes)}, steps and graphs {_gib(needs.steps_bytes)} "
+        f"and adapter tables {needs.slot_bytes} bytes a page"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.2f} GiB"
