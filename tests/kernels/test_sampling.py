@@ -1,5 +1,7 @@
 """Truncated sampling and logprobs: the kernels against their references."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -98,13 +100,14 @@ def test_the_reference_keeps_what_the_warpers_of_transformers_keep(
 ):
     generator = torch.Generator().manual_seed(top_k)
     logits = torch.randn(30, 400, generator=generator) * 3
+    prompt: Any = None  # which no warper looks at
     warped = logits / temperature
     if top_k:
-        warped = TopKLogitsWarper(top_k)(None, warped)
+        warped = TopKLogitsWarper(top_k)(prompt, warped)
     if top_p < 1:
-        warped = TopPLogitsWarper(top_p)(None, warped)
+        warped = TopPLogitsWarper(top_p)(prompt, warped)
     if min_p:
-        warped = MinPLogitsWarper(min_p)(None, warped)
+        warped = MinPLogitsWarper(min_p)(prompt, warped)
     rows = rows_of(temperature, top_k, top_p, min_p, rows=30)
     kept = logits >= truncation_reference(logits, *rows)[:, None]
     assert torch.equal(kept, warped > -torch.inf)

@@ -26,6 +26,7 @@ class EngineHarness:
         self.config = EngineConfig(model=model, **(defaults | config))
         self.engine = build_engine(self.config, self._base_model)
         self.tokens: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[m.RowLogprobs]] = {}  # of requests that ask
         self.finished: dict[int, m.Finished] = {}
         self.events: list[m.Event] = []
         self._images = image_directory
@@ -53,7 +54,7 @@ class EngineHarness:
             "seed": number,
             "remaining_s": None,
         }
-        self.tokens[number] = []
+        self.tokens[number], self.logprobs[number] = [], []
         self.engine.handle(
             [
                 m.Submit(
@@ -110,11 +111,18 @@ class EngineHarness:
         if isinstance(event, m.StepTokens):
             for number, token_id in zip(event.requests, event.token_ids, strict=True):
                 self.tokens[number].append(token_id)
+            self._note_logprobs(event)
         elif isinstance(event, m.Finished):
             assert event.request not in self.finished, "a request finished twice"
             self.finished[event.request] = event
         elif isinstance(event, m.FetchImage):
             self.engine.handle([self.image(event.version)])
+
+    def _note_logprobs(self, event: m.StepTokens) -> None:
+        if event.logprobs is not None:
+            for number, row in zip(event.requests, event.logprobs.rows(), strict=True):
+                if row is not None:
+                    self.logprobs[number].append(row)
 
 
 def _modules(header: Any) -> Iterator[m.ImageModule]:

@@ -76,6 +76,13 @@ class Reference:
         gaps = [_gap(logits[0]) for logits in output.logits]
         return Greedy(output.sequences[0, len(prompt) :].tolist(), gaps)
 
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int], adapter: Path | None) -> torch.Tensor:
+        """Of the token after each of `token_ids`, float32."""
+        model: Any = self._base if adapter is None else self._with(adapter)
+        logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
+        return logits
+
     def _with(self, adapter: Path) -> PeftModel:
         if adapter not in self._adapted:
             self._adapted[adapter] = PeftModel.from_pretrained(_base(self._model), adapter).eval()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lorry.worker import messages as m
+from lorry.worker.drawn import Drawn
 from lorry.worker.plan import Batch, Plan
 from lorry.worker.pool import PagePool
 from lorry.worker.scheduler import Scheduler, SchedulerLimits
@@ -88,8 +89,8 @@ class Driver:
             scheduler.residency.finish_load(adapter, self.now_s)
         if plan.batch is not None:
             self.on_batch(plan.batch)
-            drawn = np.full(int(plan.batch.samples_S.sum()), self.next_token, dtype=np.int32)
-            tokens, finished = scheduler.commit(plan.batch, drawn, self.now_s)
+            token_ids = np.full(int(plan.batch.samples_S.sum()), self.next_token, dtype=np.int32)
+            tokens, finished = scheduler.commit(plan.batch, Drawn(token_ids), self.now_s)
             for number, token_id in zip(tokens.requests, tokens.token_ids, strict=True):
                 self.tokens[number].append(token_id)
             self.note(*finished)

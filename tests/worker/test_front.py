@@ -18,6 +18,7 @@ from lorry.rpc.errors import (
 from lorry.worker import streams
 from lorry.worker.front import MAX_ROUTERS, Front
 from lorry.worker.messages import (
+    NOT_ASKED,
     Cancel,
     Command,
     Failure,
@@ -32,7 +33,9 @@ from lorry.worker.messages import (
     Status,
     StepTokens,
     Submit,
+    TokenLogprobs,
 )
+from lorry.worker.responses import to_step
 from lorry.worker.streams import (
     ResidencyUpdate,
     RouterStream,
@@ -102,6 +105,37 @@ def test_a_steps_tokens_and_ends_leave_together_for_each_router(link):
     assert [e.seq for e in output.finished] == [1]
     (output,) = unread(two)
     assert (output.seqs, output.token_ids, output.finished) == ([1], [70], [])
+
+
+def test_logprobs_go_to_the_routers_whose_requests_asked(link):
+    one, two = link.front.attach("one"), link.front.attach("two")
+    first, second, third = (link.submit(one, seq) for seq in (1, 2, 3))
+    other = link.submit(two, 1)
+    logprobs = TokenLogprobs(
+        [0.0, 0.0, -0.5, -1.5, 0.0],
+        [NOT_ASKED, NOT_ASKED, 2, 0, NOT_ASKED],
+        [8, 9],
+        [-0.5, -0.75],
+    )
+    requests = [other, first, second, third, first]
+    link.front.handle([StepTokens(7, requests, [70, 71, 8, 73, 74], logprobs)])
+    (output,) = unread(two)
+    assert not to_step(output).logprobs
+    (output,) = unread(one)
+    step = to_step(output)
+    assert list(step.seqs) == [1, 2, 3, 1]
+    assert list(step.logprobs) == [0, -0.5, -1.5, 0]
+    assert list(step.top_counts) == [0, 2, 0, 0]
+    assert list(step.top_token_ids) == [8, 9]
+    assert list(step.top_logprobs) == [-0.5, -0.75]
+
+
+def test_steps_without_alternatives_have_no_counts_of_them(link):
+    stream = link.front.attach("r")
+    number = link.submit(stream, 1)
+    link.front.handle([StepTokens(7, [number], [9], TokenLogprobs([-2.0], [0], [], []))])
+    step = to_step(unread(stream)[0])
+    assert (list(step.logprobs), list(step.top_counts)) == ([-2.0], [])
 
 
 def test_ends_that_precede_a_steps_tokens_leave_with_them(link):

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.worker import messages as m
+from lorry.worker.drawn import Drawn
 from lorry.worker.residency import AdapterState
 from tests.support.schedules import STOP, Driver
 
@@ -192,7 +193,7 @@ def test_results_that_are_read_late_keep_their_step() -> None:
     second = scheduler.plan(0.0, []).batch
     assert first is not None
     assert second is not None
-    drawn = np.ones(1, dtype=np.int32)
+    drawn = Drawn(np.ones(1, dtype=np.int32))
     steps = [scheduler.commit(batch, drawn, 0.0)[0].step for batch in (first, second)]
     assert steps == [1, 2]
     assert scheduler.table.num_read_R[0] == 5
@@ -206,7 +207,7 @@ def test_a_result_that_comes_after_its_request_ended_is_dropped() -> None:
     driver.note(*driver.scheduler.cancel([1]))
     driver.submit(2, prompt=5, max_tokens=8)  # takes the same row
     driver.scheduler.plan(0.0, [])
-    tokens, finished = driver.scheduler.commit(batch, np.ones(1, dtype=np.int32), 0.0)
+    tokens, finished = driver.scheduler.commit(batch, Drawn(np.ones(1, dtype=np.int32)), 0.0)
     assert (tokens.requests, finished) == ([], [])
     driver.scheduler.check_integrity()
 

@@ -3,15 +3,17 @@
 import numpy as np
 import torch
 
+from lorry.kernels.logprobs import unpacked
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.cuda_adapter_memory import CudaAdapterMemory
+from lorry.worker.drawn import Drawn, DrawnLogprobs
 from lorry.worker.model import LlamaModel, norm_epsilon, rope_table
 from lorry.worker.plan import Batch
 from lorry.worker.runner import ReadTokens
 from lorry.worker.sequence_pages import SequencePages
 from lorry.worker.sequences import SequenceTable
-from lorry.worker.step_arrays import banned_tokens, step_arrays
+from lorry.worker.step_arrays import banned_tokens, head_kind, step_arrays
 from lorry.worker.step_buffers import StepBuffers
 from lorry.worker.step_graphs import StepGraphs
 from lorry.worker.triton_operations import allocate_device_state
@@ -79,20 +81,32 @@ class CudaRunner:
         values |= {"page_place": place_U[first], "new_page": page_U[first]}
         self._buffers.fill(values, padded_rows=rows, padded_samples=samples)
         self._pages.write(self._buffers.device, len(page_U[first]))
-        self.graphs.set_banned(banned_tokens(batch, table))
-        self.graphs.replay(rows, samples, self.adapters.groups_of(batch.slot_S))
+        self.graphs.head.set_banned(banned_tokens(batch, table))
+        groups = self.adapters.groups_of(batch.slot_S)
+        self.graphs.replay(rows, samples, groups, head_kind(values))
         self.padded_rows += rows - batch.num_tokens
-        return self._reader(int(batch.samples_S.sum()))
+        return self._reader(values["num_top"])
 
-    def _reader(self, samples: int) -> ReadTokens:
-        tokens = torch.empty(samples, dtype=torch.int64, pin_memory=True)
-        tokens.copy_(self.graphs.token_N[:samples], non_blocking=True)
+    def _reader(self, num_top_N: np.ndarray) -> ReadTokens:
+        head, samples = self.graphs.head, len(num_top_N)
+        tokens = _host_copy(head.token_N[:samples])
+        asked = (num_top_N >= 0).any()
+        logprobs = _host_copy(head.logprobs_NY[:samples]) if asked else None
         copied = torch.cuda.Event()
         copied.record()
 
-        def read() -> np.ndarray:
+        def read() -> Drawn:
             copied.synchronize()
-            token_N: np.ndarray = tokens.numpy().astype(np.int32)
-            return token_N
+            token_N = tokens.numpy().astype(np.int32)
+            if logprobs is None:
+                return Drawn(token_N)
+            reported = (values.numpy() for values in unpacked(logprobs))
+            return Drawn(token_N, DrawnLogprobs(num_top_N, *reported))
 
         return read
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Pinned memory that the current stream will have filled."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)

@@ -5,7 +5,8 @@ messages over a ring. A request is known by a number that the front chooses and 
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,6 +22,8 @@ class Failure(Message, frozen=True):
     message: str
     metadata: dict[str, str] = {}
 
+
+NOT_ASKED = -1  # for logprobs
 
 # From the front to the engine
 
@@ -39,6 +42,10 @@ class Submit(Message, frozen=True):
     temperature: float
     seed: int  # unsigned 64 bits
     remaining_s: float | None  # of the deadline
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_logprobs: int | None = None  # alternatives of each token; None: no logprobs at all
 
 
 class Cancel(Message, frozen=True):
@@ -127,12 +134,39 @@ class Started(Message, frozen=True):
     max_context_tokens: int
 
 
+class RowLogprobs(NamedTuple):
+    """Of one token."""
+
+    logprob: float
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+class TokenLogprobs(Message, frozen=True):
+    """Raw logprobs of a step's tokens, as flat lists."""
+
+    logprobs: list[float]  # of each token
+    top_counts: list[int]  # alternatives of each token; NOT_ASKED: it has no logprobs at all
+    top_token_ids: list[int]  # the alternatives of all tokens, most likely first
+    top_logprobs: list[float]
+
+    def rows(self) -> Iterator[RowLogprobs | None]:
+        """Those of each token; None where its request did not ask."""
+        first = 0
+        for logprob, count in zip(self.logprobs, self.top_counts, strict=True):
+            end = first + max(count, 0)
+            ids, logprobs = self.top_token_ids[first:end], self.top_logprobs[first:end]
+            yield None if count == NOT_ASKED else RowLogprobs(logprob, ids, logprobs)
+            first = end
+
+
 class StepTokens(Message, frozen=True):
     """Tokens that a step drew: requests[i] got token_ids[i]."""
 
     step: int
     requests: list[int]
     token_ids: list[int]
+    logprobs: TokenLogprobs | None = None  # None: no request asked for any
 
 
 class FinishReason(enum.IntEnum):

@@ -74,11 +74,16 @@ class RequestTable:
         await self._idle.wait()
 
     def distribute(self, event: StepTokens, outputs: StepOutputs) -> None:
-        for number, token_id in zip(event.requests, event.token_ids, strict=True):
+        """Give each router what is its own of the tokens."""
+        logprobs = event.logprobs
+        rows = [None] * len(event.requests) if logprobs is None else list(logprobs.rows())
+        for number, token_id, row in zip(event.requests, event.token_ids, rows, strict=True):
             if place := self._places.get(number):
                 output = outputs.of(place.stream)
                 output.seqs.append(place.seq)
                 output.token_ids.append(token_id)
+                if row is not None:
+                    output.add_logprobs(row)
 
     def finish(self, event: Finished, outputs: StepOutputs) -> None:
         place = self._places.pop(event.request, None)

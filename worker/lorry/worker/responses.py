@@ -24,10 +24,15 @@ def to_response(event: StreamEvent) -> pb.AttachResponse:
 
 
 def to_step(output: StepOutput) -> pb.StepOutput:
+    missing = [0] * (len(output.seqs) - len(output.logprobs)) if output.logprobs else []
     return pb.StepOutput(
         step=output.step,
         seqs=output.seqs,
         token_ids=output.token_ids,
+        logprobs=[*output.logprobs, *missing],
+        top_counts=[*output.top_counts, *missing] if output.top_token_ids else [],
+        top_token_ids=output.top_token_ids,
+        top_logprobs=output.top_logprobs,
         finished=[to_finished(end) for end in output.finished],
         submit_limit=output.submit_limit,
     )

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
-
 from lorry.worker.adapter_memory import AdapterMemory
+from lorry.worker.drawn import Drawn
 from lorry.worker.plan import Batch
 from lorry.worker.sequences import SequenceTable
 
-ReadTokens = Callable[[], np.ndarray]
+ReadTokens = Callable[[], Drawn]
 
 
 class Runner(Protocol):
@@ -21,7 +20,6 @@ class Runner(Protocol):
     def adapters(self) -> AdapterMemory: ...
 
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
-        """Start a step; the result waits for it and returns the drawn tokens (int32), one for
-        each sampling sequence. A sequence whose newest token was not read yet continues from what
-        the step before drew."""
+        """Start a step; the result waits for it and returns what it drew. A sequence whose newest
+        token was not read yet continues from what the step before drew."""
         ...

@@ -14,6 +14,7 @@ import numpy as np
 
 from lorry.kernels.page_layout import BASE_MODEL
 from lorry.worker.adapter_loader import AdapterLoader
+from lorry.worker.drawn import Drawn
 from lorry.worker.feasibility import refusal
 from lorry.worker.messages import Failure, Finished, FinishReason, StepTokens, Submit
 from lorry.worker.plan import Batch, BatchBuilder, Plan
@@ -101,18 +102,21 @@ class Scheduler:
         self.steps += plan.batch is not None
         return plan
 
-    def commit(
-        self, batch: Batch, token_ids: np.ndarray, now_s: float
-    ) -> tuple[StepTokens, list[Finished]]:
-        """Take the tokens that a step drew (int32, one for each sampling sequence)."""
+    def commit(self, batch: Batch, drawn: Drawn, now_s: float) -> tuple[StepTokens, list[Finished]]:
+        """Take what a step drew for its sampling sequences."""
         table = self.table
         sampled = batch.samples_S
         alive = table.admission_R[batch.row_S[sampled]] == batch.admission_S[sampled]
-        rows, token_ids = batch.row_S[sampled][alive], token_ids[alive]
+        rows, (token_ids, logprobs) = batch.row_S[sampled][alive], drawn.only(alive)
         position = table.num_prompt_R[rows] + batch.output_position_S[sampled][alive]
         table.token_ids_RC[rows, position] = token_ids
         table.num_read_R[rows] = position + 1
-        tokens = StepTokens(batch.step, table.number_R[rows].tolist(), token_ids.tolist())
+        tokens = StepTokens(
+            batch.step,
+            table.number_R[rows].tolist(),
+            token_ids.tolist(),
+            logprobs.to_message() if logprobs is not None else None,
+        )
         self._note_first_tokens(rows, now_s)
         stopped = table.is_stop(rows, token_ids)
         ended = stopped | (table.num_read_R[rows] >= table.most_tokens_R[rows])

@@ -6,6 +6,7 @@ sequence, X = stop tokens.
 
 import numpy as np
 
+from lorry.worker.messages import NOT_ASKED
 from lorry.worker.request import NO_ROW, Request
 
 NO_TOKEN = -1
@@ -38,6 +39,10 @@ class SequenceTable:
         self.awaits_first_R = np.zeros(num_rows, dtype=np.bool_)  # its first token since admission
         self.slot_R = np.zeros(num_rows, dtype=np.int32)
         self.temperature_R = np.zeros(num_rows, dtype=np.float32)
+        self.top_k_R = np.zeros(num_rows, dtype=np.int32)
+        self.top_p_R = np.ones(num_rows, dtype=np.float32)
+        self.min_p_R = np.zeros(num_rows, dtype=np.float32)
+        self.top_logprobs_R = np.full(num_rows, NOT_ASKED, dtype=np.int32)
         self.seed_R = np.zeros(num_rows, dtype=np.int64)  # the bits of an unsigned seed
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._admissions = 0
@@ -62,6 +67,10 @@ class SequenceTable:
         self.number_R[row] = request.number
         self.slot_R[row] = slot
         self.temperature_R[row] = submit.temperature
+        self.top_k_R[row] = submit.top_k
+        self.top_p_R[row] = submit.top_p
+        self.min_p_R[row] = submit.min_p
+        self.top_logprobs_R[row] = NOT_ASKED if submit.top_logprobs is None else submit.top_logprobs
         self.seed_R[row] = np.uint64(submit.seed).astype(np.int64)
 
     def remove(self, request: Request) -> list[int]:

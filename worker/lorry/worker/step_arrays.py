@@ -4,10 +4,20 @@ Shape suffixes: T = rows of the step, S = sequences of the step, N = rows that s
 X = stop tokens.
 """
 
+import enum
+from collections.abc import Mapping
+
 import numpy as np
 
 from lorry.worker.plan import Batch
 from lorry.worker.sequences import NO_TOKEN, SequenceTable
+
+
+class HeadKind(enum.Enum):
+    """What a step's samples need beyond their logits."""
+
+    PLAIN = enum.auto()  # temperature
+    FULL = enum.auto()  # also top-k, top-p, min-p and logprobs
 
 
 def step_arrays(batch: Batch, table: SequenceTable) -> dict[str, np.ndarray]:
@@ -33,8 +43,20 @@ def step_arrays(batch: Batch, table: SequenceTable) -> dict[str, np.ndarray]:
         "state_row": row_N,
         "seed": table.seed_R[row_N],
         "temperature": table.temperature_R[row_N],
+        "top_k": table.top_k_R[row_N],
+        "top_p": table.top_p_R[row_N],
+        "min_p": table.min_p_R[row_N],
+        "num_top": table.top_logprobs_R[row_N],
         "output_position": batch.output_position_S[batch.samples_S],
     }
+
+
+def head_kind(arrays: Mapping[str, np.ndarray]) -> HeadKind:
+    """The least of heads that does what the step's samples ask for."""
+    is_cut_N = (arrays["top_k"] > 0) | (arrays["top_p"] < 1) | (arrays["min_p"] > 0)
+    is_cut_N &= arrays["temperature"] > 0
+    is_plain = not (is_cut_N.any() or (arrays["num_top"] >= 0).any())
+    return HeadKind.PLAIN if is_plain else HeadKind.FULL
 
 
 def banned_tokens(batch: Batch, table: SequenceTable) -> np.ndarray | None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lorry.kernels.page_layout import BASE_MODEL
+from lorry.worker.messages import NOT_ASKED
 from lorry.worker.pool import DUMMY_PAGE
 
 NO_SEQUENCE = -1
@@ -34,9 +35,18 @@ FIELDS: Mapping[str, Field] = {
     "slot": Field(np.dtype(np.int32), "T"),
     "output_position": Field(np.dtype(np.int32), "N"),
     "temperature": Field(np.dtype(np.float32), "N"),
+    "top_k": Field(np.dtype(np.int32), "N"),
+    "top_p": Field(np.dtype(np.float32), "N"),
+    "min_p": Field(np.dtype(np.float32), "N"),
+    "num_top": Field(np.dtype(np.int32), "N"),
     "new_page": Field(np.dtype(np.int32), "U"),
 }
-PADDING = {"page": DUMMY_PAGE, "sequence": NO_SEQUENCE, "slot": BASE_MODEL}
+PADDING = {
+    "page": DUMMY_PAGE,
+    "sequence": NO_SEQUENCE,
+    "slot": BASE_MODEL,
+    "num_top": NOT_ASKED,
+}
 
 
 class StepBuffers:
@@ -66,7 +76,8 @@ class StepBuffers:
         """Copy a step's fields to the device, in the order of the current stream.
 
         Rows up to `padded_rows` and samples up to `padded_samples` are filled with what harms
-        nobody: the dummy page, no sequence, the base model, a row of state that nobody has.
+        nobody: the dummy page, no sequence, the base model, a row of state that nobody has,
+        greedy draws that ask for nothing.
         """
         self._turn = (self._turn + 1) % SLOTS
         self._copied[self._turn].synchronize()

@@ -11,18 +11,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
-from lorry.kernels.sampling import sample
 from lorry.worker.buckets import bucket_of, bucket_sizes
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.model import LlamaModel
-from lorry.worker.sequences import NO_TOKEN
+from lorry.worker.step_arrays import HeadKind
 from lorry.worker.step_buffers import StepBuffers
+from lorry.worker.step_head import StepHead
 from lorry.worker.triton_operations import DeviceState, TritonOperations
-
-MAX_STOP_IDS = 80  # the protocol allows 64 beside the model's end-of-sequence tokens
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +46,9 @@ class StepGraphs:
         self._state = state
         self._buffers = buffers.device
         self._hidden_TH = torch.zeros(max_rows, hidden, dtype=dtype, device=device)
-        # The last row of state belongs to nobody; padded samples write there.
-        self._last_token_R = torch.zeros(max_samples + 1, dtype=torch.int64, device=device)
-        self.token_N = torch.zeros(max_samples, dtype=torch.int64, device=device)
-        self._banned_NX = torch.full(
-            (max_samples, MAX_STOP_IDS), NO_TOKEN, dtype=torch.int64, device=device
-        )
-        self._has_banned = False
+        self.head = StepHead(model, buffers.device, self._hidden_TH, max_samples=max_samples)
         self._bodies: dict[tuple[int, LoraGroups], torch.cuda.CUDAGraph] = {}
-        self._heads: dict[int, torch.cuda.CUDAGraph] = {}
+        self._heads: dict[tuple[int, HeadKind], torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:
         """Warm up and capture everything, largest first so that memory is shared best."""
@@ -77,7 +68,9 @@ class StepGraphs:
                 self._bodies[rows, groups] = _captured(run, memory)
             log.info("captured steps of %d rows: %.1f s", rows, time.monotonic() - started_s)
         for samples in reversed(self.sample_buckets):
-            self._heads[samples] = _captured(partial(self._head, samples), memory)
+            for kind in HeadKind:
+                run = partial(self.head.run, samples, kind)
+                self._heads[samples, kind] = _captured(run, memory)
         count = len(self._bodies) + len(self._heads)
         log.info("captured %d graphs in %.1f s", count, time.monotonic() - started_s)
 
@@ -88,22 +81,12 @@ class StepGraphs:
             bucket_of(samples, self.sample_buckets) if samples else 0,
         )
 
-    def replay(self, rows: int, samples: int, groups: LoraGroups) -> None:
+    def replay(self, rows: int, samples: int, groups: LoraGroups, head: HeadKind) -> None:
         """Run a step of the buckets `rows` and `samples`."""
         self._bodies[rows, groups].replay()
         if samples:
-            self._heads[samples].replay()
+            self._heads[samples, head].replay()
         self.replays += 1
-
-    def set_banned(self, banned_NX: np.ndarray | None) -> None:
-        """Token ids that the next step's samples must not draw; NO_TOKEN where there is none."""
-        if banned_NX is not None or self._has_banned:
-            self._banned_NX.fill_(NO_TOKEN)
-        if banned_NX is not None:
-            samples, width = banned_NX.shape
-            ids = torch.from_numpy(banned_NX.astype(np.int64)).pin_memory()
-            self._banned_NX[:samples, :width].copy_(ids, non_blocking=True)
-        self._has_banned = banned_NX is not None
 
     def _body(self, rows: int, groups: LoraGroups) -> None:
         """The rows through the layers, into the hidden states."""
@@ -117,25 +100,9 @@ class StepGraphs:
             groups=groups,
         )
         token_id = buffers["token_id"]
-        drawn = self._last_token_R[(-1 - token_id).clamp(min=0)]
+        drawn = self.head.last_token_R[(-1 - token_id).clamp(min=0)]
         token_id = torch.where(token_id >= 0, token_id, drawn)
         self._hidden_TH[:rows].copy_(self._model.forward(token_id, operations))
-
-    def _head(self, samples: int) -> None:
-        """The samples' hidden states through the head and the sampler, into `token_N`."""
-        buffers = {name: buffer[:samples] for name, buffer in self._buffers.items()}
-        logits_NV = self._model.logits(self._hidden_TH[buffers["sample_row"]])
-        banned_NX = self._banned_NX[:samples]
-        penalty_NX = torch.where(banned_NX >= 0, -torch.inf, 0.0).to(logits_NV.dtype)
-        logits_NV.scatter_add_(1, banned_NX.clamp(min=0), penalty_NX)
-        sample(
-            logits_NV,
-            buffers["temperature"],
-            buffers["seed"],
-            buffers["output_position"],
-            self.token_N[:samples],
-        )
-        self._last_token_R[buffers["state_row"]] = self.token_N[:samples]
 
 
 def _captured(run: Callable[[], None], memory: Any) -> torch.cuda.CUDAGraph:

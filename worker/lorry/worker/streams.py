@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from lorry.rpc.errors import InvalidRequest, LorryError, QueueFull, SlowReader
-from lorry.worker.messages import FinishReason, Status
+from lorry.worker.messages import FinishReason, RowLogprobs, Status
 
 MAX_UNREAD_BYTES = 16 << 20  # of the protocol
 MAX_WANTED = 1024  # versions of one Prefetch that are looked at
 ROW_BYTES = 8  # of a seq and a token id, about
+LOGPROB_BYTES = 8  # of a logprob and a count or a token id, about
 FINISHED_BYTES = 64
 VERSION_BYTES = 34
 STATUS_BYTES = 512
@@ -41,12 +42,26 @@ class StepOutput:
     step: int
     seqs: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    # As long as seqs if any row has logprobs, but for the last rows that have none.
+    logprobs: list[float] = field(default_factory=list)
+    top_counts: list[int] = field(default_factory=list)
+    top_token_ids: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
     finished: list[RequestEnd] = field(default_factory=list)
     submit_limit: int = 0
 
     @property
     def num_bytes(self) -> int:
-        return ROW_BYTES * (2 + len(self.seqs)) + FINISHED_BYTES * len(self.finished)
+        rows = ROW_BYTES * (2 + len(self.seqs)) + FINISHED_BYTES * len(self.finished)
+        return rows + LOGPROB_BYTES * (len(self.logprobs) + len(self.top_token_ids))
+
+    def add_logprobs(self, row: RowLogprobs) -> None:
+        """Of the newest row; rows before it without any get zeros."""
+        missing = len(self.seqs) - 1 - len(self.logprobs)
+        self.logprobs += [0.0] * missing + [row.logprob]
+        self.top_counts += [0] * missing + [len(row.top_token_ids)]
+        self.top_token_ids += row.top_token_ids
+        self.top_logprobs += row.top_logprobs
 
 
 @dataclass(frozen=True, slots=True)

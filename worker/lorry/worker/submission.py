@@ -16,6 +16,7 @@ from lorry.worker.messages import Submit
 
 MAX_TEMPERATURE = 10.0
 MIN_TEMPERATURE = 1e-6  # below it is greedy, before logits / temperature leaves the range of fp32
+MAX_TOP_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 128  # 64 of the client and the model's; the engine has a column for each
 
 
@@ -31,7 +32,8 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
     _check_tokens(message, limits)
     _check_stop_token_ids(message, limits)
     _check_sampling(message.sampling)
-    temperature = _temperature(message.sampling)
+    _check_response(message.response)
+    sampling, temperature = message.sampling, _temperature(message.sampling)
     return Submit(
         request=number,
         tenant=message.tenant,
@@ -42,8 +44,12 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
         min_tokens=message.min_tokens,
         stop_token_ids=list(message.stop_token_ids),
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
-        seed=message.sampling.seed,
+        seed=sampling.seed,
         remaining_s=to_seconds(message.remaining) if message.HasField("remaining") else None,
+        top_k=sampling.top_k if sampling.top_k < limits.vocab_size else 0,
+        top_p=_top_p(sampling),
+        min_p=sampling.min_p,
+        top_logprobs=_top_logprobs(message.response, limits),
     )
 
 
@@ -90,7 +96,29 @@ def _check_sampling(sampling: common_pb2.SamplingParams) -> None:
         raise InvalidSampling.of(
             "sampling.temperature", f"must be in [0, {MAX_TEMPERATURE}], got {sampling.temperature}"
         )
+    if not 0.0 < _top_p(sampling) <= 1.0:
+        raise InvalidSampling.of("sampling.top_p", f"must be in (0, 1], got {sampling.top_p}")
+    if not 0.0 <= sampling.min_p <= 1.0:
+        raise InvalidSampling.of("sampling.min_p", f"must be in [0, 1], got {sampling.min_p}")
+
+
+def _check_response(response: common_pb2.ResponseOptions) -> None:
+    if response.top_logprobs > MAX_TOP_LOGPROBS:
+        raise InvalidRequest.of(
+            "response.top_logprobs",
+            f"must be in [0, {MAX_TOP_LOGPROBS}], got {response.top_logprobs}",
+        )
 
 
 def _temperature(sampling: common_pb2.SamplingParams) -> float:
     return sampling.temperature if sampling.HasField("temperature") else 1.0
+
+
+def _top_p(sampling: common_pb2.SamplingParams) -> float:
+    return sampling.top_p if sampling.HasField("top_p") else 1.0
+
+
+def _top_logprobs(response: common_pb2.ResponseOptions, limits: RequestLimits) -> int | None:
+    if not response.HasField("top_logprobs"):
+        return None
+    return min(response.top_logprobs, limits.vocab_size)

@@ -3,14 +3,18 @@
 import numpy as np
 import torch
 
+from lorry.kernels.logprobs import logprobs_reference
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.kernels.sampling import sample_reference
+from lorry.kernels.truncation import truncation_reference
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.adapter_memory import DirectAdapterMemory
+from lorry.worker.drawn import Drawn, DrawnLogprobs
 from lorry.worker.model import LlamaModel, norm_epsilon, rope_table
 from lorry.worker.plan import Batch
 from lorry.worker.runner import ReadTokens
 from lorry.worker.sequences import SequenceTable
+from lorry.worker.step_arrays import HeadKind
 from lorry.worker.step_input import SamplingInput, build_step_input
 from lorry.worker.torch_operations import TorchOperations
 
@@ -42,11 +46,11 @@ class TorchRunner:
         self._last_token_R = torch.zeros(max_running, dtype=torch.int64, device=device)
 
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
-        tokens = self._run(batch, table)
-        return lambda: tokens
+        drawn = self._run(batch, table)
+        return lambda: drawn
 
     @torch.inference_mode()
-    def _run(self, batch: Batch, table: SequenceTable) -> np.ndarray:
+    def _run(self, batch: Batch, table: SequenceTable) -> Drawn:
         step = build_step_input(batch, table, self._pool.slices.device)
         operations = TorchOperations(
             step, self.adapters.tables, self._pool, self._cos_sin_L2D, self._epsilon
@@ -55,21 +59,44 @@ class TorchRunner:
         token_id_T = torch.where(step.token_id_T >= 0, step.token_id_T, drawn_T)
         x_TH = self._model.forward(token_id_T, operations)
         if not len(step.sample_row_N):
-            return np.empty(0, dtype=np.int32)
+            return Drawn(np.empty(0, dtype=np.int32))
         logits_NV = self._model.logits(x_TH[step.sample_row_N])
         token_N = draw(logits_NV, step.sampling)
         self._last_token_R[step.state_row_N] = token_N
-        tokens: np.ndarray = token_N.to(torch.int32).cpu().numpy()
-        return tokens
+        return Drawn(token_N.int().cpu().numpy(), report(logits_NV, token_N, step.sampling))
 
 
 def draw(logits_NV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
     """Draw a token for each row, none of those that must not come yet."""
     if sampling.banned_NX is not None:
+        logits_NV = logits_NV.clone()
         row_N1 = torch.arange(len(logits_NV), device=logits_NV.device)[:, None]
         banned = sampling.banned_NX >= 0
         row_NX = row_N1.expand_as(sampling.banned_NX)
         logits_NV[row_NX[banned], sampling.banned_NX[banned]] = -torch.inf
+    threshold_N = None
+    if sampling.kind is HeadKind.FULL:
+        threshold_N = truncation_reference(
+            logits_NV,
+            sampling.temperature_N,
+            sampling.top_k_N,
+            sampling.top_p_N,
+            sampling.min_p_N,
+        )
     return sample_reference(
-        logits_NV, sampling.temperature_N, sampling.seed_N, sampling.output_position_N
+        logits_NV,
+        sampling.temperature_N,
+        sampling.seed_N,
+        sampling.output_position_N,
+        threshold_N,
     )
+
+
+def report(
+    logits_NV: torch.Tensor, token_N: torch.Tensor, sampling: SamplingInput
+) -> DrawnLogprobs | None:
+    """Logprobs of the model's own logits, if a row asks for any."""
+    if not (sampling.num_top_N >= 0).any():
+        return None
+    logprobs = logprobs_reference(logits_NV, token_N, sampling.num_top_N)
+    return DrawnLogprobs(*(values.cpu().numpy() for values in (sampling.num_top_N, *logprobs)))

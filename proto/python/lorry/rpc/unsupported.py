@@ -10,15 +10,11 @@ def refuse_unsupported(
     """Raise FeatureUnsupported for what is asked for; a value that changes nothing is not."""
     sampling, response = message.sampling, message.response
     asked = {
-        "sampling.top_p": sampling.HasField("top_p") and sampling.top_p != 1,
-        "sampling.top_k": sampling.top_k != 0,
-        "sampling.min_p": sampling.min_p != 0,
         "sampling.repetition_penalty": sampling.HasField("repetition_penalty")
         and sampling.repetition_penalty != 1,
         "sampling.presence_penalty": sampling.presence_penalty != 0,
         "sampling.frequency_penalty": sampling.frequency_penalty != 0,
         "sampling.logit_bias": len(sampling.logit_bias) > 0,
-        "response.top_logprobs": response.HasField("top_logprobs"),
         "response.prompt_logprobs": response.HasField("prompt_logprobs"),
         "guided": message.HasField("guided"),
         "slo": isinstance(message, inference_service_pb2.GenerationSpec)
