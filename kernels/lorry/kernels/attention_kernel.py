@@ -41,24 +41,25 @@ def attention_kernel(
     MERGE_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program walks its share of the costs, unit by unit."""
+    """One program walks its share of the costs, unit by unit.
+
+    Only its first and its last unit can be cut; their partial results are merged at the end, so
+    that no unit waits for another's arrival.
+    """
     program = tl.program_id(0)
-    tile = tl.load(program_ptr + program * PROGRAM_FIELDS)
-    kv_head = tl.load(program_ptr + program * PROGRAM_FIELDS + 1)
+    first_tile = tl.load(program_ptr + program * PROGRAM_FIELDS)
+    first_kv_head = tl.load(program_ptr + program * PROGRAM_FIELDS + 1)
     start = tl.load(program_ptr + program * PROGRAM_FIELDS + 2)
     left = tl.load(program_ptr + program * PROGRAM_FIELDS + 3)
-    share = tl.load(share_ptr)
-    slot = 2 * program  # of a partial result: only the first and the last unit can be cut
 
     pair = tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, HEAD_DIM)
+    tile, kv_head = first_tile, first_kv_head
+    last_tile, last_kv_head = first_tile, first_kv_head
+    place = 0  # of a partial result: 0 the first unit's, 1 the last one's
+    cuts = 0  # a bit for each place
     while left > 0:
-        first_row = tl.load(tile_ptr + tile * TILE_FIELDS)
-        rows = tl.load(tile_ptr + tile * TILE_FIELDS + 1)
-        sequence = tl.load(tile_ptr + tile * TILE_FIELDS + 2)
-        position = tl.load(tile_ptr + tile * TILE_FIELDS + 3)
-        cost_before = tl.load(tile_ptr + tile * TILE_FIELDS + 4)
-        unit_blocks = tl.load(tile_ptr + tile * TILE_FIELDS + 5)
+        first_row, rows, sequence, position, _, unit_blocks = _load_tile(tile_ptr, tile)
         stop = tl.minimum(unit_blocks + UNIT_COST, start + left)
         first_block = tl.maximum(start - UNIT_COST, 0)
         count = stop - UNIT_COST - first_block
@@ -88,43 +89,107 @@ def attention_kernel(
                 BLOCK_TOKENS,
                 PRECISION,
             )
-
-            is_whole = count == unit_blocks
-            if not is_whole:
+            if count == unit_blocks:
+                o = acc / total[:, None]
+                out_offset = (row * stride_ot + head * stride_oh)[:, None] + d[None, :]
+                tl.store(out_ptr + out_offset, o.to(out_ptr.dtype.element_ty), mask=is_row)
+            else:
+                slot = 2 * program + place
                 o_offset = (slot * BLOCK_ROWS + pair)[:, None] * HEAD_DIM + d[None, :]
                 tl.store(partial_o_ptr + o_offset, acc, mask=is_row)
                 tl.store(partial_ml_ptr + 2 * slot * BLOCK_ROWS + pair, m)
                 tl.store(partial_ml_ptr + (2 * slot + 1) * BLOCK_ROWS + pair, total)
-                unit_start = cost_before + kv_head * (unit_blocks + UNIT_COST)
-                first = (unit_start + UNIT_COST) // share
-                last = (unit_start + UNIT_COST + unit_blocks - 1) // share
-                tl.debug_barrier()  # all threads' partials precede the arrival
-                arrived = tl.atomic_add(arrived_ptr + first, 1, sem="acq_rel")
-                is_whole = arrived == last - first
-                if is_whole:
-                    tl.store(arrived_ptr + first, 0)
-                    total, acc = _merge(
-                        partial_o_ptr,
-                        partial_ml_ptr,
-                        is_row,
-                        first,
-                        last,
-                        (first * share < unit_start).to(tl.int32),
-                        HEAD_DIM,
-                        BLOCK_ROWS,
-                        MERGE_STAGES,
-                    )
-            if is_whole:
-                o = acc / total[:, None]
-                out_offset = (row * stride_ot + head * stride_oh)[:, None] + d[None, :]
-                tl.store(out_ptr + out_offset, o.to(out_ptr.dtype.element_ty), mask=is_row)
+                cuts += 1 << place
+                last_tile, last_kv_head = tile, kv_head
 
         left -= stop - start
         start = 0
-        slot = 2 * program + 1
+        place = 1
         kv_head += 1
         tile += kv_head // KV_HEADS
         kv_head = kv_head % KV_HEADS
+
+    tl.debug_barrier()  # all threads' partials precede the arrivals
+    for place in tl.static_range(2):
+        if (cuts >> place) % 2 == 1:
+            _arrive(
+                out_ptr,
+                tile_ptr,
+                tl.load(share_ptr),
+                partial_o_ptr,
+                partial_ml_ptr,
+                arrived_ptr,
+                first_tile if place == 0 else last_tile,
+                first_kv_head if place == 0 else last_kv_head,
+                stride_ot,
+                stride_oh,
+                GROUP,
+                HEAD_DIM,
+                BLOCK_ROWS,
+                UNIT_COST,
+                MERGE_STAGES,
+            )
+
+
+@triton.jit
+def _load_tile(tile_ptr, tile):
+    """First row, rows, sequence, position, cost before it and blocks of a tile."""
+    fields = tile_ptr + tile * TILE_FIELDS
+    return (
+        tl.load(fields),
+        tl.load(fields + 1),
+        tl.load(fields + 2),
+        tl.load(fields + 3),
+        tl.load(fields + 4),
+        tl.load(fields + 5),
+    )
+
+
+@triton.jit
+def _arrive(
+    out_ptr,
+    tile_ptr,
+    share,
+    partial_o_ptr,
+    partial_ml_ptr,
+    arrived_ptr,
+    tile,
+    kv_head,
+    stride_ot,
+    stride_oh,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    UNIT_COST: tl.constexpr,
+    MERGE_STAGES: tl.constexpr,
+):
+    """Count a program's part of a cut unit; the last to arrive merges all parts."""
+    first_row, rows, _, _, cost_before, unit_blocks = _load_tile(tile_ptr, tile)
+    unit_start = cost_before + kv_head * (unit_blocks + UNIT_COST)
+    first = (unit_start + UNIT_COST) // share
+    last = (unit_start + UNIT_COST + unit_blocks - 1) // share
+    arrived = tl.atomic_add(arrived_ptr + first, 1, sem="acq_rel")
+    if arrived == last - first:
+        tl.store(arrived_ptr + first, 0)
+        pair = tl.arange(0, BLOCK_ROWS)
+        d = tl.arange(0, HEAD_DIM)
+        is_row = (pair // GROUP < rows)[:, None]
+        total, acc = _merge(
+            partial_o_ptr,
+            partial_ml_ptr,
+            is_row,
+            first,
+            last,
+            (first * share < unit_start).to(tl.int32),
+            HEAD_DIM,
+            BLOCK_ROWS,
+            MERGE_STAGES,
+        )
+        row = first_row.to(tl.int64) + pair // GROUP
+        head = kv_head * GROUP + pair % GROUP
+        out_offset = (row * stride_ot + head * stride_oh)[:, None] + d[None, :]
+        o = acc / total[:, None]
+        tl.store(out_ptr + out_offset, o.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
 @triton.jit

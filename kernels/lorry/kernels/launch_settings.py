@@ -62,7 +62,7 @@ LORA = {
         shrink_splits=2,
         shrink_programs_per_multiprocessor=8,
         shrink_warps=4,
-        shrink_stages=4,
+        shrink_stages=3,
         expand_ranks=16,
         expand_columns=128,
         expand_programs_per_multiprocessor=8,
@@ -87,7 +87,7 @@ LORA = {
     1 << 30: LoraSetting(
         tile_rows=32,
         shrink_ranks=16,
-        shrink_splits=4,
+        shrink_splits=2,
         shrink_programs_per_multiprocessor=4,
         shrink_warps=4,
         shrink_stages=3,

@@ -85,6 +85,10 @@ class ModelGeometry:
             "down_proj": (self.intermediate, self.hidden),
         }[module]
 
+    def group_widths(self, group: int) -> list[int]:
+        """Output widths of the modules of ``GROUPS[group]``, whose base weights are stacked."""
+        return [self.module_shape(module)[1] for module in GROUPS[group]]
+
 
 class ModuleOffsets(NamedTuple):
     """Where a module's A and transposed B begin in a layer's virtual space, in row units."""

@@ -21,7 +21,6 @@ class LlamaModel:
     def __init__(self, weights: ModelWeights, geometry: ModelGeometry) -> None:
         self._weights = weights
         self._head_dim = geometry.head_dim
-        self._qkv_widths = [geometry.module_shape(module)[1] for module in GROUPS[QKV]]
         layers = weights.layers
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]
 
@@ -47,23 +46,18 @@ class LlamaModel:
     def _attend(
         self, x_TH: torch.Tensor, layer: LayerWeights, index: int, operations: Operations
     ) -> torch.Tensor:
-        q, k, v = torch.split(linear(x_TH, layer.qkv), self._qkv_widths, dim=1)
-        operations.add_lora(x_TH, [q, k, v], QKV, index)
+        q, k, v = operations.project(x_TH, layer.qkv, QKV, index)
         q_TQD, k_TKD, v_TKD = (x.view(len(x), -1, self._head_dim) for x in (q, k, v))
         q_TQD = operations.rope_write_kv(q_TQD, k_TKD, v_TKD, index)
         mixed = operations.attention(q_TQD, index).flatten(1)
-        o_TH = linear(mixed, layer.o)
-        operations.add_lora(mixed, [o_TH], OUTPUT, index)
+        (o_TH,) = operations.project(mixed, layer.o, OUTPUT, index)
         return o_TH
 
     def _feed_forward(
         self, x_TH: torch.Tensor, layer: LayerWeights, index: int, operations: Operations
     ) -> torch.Tensor:
-        gate, up = linear(x_TH, layer.gate_up).chunk(2, dim=1)
-        operations.add_lora(x_TH, [gate, up], GATE_UP, index)
-        product = operations.swiglu(gate, up)
-        down_TH = linear(product, layer.down)
-        operations.add_lora(product, [down_TH], DOWN, index)
+        gate, up = operations.project(x_TH, layer.gate_up, GATE_UP, index)
+        (down_TH,) = operations.project(operations.swiglu(gate, up), layer.down, DOWN, index)
         return down_TH
 
 

@@ -1,7 +1,7 @@
 """What a model needs of its backend in one step; torch on any device, Triton on a GPU.
 
-Shape suffixes: T = rows of the step, H = hidden size, I = input width, Q = query heads,
-K = KV heads, D = head dimension.
+Shape suffixes: T = rows of the step, H = hidden size, I = input width, O = output width of a group,
+Q = query heads, K = KV heads, D = head dimension.
 """
 
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ class Operations(Protocol):
         """Each row's mix of its sequence's values up to its position, ``[T, Q, D]``."""
         ...
 
-    def add_lora(
-        self, x_TI: torch.Tensor, outputs: Sequence[torch.Tensor], group: int, layer: int
-    ) -> None:
-        """Add each row's adapter to `outputs`, one for each module of ``GROUPS[group]``."""
+    def project(
+        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, group: int, layer: int
+    ) -> Sequence[torch.Tensor]:
+        """``x weight^T`` and each row's adapter: an output for each module of ``GROUPS[group]``."""
         ...
 
     def swiglu(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor: ...

@@ -62,15 +62,17 @@ class StepGraphs:
     def _capture(self) -> None:
         started_s = time.monotonic()
         memory = torch.cuda.graph_pool_handle()
+        # Kernels keep the priority of the stream that they were captured on; the side's is lower.
+        stream = torch.cuda.Stream(priority=-1)
         for rows in reversed(self.row_buckets):
             for groups in LoraGroups:
                 run = partial(self._body, rows, groups)
-                self._bodies[rows, groups] = _captured(run, memory)
+                self._bodies[rows, groups] = _captured(run, memory, stream)
             log.info("captured steps of %d rows: %.1f s", rows, time.monotonic() - started_s)
         for samples in reversed(self.sample_buckets):
             for kind in HeadKind:
                 run = partial(self.head.run, samples, kind)
-                self._heads[samples, kind] = _captured(run, memory)
+                self._heads[samples, kind] = _captured(run, memory, stream)
         count = len(self._bodies) + len(self._heads)
         log.info("captured %d graphs in %.1f s", count, time.monotonic() - started_s)
 
@@ -105,11 +107,13 @@ class StepGraphs:
         self._hidden_TH[:rows].copy_(self._model.forward(token_id, operations))
 
 
-def _captured(run: Callable[[], None], memory: Any) -> torch.cuda.CUDAGraph:
+def _captured(
+    run: Callable[[], None], memory: Any, stream: torch.cuda.Stream
+) -> torch.cuda.CUDAGraph:
     """The graph of `run`, which runs once before to compile its kernels."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory):
+    with torch.cuda.graph(graph, pool=memory, stream=stream):
         run()
     return graph

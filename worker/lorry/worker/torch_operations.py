@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import linear
 
 from lorry.kernels.activation import swiglu_reference
 from lorry.kernels.lora import AdapterTables, lora_reference
@@ -60,12 +61,15 @@ class TorchOperations:
             q_TQD, self._pool, layer, step.position_T, step.block_table_SP, step.attention_tiles
         )
 
-    def add_lora(
-        self, x_TI: torch.Tensor, outputs: Sequence[torch.Tensor], group: int, layer: int
-    ) -> None:
+    def project(
+        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, group: int, layer: int
+    ) -> Sequence[torch.Tensor]:
+        widths = self._pool.layout.geometry.group_widths(group)
+        outputs = torch.split(linear(x_TI, weight_OI), widths, dim=1)
         lora_reference(
             x_TI, outputs, GROUPS[group], self._pool, self._adapters, layer, self._step.lora_tiles
         )
+        return outputs
 
     def swiglu(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
         return swiglu_reference(gate_TI, up_TI)

@@ -1,9 +1,12 @@
 """The operations of a step by Triton kernels over the step buffers of a bucket."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.nn.functional import linear
 
 from lorry.kernels.activation import swiglu
 from lorry.kernels.attention_plan import (
@@ -22,6 +25,10 @@ from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.kernels.rope import rope_write_kv
 from lorry.worker.lora_groups import LoraGroups
+from lorry.worker.side_stream import SideStream
+
+# A shrink of more rows fills the multiprocessors by itself and only delays the product.
+MAX_ROWS_BESIDE_PRODUCT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,7 @@ class DeviceState:
     decode_work: AttentionWork
     prefill_work: AttentionWork
     lora_works: Sequence[LoraWork]  # by ascending max_rows
+    side: SideStream
 
     def lora_work(self, rows: int) -> LoraWork:
         """The one that was tuned for steps of `rows` rows."""
@@ -77,6 +85,7 @@ def allocate_device_state(
             allocate_lora_work(lora_setting(dtype, rows), pool.layout, max_rows=rows, device=device)
             for rows in sorted({min(limit, max_rows) for limit in LORA})
         ],
+        side=SideStream(device),
     )
 
 
@@ -133,17 +142,28 @@ class TritonOperations:
     def attention(self, q_TQD: torch.Tensor, layer: int) -> torch.Tensor:
         state = self._state
         out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
-        for work in (state.decode_work, state.prefill_work):
-            paged_attention(q_TQD, state.pool, layer, state.block_table_RP, work, out_TQD)
+        attend = partial(paged_attention, q_TQD, state.pool, layer, state.block_table_RP)
+        with state.side.forked():
+            attend(state.prefill_work, out_TQD)
+        attend(state.decode_work, out_TQD)
+        state.side.join()
         return out_TQD
 
-    def add_lora(
-        self, x_TI: torch.Tensor, outputs: Sequence[torch.Tensor], group: int, layer: int
-    ) -> None:
+    def project(
+        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, group: int, layer: int
+    ) -> Sequence[torch.Tensor]:
         state, work = self._state, self._lora_work
-        if group in self._groups:
+        widths = state.pool.layout.geometry.group_widths(group)
+        if group not in self._groups:
+            return torch.split(linear(x_TI, weight_OI), widths, dim=1)
+        is_beside = len(x_TI) <= MAX_ROWS_BESIDE_PRODUCT
+        with state.side.forked() if is_beside else nullcontext():
             y_STY = lora_shrink(x_TI, group, state.pool, state.tables, layer, work)
-            lora_expand_add(outputs, group, state.pool, state.tables, layer, work, y_STY)
+        outputs = torch.split(linear(x_TI, weight_OI), widths, dim=1)
+        if is_beside:
+            state.side.join()
+        lora_expand_add(outputs, group, state.pool, state.tables, layer, work, y_STY)
+        return outputs
 
     def swiglu(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
         out_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype, device=gate_TI.device)
