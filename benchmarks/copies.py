@@ -125,7 +125,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def measure_registration(mib: int, rounds: int) -> dict[str, Any]:
     """Milliseconds in which the driver takes a file of `mib` MiB and gives it back."""
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()
     taken, given_back = [], []
     with image_directory() as directory:
         path = directory / "file"

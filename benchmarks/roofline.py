@@ -8,7 +8,7 @@ costs the model's cuBLAS products for its tokens in a CUDA graph, the KV bytes o
 the bytes of its adapters at the best measured rate of a paged read. It is a yardstick, not a proven
 bound: prompts' attention and activations are left out. Products and rates were measured on one
 NVIDIA H200 (bf16, torch 2.11, CUDA 13.0): up to 512 rows those below, above them what
-`benchmarks/products.py` found, or where that has no result the rate of products over long prompts.
+`benchmarks/products.py` found.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from benchmarks.results_file import RESULTS
 from benchmarks.trace import NO_ADAPTER, TraceRequest, make_trace
 
 BANDWIDTH = 4.12e12  # bytes/s of paged KV reads
-FLOPS = 673e12  # of products over long prompts
 ITEM_BYTES = 2
 PRODUCTS = RESULTS / "products.json"
 
@@ -34,9 +33,7 @@ class IdealModel:
     layers: int
     hidden: int
     kv_width: int
-    weight_bytes: float  # of all products
-    vocabulary: int
-    gemm_ms: dict[int, float]  # of a step's products, by rows
+    gemm_ms: dict[int, float]  # of a step's products, by rows, all of which sample
 
     @property
     def kv_bytes(self) -> int:
@@ -49,10 +46,6 @@ class IdealModel:
         widths = 2 * (self.hidden + self.hidden) + 2 * (self.hidden + self.kv_width)
         return self.layers * ITEM_BYTES * widths
 
-    @property
-    def head_weights(self) -> int:
-        return self.vocabulary * self.hidden
-
 
 MODELS = {
     "llama-2-7b": IdealModel(
@@ -60,8 +53,6 @@ MODELS = {
         layers=32,
         hidden=4096,
         kv_width=4096,
-        weight_bytes=13.214e9,
-        vocabulary=32000,
         gemm_ms={
             1: 3.686,
             8: 3.727,
@@ -80,8 +71,6 @@ MODELS = {
         layers=32,
         hidden=4096,
         kv_width=1024,
-        weight_bytes=15.009e9,
-        vocabulary=128256,
         gemm_ms={
             1: 4.028,
             8: 4.042,
@@ -110,14 +99,10 @@ class LargeProducts:
 
 
 @functools.cache
-def large_products(path: Path, model: str) -> LargeProducts | None:
-    """What the result file `path` says of `model`; None if it says nothing."""
-    found = json.loads(path.read_text())["metrics"] if path.exists() else {}
-    if model not in found:
-        return None
-    parts = {
-        part: {int(rows): ms for rows, ms in times.items()} for part, times in found[model].items()
-    }
+def large_products(path: Path, model: str) -> LargeProducts:
+    """What a result file of `benchmarks/products.py` says of `model`."""
+    found = json.loads(path.read_text())["metrics"][model]
+    parts = {part: {int(rows): ms for rows, ms in times.items()} for part, times in found.items()}
     return LargeProducts(parts["body_ms"], parts["head_ms"])
 
 
@@ -126,9 +111,7 @@ def gemm_ms(model: IdealModel, tokens: int, sampled: int) -> float:
     most = max(model.gemm_ms)
     if tokens <= most:
         return _between(model.gemm_ms, tokens)
-    large = large_products(PRODUCTS, model.name)
-    large_ms = large.ms(tokens, sampled) if large else _long_prompt_ms(model, tokens, sampled)
-    return max(model.gemm_ms[most], large_ms)
+    return max(model.gemm_ms[most], large_products(PRODUCTS, model.name).ms(tokens, sampled))
 
 
 def _between(measured: Mapping[int, float], rows: int) -> float:
@@ -142,15 +125,6 @@ def _between(measured: Mapping[int, float], rows: int) -> float:
     low = sizes[bisect.bisect_left(sizes, rows) - 1]
     part = (rows - low) / (high - low)
     return measured[low] * (1 - part) + measured[high] * part
-
-
-def _long_prompt_ms(model: IdealModel, tokens: int, sampled: int) -> float:
-    body = (model.weight_bytes / ITEM_BYTES - model.head_weights) * 2 * tokens / FLOPS
-    head = max(
-        model.head_weights * ITEM_BYTES / BANDWIDTH,
-        model.head_weights * 2 * sampled / FLOPS,
-    )
-    return (body + head) * 1e3
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.figures import figures
 from benchmarks.roofline import large_products
 from benchmarks.trace import make_trace
 from tests.support.command import REPO
@@ -38,7 +39,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def run(name: str, tiny: Path, *options: str, common: Sequence[str] = ENGINE) -> dict[str, Any]:
-    """The one result file that a benchmark writes."""
+    """The one result file that a benchmark writes; README has words for most of them."""
     directory = tiny.parent / "results"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--model", str(tiny), *common]
     subprocess.run(
@@ -46,6 +47,7 @@ def run(name: str, tiny: Path, *options: str, common: Sequence[str] = ENGINE) ->
     )
     [path] = directory.glob("**/*.json")
     result: dict[str, Any] = json.loads(path.read_text())
+    assert (result["device"] in figures(directory)) == (name != "products")
     return result
 
 
@@ -87,7 +89,6 @@ def test_the_ideal_engine_reads_the_measured_products(tiny: Path) -> None:
     options = ("--rows", "4", "64", "--rounds", "3", "--device", "cpu", "--dtype", "fp32")
     times = run("products", tiny, *options, common=())["metrics"][tiny.name]
     products = large_products(tiny.parent / "results" / "products.json", tiny.name)
-    assert products is not None
     doubled_ms = 2 * times["body_ms"]["64"] + times["head_ms"]["4"]
     assert products.ms(128, 4) == pytest.approx(doubled_ms)
 

@@ -1,6 +1,61 @@
+from typing import Any
+
 from benchmarks.figures import BEGIN, END, README, figures
+from benchmarks.figures_engine import engine_figures
+
+PLAIN = {"requests": 50, "trace_seed": 42, "alpha": 1.0}
 
 
 def test_readme_holds_what_the_result_files_say() -> None:
     text = README.read_text()
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == figures()
+
+
+def engine_result(model: str, adapters: int, command: str, **config: Any) -> dict[str, Any]:
+    seconds = {"p50": 0.5, "p99": 0.75}
+    return {
+        "device": "a GPU",
+        "date": "2026-01-02T03:04:05+00:00",
+        "command": command,
+        "config": PLAIN
+        | {"model": model, "adapters": adapters, "ranks": [8], "rate": None}
+        | config,
+        "metrics": {
+            "req_per_s": 20.0,
+            "req_per_s_of_runs": [20.0, 19.0, 22.0],
+            "out_tok_per_s": 5000.0,
+            "ttft_s": seconds,
+            "token_gap_s": seconds,
+        },
+    }
+
+
+def test_traces_are_told_by_model_and_adapters_with_the_commands_that_ran_them() -> None:
+    both = "python -m benchmarks.engine --adapters 0 9 --directory /tmp/a --commit 123"
+    lines = list(
+        engine_figures(
+            [
+                engine_result("llama-3-8b", 9, both),
+                engine_result("llama-2-7b", 9, "other", alpha=0.0, ranks=[8, 64]),
+                engine_result("llama-3-8b", 0, both),
+            ]
+        )
+    )
+    rows = [line.split(" | ") for line in lines if line.startswith("| llama")]
+    assert [row[:5] for row in rows] == [
+        ["| llama-2-7b", "9", "8, 64", "uniform", "20.0"],
+        ["| llama-3-8b", "none", "-", "-", "20.0"],
+        ["| llama-3-8b", "9", "8", "Zipf 1", "20.0"],
+    ]
+    assert {row[5] for row in rows} == {"19.0 to 22.0"}
+    assert [line for line in lines if line.startswith("- ")] == [
+        "- `other`, 2026-01-02",
+        "- `python -m benchmarks.engine --adapters 0 9`, 2026-01-02",
+    ]
+
+
+def test_runs_at_arrivals_tell_latencies_apart_from_the_table() -> None:
+    lines = list(engine_figures([engine_result("llama-3-8b", 9, "it", rate=4.0, cv=1.0)]))
+    assert not any(line.startswith("|") for line in lines)
+    assert "4 requests/s" in lines[0]
+    assert "first token 500 ms (p50), 750 ms (p99)" in lines[1]
