@@ -10,7 +10,7 @@ import pytest
 import torch
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where tests run."""
     name = os.environ.get("LORRY_TEST_DEVICE", "cuda:0")
@@ -18,7 +18,7 @@ def device() -> torch.device:
     return torch.device(name)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gpu(device: torch.device) -> torch.device:
     """For tests of what only a GPU has."""
     if device.type == "cpu":
@@ -26,7 +26,7 @@ def gpu(device: torch.device) -> torch.device:
     return device
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dtype(device: torch.device) -> torch.dtype:
     """What models are served in; the interpreter does not compute in it."""
     return torch.float16 if device.type == "cpu" else torch.bfloat16

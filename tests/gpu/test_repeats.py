@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lorry.worker.cuda_runner import CudaRunner
-from tests.support.digest import digest
 from tests.support.engines import EngineHarness
 from tests.support.equal_tokens import ADAPTERS, largest_adapter_pages
 from tests.support.models import make_adapter, make_llama
+from tests.support.step_replays import StepReplays
 from tests.support.step_trace import PatientLoads, StepTrace
 
 TWENTY = 20
@@ -75,29 +74,6 @@ def test_identical_sequences_of_steps_compute_identical_bits(
 def test_twenty_runs_of_a_step_compute_identical_bits(
     gpu: torch.device, models: Models, tmp_path: Path
 ) -> None:
-    """Hidden states, drawn tokens and written KV; the dummy page belongs to nobody."""
-    harness = engine(gpu, models, tmp_path)
-    runner = harness.engine.runner
-    assert isinstance(runner, CudaRunner)
-    graphs, pool = runner.graphs, runner.graphs._state.pool
-    state = [pool.slices, *(x for x in vars(graphs).values() if isinstance(x, torch.Tensor))]
-    trace, replay = StepTrace(harness.engine), graphs.replay
-    last: dict[str, Any] = {}
-
-    def record(*step: Any) -> None:
-        last.update(step=step, before=[tensor.clone() for tensor in state])
-        replay(*step)
-
-    graphs.replay = record  # type: ignore[method-assign]  # keeps what a step begins with
-    while not (trace.steps and trace.steps[-1].is_mixed):
-        harness.step()
-    hidden_TH = graphs._hidden_TH[: len(trace.steps[-1].hidden_TH)]
-    outcomes = set()
-    for _ in range(TWENTY):
-        for tensor, before in zip(state, last["before"], strict=True):
-            tensor.copy_(before)
-        replay(*last["step"])
-        computed = (hidden_TH, graphs.token_N, pool.slices[pool.layers :])
-        outcomes.add(tuple(map(digest, computed)))
-    assert len(outcomes) == 1
-    assert outcomes.pop()[0] == trace.digests()[-1]
+    replays = StepReplays(engine(gpu, models, tmp_path))
+    replays.run_until(lambda step: step.is_mixed)
+    assert len(replays.outcomes(TWENTY)) == 1

@@ -10,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 EOS = 2
 
 
-def make_llama(directory: Path, *, seed: int = 0, **fields: Any) -> Path:
+def make_llama(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
+) -> Path:
     """Save a random Llama with weights large enough that its greedy tokens vary."""
     torch.manual_seed(seed)
     defaults: dict[str, Any] = {
@@ -27,18 +29,21 @@ def make_llama(directory: Path, *, seed: int = 0, **fields: Any) -> Path:
         "pad_token_id": 0,
     }
     model = LlamaForCausalLM(LlamaConfig(**(defaults | fields)))
-    model.save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)
     return directory
 
 
-def make_adapter(directory: Path, model: Path, *, seed: int, **fields: Any) -> Path:
-    """Save a random LoRA adapter of `model`, with weights in both A and B."""
+def make_adapter(
+    directory: Path, model: Path, *, seed: int, dtype: torch.dtype = torch.float32, **fields: Any
+) -> Path:
+    """Save a random LoRA adapter of `model`, with weights in both A and B that `dtype` can hold."""
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **fields)
     adapted = get_peft_model(_base(model), config)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1 / config.r**0.25)
+            parameter.data = parameter.data.to(dtype).float()
     adapted.save_pretrained(str(directory))
     return directory
 

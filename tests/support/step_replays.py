@@ -1,0 +1,58 @@
+"""Runs a step of an engine on a GPU again and again, each time from the same memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lorry.worker.cuda_runner import CudaRunner
+from tests.support.digest import digest
+from tests.support.engines import EngineHarness
+from tests.support.step_trace import Step, StepTrace
+
+
+class StepReplays:
+    """Of the engine's last step."""
+
+    def __init__(self, harness: EngineHarness) -> None:
+        runner = harness.engine.runner
+        assert isinstance(runner, CudaRunner)
+        self._harness = harness
+        self._trace = StepTrace(harness.engine)
+        self._graphs = runner.graphs
+        self._pool = runner.graphs._state.pool
+        kept = [*vars(runner.graphs).values(), *vars(runner.graphs.head).values()]
+        self._state = [self._pool.slices, *(x for x in kept if isinstance(x, torch.Tensor))]
+        self._before: list[torch.Tensor] = []
+        self._step: tuple[Any, ...] = ()
+        self._replay = runner.graphs.replay
+        runner.graphs.replay = self._kept  # type: ignore[method-assign]  # to run it again
+
+    def _kept(self, *step: Any) -> None:
+        self._before = [tensor.clone() for tensor in self._state]
+        self._step = step
+        self._replay(*step)
+
+    def run_until(self, wanted: Callable[[Step], bool]) -> None:
+        """Run steps; the last one is as `wanted`."""
+        while not (self._trace.steps and wanted(self._trace.steps[-1])):
+            assert len(self._harness.finished) < len(self._harness.tokens), "there was no such step"
+            self._harness.step()
+
+    def outcomes(self, times: int) -> set[tuple[str, ...]]:
+        """Digests of hidden states, drawn tokens and KV after the step and after its repetitions.
+
+        Padded rows are left out, and the dummy page that they all write.
+        """
+        found = {self._digests()}
+        for _ in range(times - 1):
+            for tensor, before in zip(self._state, self._before, strict=True):
+                tensor.copy_(before)
+            self._replay(*self._step)
+            found.add(self._digests())
+        return found
+
+    def _digests(self) -> tuple[str, ...]:
+        hidden_TH = self._graphs._hidden_TH[: len(self._trace.steps[-1].hidden_TH)]
+        token_N, kv = self._graphs.head.token_N, self._pool.slices[self._pool.layers :]
+        return digest(hidden_TH), digest(token_N), digest(kv)
