@@ -9,12 +9,13 @@ import collections
 import contextlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from lorry.worker.config import EngineConfig
 from lorry.worker.engine_channel import EngineArguments
-from lorry.worker.messages import Codec, Command, Event, Stop
+from lorry.worker.messages import Codec, Command, Event, Failed, Stop
 from lorry.worker.ring import Ring
 
 ENGINE_COMMAND = (sys.executable, "-m", "lorry.worker.engine_process")
@@ -25,6 +26,10 @@ TICK_S = 0.25
 MAX_BACKLOG_BYTES = 64 << 20
 LAST_LINES = 20
 READ_BYTES = 1 << 16
+MEANING_OF_SIGNAL: Mapping[int, str] = {
+    signal.SIGKILL: ", as when the machine is out of memory",
+    signal.SIGBUS: ", as when shared memory is full, or a mapped file became shorter",
+}
 Handler = Callable[[list[Event]], None]
 
 log = logging.getLogger(__name__)
@@ -121,10 +126,17 @@ class EngineClient:
             self._last_message_s = asyncio.get_running_loop().time()
             try:
                 if not self._lost.done():
-                    handle(self._codec.decode_events(record))
+                    self._take(self._codec.decode_events(record), handle)
             except Exception:
                 log.exception("a message of the engine cannot be handled")
                 self._fail("sent a message that cannot be handled")
+
+    def _take(self, events: list[Event], handle: Handler) -> None:
+        match events:
+            case [Failed(message)]:
+                self._fail(f"failed: {message}")
+            case _:
+                handle(events)
 
     def _flush(self) -> None:
         if self._lost.done():
@@ -143,7 +155,7 @@ class EngineClient:
         self._read(handle)  # what it still had to say
         await asyncio.sleep(0.1)  # and why it died
         lines = "\n  ".join(self._last_lines)
-        self._fail(f"ended with exit code {exit_code}; its last lines:\n  {lines}")
+        self._fail(f"ended with {describe_exit(exit_code)}; its last lines:\n  {lines}")
 
     async def _watch(self) -> None:
         """Notice an engine that does not start or falls silent.
@@ -182,3 +194,10 @@ class EngineClient:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+def describe_exit(code: int) -> str:
+    """An exit code as subprocess knows it, with what a signal is and mostly means."""
+    if code >= 0:
+        return f"exit code {code}"
+    return f"exit code {code} ({signal.strsignal(-code)}{MEANING_OF_SIGNAL.get(-code, '')})"

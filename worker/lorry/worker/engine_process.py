@@ -1,14 +1,19 @@
 """The process that owns the device, ``python -m lorry.worker.engine_process``."""
 
+import faulthandler
 import logging
+import os
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 from lorry.rpc.base_model import read_base_model
 from lorry.worker.building import build_engine
 from lorry.worker.config import EngineConfig
 from lorry.worker.engine import Engine
-from lorry.worker.engine_channel import EngineArguments, EngineChannel
-from lorry.worker.messages import Started, Stop
+from lorry.worker.engine_channel import EngineArguments, EngineChannel, FrontGone
+from lorry.worker.engine_faults import explain
+from lorry.worker.messages import Failed, Started, Stop
 
 HEARTBEAT_S = 1.0
 IDLE_WAIT_S = 0.1  # bounds how late a deadline is noticed when there is nothing to compute
@@ -44,17 +49,39 @@ def started(engine: Engine, config: EngineConfig) -> Started:
     )
 
 
-def main() -> None:
+def run(config: EngineConfig, channel: EngineChannel) -> None:
+    log.info("building the engine")
+    engine = build_engine(config, read_base_model(config.model))
+    channel.send([started(engine, config)])
+    log.info("engine ready: %d pages", engine.scheduler.pool.total)
+    serve(engine, channel)
+
+
+def main(run: Callable[[EngineConfig, EngineChannel], None] = run) -> None:
+    """Run the engine that the command line describes; its end is explained to the front."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    faulthandler.enable()
     arguments = EngineArguments.parse()
     channel = EngineChannel.from_arguments(arguments)
-    base_model = read_base_model(arguments.config.model)
-    engine = build_engine(arguments.config, base_model)
-    channel.send([started(engine, arguments.config)])
-    log.info("engine ready: %d pages", engine.scheduler.pool.total)
-    serve(engine, channel)
+    try:
+        run(arguments.config, channel)
+    except FrontGone:
+        raise
+    except Exception as error:
+        fail(error, channel)
+
+
+def fail(error: Exception, channel: EngineChannel) -> NoReturn:
+    """End this process; the front says why."""
+    message = explain(error)
+    if message is None:
+        log.exception("a defect of the engine")
+        message = f"{type(error).__name__}: {error}"
+    channel.send([Failed(message)])
+    logging.shutdown()
+    os._exit(1)  # what CUDA holds cannot be torn down after a fault; that would hang or abort
 
 
 if __name__ == "__main__":

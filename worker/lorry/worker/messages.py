@@ -160,6 +160,12 @@ class TokenLogprobs(Message, frozen=True):
             first = end
 
 
+class Failed(Message, frozen=True):
+    """The last event, alone in its message: what happened, and what to do."""
+
+    message: str
+
+
 class StepTokens(Message, frozen=True):
     """Tokens that a step drew: requests[i] got token_ids[i]."""
 
@@ -237,6 +243,7 @@ class AdminResult(Message, frozen=True):
 
 Event = (
     Started
+    | Failed
     | StepTokens
     | Finished
     | FetchImage
