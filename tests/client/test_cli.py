@@ -83,6 +83,15 @@ async def test_generate_shows_counts_and_times_on_stderr(services: Services) -> 
     assert "2 prompt tokens, 2 tokens" in result.stderr
 
 
+async def test_generate_shows_logprobs_on_stderr(services: Services) -> None:
+    result = await services.lorry("generate", "a b", "--logprobs", "2", "--min-p", "0.5")
+    assert result.stdout == "ab\n"
+    rows = [line.split() for line in result.stderr.splitlines()[1:]]
+    top = ["70", "-0.250,", "71", "-1.250"]
+    assert rows == [["0", "-0.500", *top], ["1", "-0.500", *top]]
+    assert services.inference.specs[0].sampling.min_p == 0.5
+
+
 @pytest.mark.parametrize(
     ("error", "next_step"),
     [

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from lorry.client import ChatMessage, Client, Request
-from lorry.client.generation import FinishReason
+from lorry.client.generation import FinishReason, TokenLogprobs
 from lorry.client.retry import RetryPolicy
 from lorry.rpc.errors import (
     AdapterNotFound,
@@ -98,12 +98,30 @@ async def test_options_reach_the_router_as_given() -> None:
     assert list(spec.stopping.stop_token_ids) == [9]
 
 
+ALTERNATIVES = ((70, -0.25), (71, -1.25))
+
+
+@pytest.mark.parametrize(("asked", "top"), [(None, None), (0, ()), (2, ALTERNATIVES)])
+async def test_logprobs_come_with_their_tokens(
+    asked: int | None, top: tuple[tuple[int, float], ...] | None
+) -> None:
+    inference = ScriptedInference()
+    request = Request(prompt="a b", top_logprobs=asked)
+    expected = [] if top is None else [TokenLogprobs(0, -0.5, top), TokenLogprobs(1, -0.5, top)]
+    async with client_of(inference) as client:
+        assert list((await client.generate(request)).logprobs) == expected
+        async with client.stream(request) as stream:
+            streamed = [row async for chunk in stream for row in chunk.logprobs]
+    assert streamed == expected
+
+
 def test_options_that_are_not_given_are_left_to_the_router() -> None:
     spec = Request(prompt="a").to_proto()
     assert not spec.adapter
     for field in ("temperature", "top_p", "repetition_penalty", "seed"):
         assert not spec.sampling.HasField(field)
     assert not spec.stopping.HasField("max_tokens")
+    assert not spec.response.HasField("top_logprobs")
 
 
 def test_a_chat_is_sent_as_messages() -> None:

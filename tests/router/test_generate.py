@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from lorry.rpc.errors import LorryError
 from lorry.v1 import common_pb2
 from lorry.v1 import inference_service_pb2 as pb
 from tests.support.byte_model import BOS, CONTEXT_TOKENS, EOS, tokens_of
@@ -63,7 +64,7 @@ async def test_the_worker_is_told_what_the_client_asked(model: Path) -> None:
     assert (submit.seq, submit.request_id, submit.tenant) == (1, "r-1", "default")
     assert list(submit.token_ids) == [BOS, *tokens_of("hé")]
     assert submit.generated_tokens == 0
-    assert submit.sampling == common_pb2.SamplingParams(temperature=0.5, seed=7)
+    assert submit.sampling == common_pb2.SamplingParams(temperature=0.5, top_p=1, seed=7)
     assert (submit.max_tokens, submit.min_tokens) == (9, 3)
     assert list(submit.stop_token_ids) == [EOS, 4, 5]
     assert submit.version == b""
@@ -219,3 +220,59 @@ async def test_requests_above_the_size_limit_are_refused_by_grpc(model: Path) ->
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await call
         assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+LOGPROBS: dict[str, Any] = {
+    "logprobs": [-0.25, 0, -1.5],
+    "top_counts": [2, 0, 2],
+    "top_token_ids": [8, 9, 10, 11],
+    "top_logprobs": [-0.25, -2, -0.5, -0.75],
+}
+
+
+async def test_logprobs_reach_the_client_that_asked_and_no_other(model: Path) -> None:
+    asking = pb.GenerationSpec(
+        prompt="p",
+        sampling=common_pb2.SamplingParams(top_k=5, top_p=0.5, min_p=0.25),
+        response=common_pb2.ResponseOptions(top_logprobs=2),
+    )
+    async with router_stack(model, worker={"submit_limit": 9}) as stack:
+        answers = [asyncio.ensure_future(stack.stream(asking))]
+        await stack.worker.until(lambda: len(stack.worker.submits) == 1)
+        answers += [asyncio.ensure_future(stack.stream(pb.GenerationSpec(prompt="q")))]
+        await stack.worker.until(lambda: len(stack.worker.submits) == 2)
+        stack.worker.step(seqs=[1, 2, 1], token_ids=tokens_of("abc"), **LOGPROBS)
+        for seq in (1, 2):
+            stack.worker.finish(seq, LENGTH)
+        first, second = await asyncio.gather(*answers)
+    asked, other = stack.worker.submits
+    assert asked.response.top_logprobs == 2
+    assert (asked.sampling.top_k, asked.sampling.top_p, asked.sampling.min_p) == (5, 0.5, 0.25)
+    assert not other.response.HasField("top_logprobs")
+    assert not second.chunks[0].HasField("logprobs")
+    (chunk,) = first.chunks
+    assert list(chunk.logprobs.logprobs) == [-0.25, -1.5]
+    assert list(chunk.logprobs.top_counts) == [2, 2]
+    assert list(chunk.logprobs.top_token_ids) == [8, 9, 10, 11]
+    assert list(chunk.logprobs.top_logprobs) == [-0.25, -2, -0.5, -0.75]
+
+
+async def test_a_whole_answer_has_the_logprobs_of_all_tokens(model: Path) -> None:
+    spec = pb.GenerationSpec(prompt="p", response=common_pb2.ResponseOptions(top_logprobs=0))
+    async with router_stack(model) as stack:
+        answer = asyncio.ensure_future(stack.generate(spec))
+        await stack.worker.until(lambda: bool(stack.worker.submits))
+        for logprob in (-0.5, -2):
+            stack.worker.draw(1, *tokens_of("a"), logprobs=[logprob])
+        stack.worker.finish(1, LENGTH)
+        response = await answer
+    assert list(response.logprobs.logprobs) == [-0.5, -2]
+    assert not response.logprobs.top_counts
+
+
+async def test_a_worker_that_leaves_out_logprobs_fails_the_request(model: Path) -> None:
+    spec = pb.GenerationSpec(prompt="p", response=common_pb2.ResponseOptions(top_logprobs=0))
+    async with router_stack(model, reply=says("a")) as stack:
+        with pytest.raises(LorryError, match="without its logprobs"):
+            await stack.stream(spec)
+        stack.check_idle()

@@ -3,8 +3,8 @@ import asyncio
 import pytest
 
 from lorry.router.detokenizer import TokenTable
-from lorry.router.generation import Chunk
-from lorry.router.output import Output
+from lorry.router.generation import Chunk, TokenLogprobs
+from lorry.router.output import MAX_CHUNK_LOGPROBS, Output
 from lorry.router.text_stream import TextStream
 from lorry.rpc.errors import NoWorker
 from tests.router.test_translation import completion
@@ -28,6 +28,32 @@ async def test_what_waits_goes_out_as_one_chunk() -> None:
     push(stream, "c")
     assert await stream.next_chunk() == Chunk(tokens_of("abc"), "abc")
     assert stream.num_sent == 3
+
+
+async def test_logprobs_go_out_with_their_tokens() -> None:
+    stream = output()
+    for index, token_id in enumerate(tokens_of("ab")):
+        stream.push(token_id, TokenLogprobs(-index, [5], [-0.5]))
+    chunk = await stream.next_chunk()
+    rows = (TokenLogprobs(0, [5], [-0.5]), TokenLogprobs(-1, [5], [-0.5]))
+    assert chunk == Chunk(tokens_of("ab"), "ab", rows)
+
+
+async def test_a_chunk_of_many_logprobs_is_cut() -> None:
+    stream = output()
+    num_tokens = 2 * MAX_CHUNK_LOGPROBS + 3
+    for index in range(num_tokens):
+        stream.push(tokens_of("a")[0], TokenLogprobs(-index))
+    stream.complete(completion())
+    chunks = [await stream.next_chunk() for _ in range(3)]
+    assert await stream.next_chunk() is None
+    sizes = [(len(chunk.token_ids), len(chunk.logprobs)) for chunk in chunks if chunk]
+    assert sizes == [(MAX_CHUNK_LOGPROBS,) * 2, (MAX_CHUNK_LOGPROBS,) * 2, (3, 3)]
+    assert "".join(chunk.text for chunk in chunks if chunk) == "a" * num_tokens
+    assert [row.logprob for chunk in chunks if chunk for row in chunk.logprobs] == [
+        -index for index in range(num_tokens)
+    ]
+    assert stream.num_sent == num_tokens
 
 
 async def test_a_waiting_client_is_woken() -> None:

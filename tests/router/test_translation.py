@@ -40,6 +40,7 @@ def test_an_empty_spec_takes_the_defaults(reader: SpecReader) -> None:
     read = reader.read(spec(prompt="p"), tenant="t")
     assert (read.tenant, read.adapter, read.prompt) == ("t", None, "p")
     assert (read.temperature, read.seed, read.max_tokens, read.min_tokens) == (1.0, None, None, 0)
+    assert (read.top_k, read.top_p, read.min_p, read.top_logprobs) == (0, 1.0, 0.0, None)
     assert read.stop_strings == ()
     assert read.stop_token_ids == {EOS}
     assert len(read.request_id) == 32
@@ -52,7 +53,15 @@ def test_every_served_field_is_read(reader: SpecReader) -> None:
             model="byte-model",
             adapter="adapters/sql",
             token_ids={"ids": [5, 6]},
-            sampling={"temperature": 0, "seed": 2**64 - 1, "top_p": 1, "repetition_penalty": 1},
+            sampling={
+                "temperature": 0,
+                "seed": 2**64 - 1,
+                "top_k": 7,
+                "top_p": 0.25,
+                "min_p": 0.5,
+                "repetition_penalty": 1,
+            },
+            response={"top_logprobs": 0},
             stopping={"max_tokens": 9, "min_tokens": 9, "stop_strings": ["é" * 128, "b"]},
             labels={"team": "x" * 63},
         ),
@@ -61,6 +70,8 @@ def test_every_served_field_is_read(reader: SpecReader) -> None:
     assert (read.request_id, read.adapter) == ("r-1", AdapterName("t", "sql"))
     assert read.prompt == [5, 6]
     assert (read.temperature, read.seed) == (0.0, 2**64 - 1)
+    assert (read.top_k, read.top_p, read.min_p) == (7, 0.25, 0.5)
+    assert read.top_logprobs == 0
     assert (read.max_tokens, read.min_tokens) == (9, 9)
     assert read.stop_strings == ("é" * 128, "b")
     assert read.labels == {"team": "x" * 63}
@@ -167,14 +178,10 @@ def test_an_input_is_required(reader: SpecReader) -> None:
 
 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({"sampling": {"top_p": 0.9}}, "sampling.top_p"),
-    ({"sampling": {"top_k": 5}}, "sampling.top_k"),
-    ({"sampling": {"min_p": 0.1}}, "sampling.min_p"),
     ({"sampling": {"repetition_penalty": 1.1}}, "sampling.repetition_penalty"),
     ({"sampling": {"presence_penalty": 1}}, "sampling.presence_penalty"),
     ({"sampling": {"frequency_penalty": -1}}, "sampling.frequency_penalty"),
     ({"sampling": {"logit_bias": {5: 1}}}, "sampling.logit_bias"),
-    ({"response": {"top_logprobs": 0}}, "response.top_logprobs"),
     ({"response": {"prompt_logprobs": 0}}, "response.prompt_logprobs"),
     ({"guided": {"regex": "a+"}}, "guided"),
 ]

@@ -99,7 +99,10 @@ class ScriptedInference(InferenceServiceServicer):
         self.script.step()
         words = request.spec.prompt.split()
         return inference_service_pb2.GenerateResponse(
-            text="".join(words), token_ids=range(len(words)), completed=_completed(request.spec)
+            text="".join(words),
+            token_ids=range(len(words)),
+            logprobs=_logprobs(request.spec, len(words)),
+            completed=_completed(request.spec),
         )
 
     async def StreamGenerate(
@@ -113,11 +116,28 @@ class ScriptedInference(InferenceServiceServicer):
                 raise _Broken("the connection broke")
             if index == self._pause_after:
                 await asyncio.Event().wait()
-            chunk = inference_service_pb2.TokenChunk(token_ids=[index], text=word)
+            chunk = inference_service_pb2.TokenChunk(
+                token_ids=[index], text=word, logprobs=_logprobs(request.spec, 1)
+            )
             yield inference_service_pb2.StreamGenerateResponse(chunk=chunk)
             await asyncio.sleep(0)
         completed = _completed(request.spec)
         yield inference_service_pb2.StreamGenerateResponse(completed=completed)
+
+
+def _logprobs(
+    spec: inference_service_pb2.GenerationSpec, num_tokens: int
+) -> common_pb2.Logprobs | None:
+    """Where asked for; the alternatives of every token are 70, 71, ..."""
+    if not spec.response.HasField("top_logprobs"):
+        return None
+    count = spec.response.top_logprobs
+    return common_pb2.Logprobs(
+        logprobs=[-0.5] * num_tokens,
+        top_counts=[count] * num_tokens if count else [],
+        top_token_ids=[70 + place for _ in range(num_tokens) for place in range(count)],
+        top_logprobs=[-0.25 - place for _ in range(num_tokens) for place in range(count)],
+    )
 
 
 class ScriptedAdapters(AdapterServiceServicer):

@@ -128,7 +128,7 @@ class GenerationStream:
         try:
             while (message := await self._next()) is not None:
                 if message.HasField("chunk"):
-                    return Chunk(tuple(message.chunk.token_ids), message.chunk.text)
+                    return Chunk.from_proto(message.chunk)
                 if message.HasField("completed"):
                     self.completion = Completion.from_proto(message.completed)
         except grpc.RpcError as error:

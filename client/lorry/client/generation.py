@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from lorry.rpc.durations import to_seconds
 from lorry.v1 import common_pb2, inference_service_pb2
@@ -40,6 +41,7 @@ class Request:
     stop_strings: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    top_logprobs: int | None = None  # alternatives of each token, 0 to 20; None = no logprobs
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def to_proto(self) -> inference_service_pb2.GenerationSpec:
@@ -49,6 +51,7 @@ class Request:
             adapter=adapter_name(self.adapter) if self.adapter else "",
             sampling=self._sampling(),
             stopping=self._stopping(),
+            response=common_pb2.ResponseOptions(top_logprobs=self.top_logprobs),
             labels=self.labels,
         )
         _set_prompt(spec, self.prompt)
@@ -77,11 +80,29 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Of one output token, in nats, before temperature and all else that changes the odds."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # ids and logprobs of the most likely tokens, in order
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """What is new since the last chunk; either part may be empty."""
 
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of token_ids, where asked for
+
+    @classmethod
+    def from_proto(cls, message: inference_service_pb2.TokenChunk) -> "Chunk":
+        return cls(
+            token_ids=tuple(message.token_ids),
+            text=message.text,
+            logprobs=_logprobs(message.token_ids, message.logprobs),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +147,7 @@ class Generation:
     text: str
     token_ids: tuple[int, ...]  # with an end-of-sequence or stop token, which text leaves out
     completion: Completion
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of token_ids, where asked for
 
     @classmethod
     def from_proto(cls, message: inference_service_pb2.GenerateResponse) -> "Generation":
@@ -133,12 +155,24 @@ class Generation:
             text=message.text,
             token_ids=tuple(message.token_ids),
             completion=Completion.from_proto(message.completed),
+            logprobs=_logprobs(message.token_ids, message.logprobs),
         )
 
 
 def adapter_name(text: str) -> str:
     """The resource name that an adapter's id, or name, stands for."""
     return text if "/" in text else f"adapters/{text}"
+
+
+def _logprobs(token_ids: Sequence[int], message: common_pb2.Logprobs) -> tuple[TokenLogprobs, ...]:
+    if not message.logprobs:
+        return ()
+    top = zip(message.top_token_ids, message.top_logprobs, strict=True)
+    counts = message.top_counts or [0] * len(token_ids)
+    return tuple(
+        TokenLogprobs(token_id, logprob, tuple(islice(top, count)))
+        for token_id, logprob, count in zip(token_ids, message.logprobs, counts, strict=True)
+    )
 
 
 def _set_prompt(

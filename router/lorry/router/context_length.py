@@ -1,7 +1,11 @@
-"""How many tokens a request may have in all."""
+"""How many tokens a request may have in all, and in one message."""
 
 from lorry.router.generation import Generation
-from lorry.rpc.errors import ContextLengthExceeded
+from lorry.rpc.errors import ContextLengthExceeded, InvalidRequest
+
+MAX_ANSWER_BYTES = 2 << 20  # of one message
+TOKEN_BYTES = 24  # of a token's id and logprob, and of its text, about
+ALTERNATIVE_BYTES = 9  # at most
 
 
 def resolve_max_tokens(
@@ -23,6 +27,20 @@ def resolve_max_tokens(
             "stopping.min_tokens", num_prompt_tokens, generation.min_tokens, max_context_tokens
         )
     return generation.max_tokens or rest
+
+
+def check_answer_size(generation: Generation, max_tokens: int) -> None:
+    """Raises InvalidRequest if the logprobs of `max_tokens` could be too large for one message."""
+    if generation.top_logprobs is None:
+        return
+    token_bytes = TOKEN_BYTES + ALTERNATIVE_BYTES * generation.top_logprobs
+    if max_tokens * token_bytes > MAX_ANSWER_BYTES:
+        raise InvalidRequest.of(
+            "response.top_logprobs",
+            f"the logprobs of {max_tokens} tokens could exceed one message of "
+            f"{MAX_ANSWER_BYTES} bytes; stream them, or set stopping.max_tokens to at most "
+            f"{MAX_ANSWER_BYTES // token_bytes}",
+        )
 
 
 def context_exceeded(

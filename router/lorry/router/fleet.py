@@ -10,6 +10,7 @@ import grpc
 from lorry.router.active import ActiveRequests
 from lorry.router.config import Config
 from lorry.router.dispatcher import Dispatcher, Place, Prefetch, Submit, no_worker
+from lorry.router.generation import TokenLogprobs
 from lorry.router.request import Request, RequestState
 from lorry.router.worker import Worker
 from lorry.router.worker_link import Ended
@@ -73,12 +74,19 @@ class Fleet:
     def submit_limit_raised(self, worker: Worker) -> None:
         self.plan_soon()
 
-    def tokens_drawn(self, worker: Worker, seqs: Sequence[int], token_ids: Sequence[int]) -> None:
+    def tokens_drawn(
+        self,
+        worker: Worker,
+        seqs: Sequence[int],
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] | None,
+    ) -> None:
         active = worker.active
-        for seq, token_id in zip(seqs, token_ids, strict=True):
+        rows: Sequence[TokenLogprobs | None] = logprobs or [None] * len(seqs)
+        for seq, token_id, row in zip(seqs, token_ids, rows, strict=True):
             request = active.get(seq)
             if request is not None and request.state is not S.STOPPING:
-                self._draw(request, token_id)
+                self._draw(request, token_id, row)
 
     def requests_ended(self, worker: Worker, ended: Sequence[Ended]) -> None:
         for last_word in ended:
@@ -86,14 +94,19 @@ class Fleet:
             if request is not None:
                 self._end_by_worker(worker, request, last_word)
 
-    def _draw(self, request: Request, token_id: int) -> None:
+    def _draw(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """The hot path: once for each output token."""
+        if request.generation.top_logprobs is None:
+            logprobs = None
+        elif logprobs is None:
+            self._active.fail(request, LorryError("the worker sent a token without its logprobs"))
+            return
         if request.state is S.SUBMITTED:
             request.move_to(S.STREAMING)
             request.first_token_s = request.first_token_s or self._loop.time()
         request.output_ids.append(token_id)
         output = self._active.output(request)
-        output.push(token_id)
+        output.push(token_id, logprobs)
         if output.matched_stop is not None:
             request.move_to(S.STOPPING)
             self._links[request.worker_name].cancel(Place(request.worker_name, request.seq))

@@ -36,11 +36,15 @@ class Generation:
     adapter: AdapterName | None  # None: the base model
     prompt: Prompt
     temperature: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
     stop_strings: Sequence[str] = ()
     stop_token_ids: frozenset[int] = frozenset()  # with the model's end-of-sequence tokens
+    top_logprobs: int | None = None  # alternatives of each token; None: no logprobs at all
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -49,11 +53,20 @@ class FinishReason(enum.Enum):
     LENGTH = enum.auto()
 
 
+class TokenLogprobs(NamedTuple):
+    """Raw logprobs of one output token."""
+
+    logprob: float
+    top_ids: Sequence[int] = ()  # most likely first
+    top_logprobs: Sequence[float] = ()
+
+
 class Chunk(NamedTuple):
     """What is new since the last one."""
 
     token_ids: list[int]
     text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of token_ids, where asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,11 @@ a slow client gets fewer, larger messages. The router bounds how much and how lo
 
 import asyncio
 
-from lorry.router.generation import Chunk, Completion
+from lorry.router.generation import Chunk, Completion, TokenLogprobs
 from lorry.router.text_stream import TextStream
 from lorry.rpc.errors import LorryError
+
+MAX_CHUNK_LOGPROBS = 4096  # tokens of a chunk, if each has logprobs; 0.8 MiB with all alternatives
 
 
 class Output:
@@ -25,6 +27,7 @@ class Output:
         "_streaming",
         "_text",
         "_unsent_ids",
+        "_unsent_logprobs",
         "_unsent_text",
         "_waiter",
         "num_sent",
@@ -37,6 +40,7 @@ class Output:
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._unsent_ids: list[int] = []
+        self._unsent_logprobs: list[TokenLogprobs] = []  # as many, or none
         self._unsent_text = ""
         self._ended = False
         self._error: LorryError | None = None
@@ -60,9 +64,14 @@ class Output:
         assert self._completion is not None, "the output has not ended well"
         return self._completion
 
-    def push(self, token_id: int) -> None:
-        """Add a token. After a stop string has matched nothing more may be pushed."""
+    def push(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Add a token. After a stop string has matched nothing more may be pushed.
+
+        Logprobs come with all tokens of an output or with none.
+        """
         self._unsent_ids.append(token_id)
+        if logprobs is not None:
+            self._unsent_logprobs.append(logprobs)
         self._unsent_text += self._text.push(token_id)
         if self._waiter is not None and self._streaming:
             self._wake()
@@ -93,10 +102,21 @@ class Output:
             raise self._error
         if not self._unsent_ids and not self._unsent_text:
             return None
-        chunk = Chunk(self._unsent_ids, self._unsent_text)
-        self._unsent_ids, self._unsent_text = [], ""
+        chunk = self._take()
         self.num_sent += len(chunk.token_ids)
         self.taken_s = self._loop.time()
+        return chunk
+
+    def _take(self) -> Chunk:
+        """All that is unsent, or the first tokens of what would be too large a message."""
+        if self._streaming and len(self._unsent_logprobs) > MAX_CHUNK_LOGPROBS:
+            first, rest = slice(MAX_CHUNK_LOGPROBS), slice(MAX_CHUNK_LOGPROBS, None)
+            chunk = Chunk(self._unsent_ids[first], "", tuple(self._unsent_logprobs[first]))
+            self._unsent_ids = self._unsent_ids[rest]
+            self._unsent_logprobs = self._unsent_logprobs[rest]
+            return chunk
+        chunk = Chunk(self._unsent_ids, self._unsent_text, tuple(self._unsent_logprobs))
+        self._unsent_ids, self._unsent_text, self._unsent_logprobs = [], "", []
         return chunk
 
     def _end(self) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 from lorry.router.active import ActiveRequests
 from lorry.router.catalogue import AdapterVersion
 from lorry.router.config import Config
-from lorry.router.context_length import resolve_max_tokens
+from lorry.router.context_length import check_answer_size, resolve_max_tokens
 from lorry.router.dispatcher import Dispatcher
 from lorry.router.fleet import Fleet
 from lorry.router.generation import Generation
@@ -69,7 +69,7 @@ class Router:
         request, output = self._receive(generation, remaining_s, streaming=streaming)
         when_client_left(lambda: self._active.end(request, S.CANCELLED))
         try:
-            await self._prepare_in_time(request)
+            await self._prepare_in_time(request, streaming=streaming)
             yield output
         except LorryError:
             self._active.end(request, S.FAILED)
@@ -119,14 +119,14 @@ class Router:
         self._active.add(request, output)
         return request, output
 
-    async def _prepare_in_time(self, request: Request) -> None:
+    async def _prepare_in_time(self, request: Request, *, streaming: bool) -> None:
         try:
             async with asyncio.timeout_at(request.deadline_s):
-                await self._prepare(request)
+                await self._prepare(request, streaming=streaming)
         except TimeoutError:
             self._active.expire(request)
 
-    async def _prepare(self, request: Request) -> None:
+    async def _prepare(self, request: Request, *, streaming: bool) -> None:
         """Fill in what the dispatcher must know and queue the request."""
         generation = request.generation
         adapter = generation.adapter
@@ -142,5 +142,7 @@ class Router:
             num_prompt_tokens=len(prompt_ids),
             max_context_tokens=min(limit for limit in limits if limit is not None),
         )
+        if not streaming:
+            check_answer_size(generation, request.max_tokens)
         self._dispatcher.enqueue(request)
         self._fleet.plan_soon()

@@ -13,6 +13,7 @@ from lorry.router.generation import (
     FinishReason,
     Generation,
     Prompt,
+    TokenLogprobs,
 )
 from lorry.router.spec_limits import (
     check,
@@ -59,18 +60,22 @@ class SpecReader:
         check_stopping(spec.stopping)
         check_response(spec.response)
         refuse_unsupported(spec)
-        stopping, sampling = spec.stopping, spec.sampling
+        stopping, sampling, response = spec.stopping, spec.sampling, spec.response
         return Generation(
             request_id=_request_id(spec.request_id),
             tenant=tenant,
             adapter=_adapter(spec.adapter, tenant),
             prompt=self._prompt(spec),
             temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+            min_p=sampling.min_p,
             seed=sampling.seed if sampling.HasField("seed") else None,
             max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
             min_tokens=stopping.min_tokens,
             stop_strings=tuple(stopping.stop_strings),
             stop_token_ids=self._stop_token_ids(stopping),
+            top_logprobs=response.top_logprobs if response.HasField("top_logprobs") else None,
             labels=dict(spec.labels),
         )
 
@@ -99,13 +104,20 @@ class SpecReader:
 
 def to_chunk(chunk: Chunk) -> pb.StreamGenerateResponse:
     return pb.StreamGenerateResponse(
-        chunk=pb.TokenChunk(token_ids=chunk.token_ids, text=chunk.text)
+        chunk=pb.TokenChunk(
+            token_ids=chunk.token_ids, text=chunk.text, logprobs=_logprobs(chunk.logprobs)
+        )
     )
 
 
 def to_response(chunk: Chunk | None, completion: Completion) -> pb.GenerateResponse:
-    token_ids, text = chunk or ([], "")
-    return pb.GenerateResponse(text=text, token_ids=token_ids, completed=to_completed(completion))
+    token_ids, text, logprobs = chunk or Chunk([], "")
+    return pb.GenerateResponse(
+        text=text,
+        token_ids=token_ids,
+        logprobs=_logprobs(logprobs),
+        completed=to_completed(completion),
+    )
 
 
 def to_completed(completion: Completion) -> pb.Completed:
@@ -131,6 +143,19 @@ def to_completed(completion: Completion) -> pb.Completed:
     elif completion.stop_token_id is not None:
         completed.stop_token_id = completion.stop_token_id
     return completed
+
+
+def _logprobs(rows: Sequence[TokenLogprobs]) -> common_pb2.Logprobs | None:
+    """None where they were not asked for."""
+    if not rows:
+        return None
+    top_counts = [len(row.top_ids) for row in rows]
+    return common_pb2.Logprobs(
+        logprobs=[row.logprob for row in rows],
+        top_counts=top_counts if any(top_counts) else [],
+        top_token_ids=[token_id for row in rows for token_id in row.top_ids],
+        top_logprobs=[logprob for row in rows for logprob in row.top_logprobs],
+    )
 
 
 def _request_id(request_id: str) -> str:

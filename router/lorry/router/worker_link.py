@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from lorry.router.dispatcher import Place, Prefetch, Submit
-from lorry.router.generation import FinishReason
+from lorry.router.generation import FinishReason, TokenLogprobs
 from lorry.router.outbox import Outbox
 from lorry.router.request import Request
 from lorry.router.worker import Worker
@@ -53,7 +53,11 @@ class WorkerEvents(Protocol):
     def worker_lost(self, worker: Worker) -> None: ...
     def worker_draining(self, worker: Worker) -> None: ...
     def tokens_drawn(
-        self, worker: Worker, seqs: Sequence[int], token_ids: Sequence[int]
+        self,
+        worker: Worker,
+        seqs: Sequence[int],
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] | None,
     ) -> None: ...
     def requests_ended(self, worker: Worker, ended: Sequence[Ended]) -> None: ...
     def submit_limit_raised(self, worker: Worker) -> None: ...
@@ -173,7 +177,7 @@ class WorkerLink:
             self._events.worker_draining(worker)
 
     def _receive_step(self, worker: Worker, step: pb.StepOutput) -> None:
-        self._events.tokens_drawn(worker, step.seqs, step.token_ids)
+        self._events.tokens_drawn(worker, step.seqs, step.token_ids, _logprobs(step))
         if step.finished:
             self._events.requests_ended(worker, [_ended(f) for f in step.finished])
         if step.submit_limit > worker.submit_limit:
@@ -205,13 +209,31 @@ class WorkerLink:
             token_ids=[*request.prompt_ids, *request.output_ids],
             generated_tokens=len(request.output_ids),
             sampling=common_pb2.SamplingParams(
-                temperature=generation.temperature, seed=request.seed
+                temperature=generation.temperature,
+                top_k=generation.top_k,
+                top_p=generation.top_p,
+                min_p=generation.min_p,
+                seed=request.seed,
             ),
+            response=common_pb2.ResponseOptions(top_logprobs=generation.top_logprobs),
             max_tokens=request.max_tokens,
             min_tokens=generation.min_tokens,
             stop_token_ids=sorted(generation.stop_token_ids),
             remaining=to_duration(request.deadline_s - self._loop.time()),
         )
+
+
+def _logprobs(step: pb.StepOutput) -> list[TokenLogprobs] | None:
+    """Of each row; None if no row has any."""
+    if not step.logprobs:
+        return None
+    rows, first = list[TokenLogprobs](), 0
+    top_counts = step.top_counts or [0] * len(step.logprobs)
+    for logprob, count in zip(step.logprobs, top_counts, strict=True):
+        top = slice(first, first + count)
+        rows.append(TokenLogprobs(logprob, step.top_token_ids[top], step.top_logprobs[top]))
+        first += count
+    return rows
 
 
 def _ended(finished: pb.Finished) -> Ended:

@@ -1,13 +1,15 @@
 """`lorry generate`: stream the answer to one prompt."""
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.table import Table
 
 from lorry.client.commands.connection import DEFAULT, Connection
-from lorry.client.console import make_console
-from lorry.client.generation import ChatMessage, Completion, Request
+from lorry.client.console import make_console, make_table
+from lorry.client.generation import ChatMessage, Completion, Request, TokenLogprobs
 
 
 async def generate(
@@ -19,9 +21,11 @@ async def generate(
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int = 0,
+    min_p: float = 0.0,
     seed: int | None = None,
     stop: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     chat: Annotated[bool, Parameter(negative="")] = False,
+    logprobs: int | None = None,
     stats: Annotated[bool, Parameter(negative="")] = False,
     connection: Connection = DEFAULT,
 ) -> None:
@@ -43,12 +47,17 @@ async def generate(
         Draw from the most likely tokens of this total probability only; default: from all.
     top_k
         Draw from this many most likely tokens only; 0 is all.
+    min_p
+        Draw from tokens of at least this share of the most likely one's probability only.
     seed
         Makes random answers repeatable; default: another one each time.
     stop
         The text ends before this string. May be given up to 16 times.
     chat
         Send the prompt as a user's chat message, through the model's chat template.
+    logprobs
+        Print the logprob of each token, in nats, and those of this many most likely tokens, 0 to
+        20, to standard error at the end; default: none.
     stats
         Print token counts and times to standard error at the end.
     """
@@ -61,15 +70,30 @@ async def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
         seed=seed,
         stop_strings=stop,
+        top_logprobs=logprobs,
     )
+    reported: list[TokenLogprobs] = []
     async with connection.client() as client, client.stream(request) as stream:
         async for chunk in stream:
             print(chunk.text, end="", flush=True)
+            reported += chunk.logprobs
     print()
+    if reported:
+        make_console(stderr=True).print(_logprob_table(reported))
     if stats and stream.completion is not None:
         make_console(stderr=True).print(_summary(stream.completion), style="dim")
+
+
+def _logprob_table(reported: Sequence[TokenLogprobs]) -> Table:
+    """Tokens are shown by their ids: the client has no tokenizer."""
+    table = make_table("token", "logprob", "most likely")
+    for token in reported:
+        top = ", ".join(f"{token_id} {logprob:.3f}" for token_id, logprob in token.top)
+        table.add_row(str(token.token_id), f"{token.logprob:.3f}", top)
+    return table
 
 
 def _summary(completion: Completion) -> str:
