@@ -97,7 +97,7 @@ def test_adapters_are_copied_into_consecutive_and_scattered_pages(tiny: Path) ->
     options = ("--ranks", "4", "--gib", "0.001", "--pool-gib", "0.01", "--rounds", "2")
     result = run("copies", tiny, *options, "--device", "cpu", "--dtype", "fp32", common=())
     loads = result["metrics"]["loads"]
-    assert [load["places"] for load in loads] == ["consecutive", "scattered"]
+    assert {load["places"] for load in loads} >= {"consecutive", "scattered"}
     assert all(load["gb_per_s"]["min"] > 0 for load in loads)
 
 

@@ -10,7 +10,7 @@ from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
 from lorry.kernels.pool_view import PoolView, allocate_pool
 from lorry.worker import messages as m
 from lorry.worker.adapter_memory import DirectAdapterMemory
-from lorry.worker.cuda_adapter_memory import CudaAdapterMemory
+from lorry.worker.cuda_adapter_memory import NEVER, CudaAdapterMemory
 from lorry.worker.residency import Adapter
 from lorry.worker.staging import Staging
 
@@ -61,13 +61,13 @@ def contents(memory: CudaAdapterMemory | DirectAdapterMemory, pool: PoolView) ->
 
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("registers_files", [True, False], ids=["registered", "staged"])
+@pytest.mark.parametrize("registered_from_load", [1, NEVER], ids=["registered", "staged"])
 def test_images_reach_their_pages_and_tables(
-    gpu: torch.device, tmp_path: Path, registers_files: bool, places: list[list[int]]
+    gpu: torch.device, tmp_path: Path, registered_from_load: int, places: list[list[int]]
 ) -> None:
     adapters = loads(tmp_path, places)
     pool = allocate_pool(PAGES, LAYOUT, gpu)
-    memory = CudaAdapterMemory(pool, max_rank=8, registers_files=registers_files)
+    memory = CudaAdapterMemory(pool, max_rank=8, registered_from_load=registered_from_load)
     load_all(memory, adapters)
     expected_pool = allocate_pool(PAGES, LAYOUT, torch.device("cpu"))
     expected = DirectAdapterMemory(expected_pool, max_rank=8)

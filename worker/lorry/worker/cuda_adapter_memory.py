@@ -1,8 +1,9 @@
 """Copies page images to the GPU on a stream of their own, while steps go on.
 
 The copy stream waits, on the device, for the last launched step before it writes a page, since
-that step may still read what the page held. Files are registered for DMA where the driver allows;
-else images are staged.
+that step may still read what the page held. A file is registered for DMA, where the driver allows,
+when it is loaded from again; what is loaded once is staged, since registering is a long call into
+the driver. `benchmarks/copies.py` measures both.
 """
 
 import logging
@@ -26,6 +27,8 @@ from lorry.worker.residency import Adapter
 from lorry.worker.staging import Staging
 
 REGISTER_READ_ONLY = 0x08  # cudaHostRegisterReadOnly
+REGISTERED_FROM_LOAD = 2
+NEVER = 0
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,9 @@ class _Copy(NamedTuple):
 class CudaAdapterMemory:
     """See `AdapterMemory`. A thread enqueues the copies; pages are written on the copy stream."""
 
-    def __init__(self, pool: PoolView, *, max_rank: int, registers_files: bool = True) -> None:
+    def __init__(
+        self, pool: PoolView, *, max_rank: int, registered_from_load: int = REGISTERED_FROM_LOAD
+    ) -> None:
         device = pool.slices.device
         self.pool = pool
         self._table_buffer = TableBuffer(
@@ -54,9 +59,10 @@ class CudaAdapterMemory:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-copies")
         self._copies: deque[tuple[Adapter, Future[_Copy]]] = deque()
         self._registered: set[int] = set()  # addresses of files
-        self._can_register = registers_files
+        self._loads: dict[int, int] = {}  # from each file, until it is registered
+        self._registered_from_load = registered_from_load
         self._runtime: Any = torch.cuda.cudart()
-        self._staging: Staging | None = None
+        self._staging = Staging()
 
     def map(self, image: ImageReady) -> None:
         self._images.map(image)
@@ -118,33 +124,31 @@ class CudaAdapterMemory:
                 if is_registered:
                     target.copy_(rows, non_blocking=True)
                 else:
-                    self._stage(rows, target)
+                    self._staging.copy(rows.view(-1), target.view(-1))
             done.record()
         return _Copy(len(image), change, started, done)
 
-    def _stage(self, rows: torch.Tensor, target: torch.Tensor) -> None:
-        if self._staging is None:
-            self._staging = Staging()
-        self._staging.copy(rows.view(-1), target.view(-1))
-
     def _register(self, file: torch.Tensor) -> bool:
-        """Make a file's mapping readable by the GPU; False if the driver refuses."""
+        """Whether the GPU can read the file's mapping; registers what is loaded from often."""
         address = file.data_ptr()
         if address in self._registered:
             return True
-        if self._can_register:
-            started_s = time.monotonic()
-            error = int(self._runtime.cudaHostRegister(address, len(file), REGISTER_READ_ONLY))
-            if error == 0:
-                self._registered.add(address)
-                log.debug("registered %d bytes in %.3f s", len(file), time.monotonic() - started_s)
-                return True
+        loads = self._loads[address] = self._loads.get(address, 0) + 1
+        if self._registered_from_load == NEVER or loads < self._registered_from_load:
+            return False
+        started_s = time.monotonic()
+        error = int(self._runtime.cudaHostRegister(address, len(file), REGISTER_READ_ONLY))
+        if error:
             log.warning("the driver does not map files (error %d): adapters are staged", error)
-            self._can_register = False
-        return False
+            self._registered_from_load = NEVER
+            return False
+        self._registered.add(address)
+        log.debug("registered %d bytes in %.3f s", len(file), time.monotonic() - started_s)
+        return True
 
     def _unregister(self, file: torch.Tensor) -> None:
         address = file.data_ptr()
+        self._loads.pop(address, None)
         if address in self._registered:
             self._registered.remove(address)
             self._runtime.cudaHostUnregister(address)
