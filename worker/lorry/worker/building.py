@@ -1,9 +1,6 @@
 """Builds an engine: weights, pool, scheduler and the runner of its device."""
 
-import contextlib
 import logging
-import time
-from collections.abc import Iterator
 
 import torch
 
@@ -22,6 +19,7 @@ from lorry.worker.device_memory import (
 from lorry.worker.engine import Engine
 from lorry.worker.model import LlamaModel
 from lorry.worker.pool import PagePool
+from lorry.worker.progress import logged
 from lorry.worker.runner import Runner
 from lorry.worker.scheduler import Scheduler, SchedulerLimits
 from lorry.worker.sequences import SequenceTable
@@ -45,24 +43,16 @@ def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
         max_context_tokens=config.max_context_tokens or base_model.max_context_tokens,
     )
     pool_pages = _pool_pages(config, base_model, layout, limits)
-    with logged("loaded the weights"):
+    with logged(log, "loaded the weights"):
         weights = load_weights(base_model, _weight_reader(config, base_model, device))
         model = LlamaModel(weights, base_model.geometry)
-    with logged(f"allocated a pool of {pool_pages} pages of {layout.page_bytes} bytes"):
+    with logged(log, f"allocated a pool of {pool_pages} pages of {layout.page_bytes} bytes"):
         pool = allocate_pool(pool_pages + 1, layout, device)  # with the dummy page
         table = SequenceTable(config.max_running, limits.max_context_tokens, layout.page_tokens)
         scheduler = Scheduler(limits, PagePool(pool.num_pages), table)
-    with logged("prepared the steps"):
+    with logged(log, "prepared the steps"):
         runner = _runner(config, base_model, model, pool, limits)
     return Engine(runner, scheduler)
-
-
-@contextlib.contextmanager
-def logged(done: str) -> Iterator[None]:
-    """Log what the block has done, and its seconds."""
-    started_s = time.monotonic()
-    yield
-    log.info("%s in %.1f s", done, time.monotonic() - started_s)
 
 
 def _pool_pages(
@@ -78,7 +68,7 @@ def _pool_pages(
         max_context_tokens=limits.max_context_tokens,
     )
     needs = memory_needs(base_model, layout, steps, max_rank=config.max_rank)
-    with logged("opened the GPU"):
+    with logged(log, "opened the GPU"):
         torch.cuda.empty_cache()
         memory = GpuMemory(*torch.cuda.mem_get_info())
     if config.pool_pages is None:

@@ -7,6 +7,7 @@ from lorry.rpc.base_model import BaseModel
 from lorry.worker.adapter_tables import slot_bytes
 from lorry.worker.buckets import bucket_sizes
 from lorry.worker.lora_groups import LoraGroups
+from lorry.worker.step_arrays import HeadKind
 from lorry.worker.weights import num_weights
 
 # By default there are no more: tables and host lists grow with them, and 4 million tokens of KV
@@ -17,7 +18,6 @@ MOST_DEFAULT_PAGES = 1 << 18
 FIXED_BYTES = 1 << 30  # code of kernels, workspaces of matrix products, work lists
 GRAPH_BYTES = 4 << 20  # of a graph's nodes in the driver
 LOGIT_BYTES = 16  # of a logit and what the sampler makes of it
-HEADS = 2  # that a bucket of samples may have
 ACTIVATION_COPIES = 2  # of the run before a capture, and in the graphs' own memory
 
 
@@ -76,7 +76,7 @@ def _steps_bytes(base_model: BaseModel, layout: PageLayout, steps: StepLimits) -
     block_table = -(-steps.max_context_tokens // layout.page_tokens) * steps.max_samples * 4
     rope_table = base_model.max_context_tokens * 2 * geometry.head_dim * itemsize
     graphs = len(bucket_sizes(steps.max_rows)) * len(LoraGroups)
-    graphs += len(bucket_sizes(steps.max_samples)) * HEADS
+    graphs += len(bucket_sizes(steps.max_samples)) * len(HeadKind)
     return (
         FIXED_BYTES
         + graphs * GRAPH_BYTES

@@ -3,6 +3,8 @@
 Shape suffixes: T = rows of the step, H = hidden size, N = rows that sample, V = vocabulary.
 """
 
+import dataclasses
+
 import torch
 from torch.nn.functional import linear
 
@@ -20,9 +22,15 @@ class LlamaModel:
 
     def __init__(self, weights: ModelWeights, geometry: ModelGeometry) -> None:
         self._weights = weights
+        self._geometry = geometry
         self._head_dim = geometry.head_dim
         layers = weights.layers
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]
+
+    def first_layer(self) -> "LlamaModel":
+        """The model without its other layers."""
+        weights = dataclasses.replace(self._weights, layers=self._weights.layers[:1])
+        return LlamaModel(weights, self._geometry)
 
     def forward(self, token_id_T: torch.Tensor, operations: Operations) -> torch.Tensor:
         """Compute the step's rows and write their KV; returns the normed hidden states [T, H]."""
