@@ -76,7 +76,7 @@ class World:
     @torch.inference_mode()
     def reference(self, dtype: torch.dtype, sequences: Sequence[list[int]]) -> list[torch.Tensor]:
         """Logits of all positions of the requests' sequences by transformers and peft."""
-        base = LlamaForCausalLM.from_pretrained(self.model, dtype=dtype).to(self.device)
+        base: Any = LlamaForCausalLM.from_pretrained(self.model, dtype=dtype)
         (first, path), *others = self.adapters.items()
         model = PeftModel.from_pretrained(base, path, adapter_name=first)
         for name, path in others:

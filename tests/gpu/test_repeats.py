@@ -8,28 +8,21 @@ import pytest
 import torch
 
 from tests.support.engines import EngineHarness
-from tests.support.equal_tokens import ADAPTERS, largest_adapter_pages
-from tests.support.models import make_adapter, make_llama
+from tests.support.equal_tokens import AdaptedModel, largest_adapter_pages
 from tests.support.step_replays import StepReplays
 from tests.support.step_trace import PatientLoads, StepTrace
 
 TWENTY = 20
 
 
-class Models:
-    def __init__(self, directory: Path) -> None:
-        self.model = make_llama(directory / "model")
-        self.adapters: list[Path | None] = [None]
-        for seed, (name, fields) in enumerate(ADAPTERS.items()):
-            self.adapters.append(make_adapter(directory / name, self.model, seed=seed, **fields))
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("models"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
+    return AdaptedModel(tmp_path_factory.mktemp("models"))
 
 
-def engine(device: torch.device, models: Models, directory: Path, **config: Any) -> EngineHarness:
+def engine(
+    device: torch.device, models: AdaptedModel, directory: Path, **config: Any
+) -> EngineHarness:
     """With requests of all adapters, greedy and sampled, and prompts of many lengths."""
     defaults = {"device": device.type, "dtype": "bf16", "step_tokens": 64}
     harness = EngineHarness(models.model, directory, **(defaults | config))
@@ -52,7 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_identical_sequences_of_steps_compute_identical_bits(
-    device: torch.device, models: Models, tmp_path: Path, config: dict[str, Any]
+    device: torch.device, models: AdaptedModel, tmp_path: Path, config: dict[str, Any]
 ) -> None:
     outcomes = []
     pages = largest_adapter_pages(models, tmp_path) + 20 if "scarce" in config else 2000
@@ -72,7 +65,7 @@ def test_identical_sequences_of_steps_compute_identical_bits(
 
 
 def test_twenty_runs_of_a_step_compute_identical_bits(
-    gpu: torch.device, models: Models, tmp_path: Path
+    gpu: torch.device, models: AdaptedModel, tmp_path: Path
 ) -> None:
     replays = StepReplays(engine(gpu, models, tmp_path))
     replays.run_until(lambda step: step.is_mixed)

@@ -33,15 +33,22 @@ LENGTHS = [1, 2, 15, 16, 17, 33, 100, 257, 600]
 MAX_TOKENS = 36
 
 
-class World:
-    """A model, its adapters, and the reference's answers to a fixed set of requests."""
+class AdaptedModel:
+    """A model, and adapters of many ranks and targets; None stands for no adapter."""
 
-    def __init__(self, directory: Path, model_fields: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, **model_fields: Any) -> None:
         self.model = make_llama(directory / "model", **model_fields)
         self.adapters = [None] + [
             make_adapter(directory / name, self.model, seed=seed, **fields)
             for seed, (name, fields) in enumerate(ADAPTERS.items())
         ]
+
+
+class World(AdaptedModel):
+    """The reference's answers to a fixed set of requests, too."""
+
+    def __init__(self, directory: Path, model_fields: dict[str, Any]) -> None:
+        super().__init__(directory, **model_fields)
         reference = Reference(self.model)
         random = np.random.default_rng(0)
         self.requests: list[tuple[list[int], Path | None, Greedy]] = []
@@ -72,6 +79,6 @@ def check_answers(
     assert excused <= len(requests) // 1000
 
 
-def largest_adapter_pages(world: World, tmp_path: Path) -> int:
-    harness = EngineHarness(world.model, tmp_path, pool_pages=1)
-    return max(harness.image_pages(adapter) for adapter in world.adapters if adapter)
+def largest_adapter_pages(models: AdaptedModel, tmp_path: Path) -> int:
+    harness = EngineHarness(models.model, tmp_path, pool_pages=1)
+    return max(harness.image_pages(adapter) for adapter in models.adapters if adapter)

@@ -28,7 +28,7 @@ def make_llama(
         "bos_token_id": 1,
         "pad_token_id": 0,
     }
-    model = LlamaForCausalLM(LlamaConfig(**(defaults | fields)))
+    model: Any = LlamaForCausalLM(LlamaConfig(**(defaults | fields)))
     model.to(dtype).save_pretrained(directory)
     return directory
 

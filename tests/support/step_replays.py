@@ -15,18 +15,18 @@ class StepReplays:
     """Of the engine's last step."""
 
     def __init__(self, harness: EngineHarness) -> None:
-        runner = harness.engine.runner
-        assert isinstance(runner, CudaRunner)
+        assert isinstance(harness.engine.runner, CudaRunner)
+        graphs: Any = harness.engine.runner.graphs
         self._harness = harness
         self._trace = StepTrace(harness.engine)
-        self._graphs = runner.graphs
-        self._pool = runner.graphs._state.pool
-        kept = [*vars(runner.graphs).values(), *vars(runner.graphs.head).values()]
+        self._graphs = graphs
+        self._pool = graphs._state.pool
+        kept = [*vars(graphs).values(), *vars(graphs.head).values()]
         self._state = [self._pool.slices, *(x for x in kept if isinstance(x, torch.Tensor))]
         self._before: list[torch.Tensor] = []
         self._step: tuple[Any, ...] = ()
-        self._replay = runner.graphs.replay
-        runner.graphs.replay = self._kept  # type: ignore[method-assign]  # to run it again
+        self._replay = graphs.replay
+        graphs.replay = self._kept
 
     def _kept(self, *step: Any) -> None:
         self._before = [tensor.clone() for tensor in self._state]

@@ -1,7 +1,7 @@
 """What each step of an engine computes, for comparing runs bit for bit and with references."""
 
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -9,7 +9,6 @@ import torch
 from lorry.worker.adapter_memory import FinishedLoad
 from lorry.worker.cuda_runner import CudaRunner
 from lorry.worker.engine import Engine
-from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch
 from lorry.worker.residency import Adapter
 from lorry.worker.sequences import SequenceTable
@@ -38,17 +37,17 @@ class StepTrace:
 
     def __init__(self, engine: Engine) -> None:
         self.steps: list[Step] = []
-        self._runner: Any = engine.runner
+        self._runner = cast(Any, engine.runner)
         self._launch = self._runner.launch
         self._runner.launch = self._traced
         self._hidden_TH = torch.empty(0)
-        if isinstance(self._runner, CudaRunner):
-            self.model: LlamaModel = self._runner.graphs._model
+        if isinstance(engine.runner, CudaRunner):
+            self.model = self._runner.graphs._model
             self._hidden_TH = self._runner.graphs._hidden_TH
         else:
             self.model = self._runner._model
             self._forward = self.model.forward
-            self.model.forward = self._keep_hidden  # type: ignore[method-assign]  # to look at it
+            self.model.forward = self._keep_hidden
 
     def _traced(self, batch: Batch, table: SequenceTable) -> Any:
         numbers = table.number_R[batch.row_S].copy()
