@@ -1,14 +1,16 @@
 """The time of a step's base products by its rows: what `benchmarks/roofline.py` reckons with.
 
     python -m benchmarks.products
+    python -m benchmarks.products --split --model llama-3-8b
 
 The body is the products of all layers on every row of a step, the head the product with the
 vocabulary on the rows that sample. Each is one CUDA graph over the very weights that the engine
-loads, so that no layer finds another's in a cache; the graphs of all sizes take turns.
+loads, so that no layer finds another's in a cache; the graphs of all sizes take turns. With
+`--split` the body's four products are also measured apart, at all the engine's buckets.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,6 +25,7 @@ from benchmarks.timing import interleaved_ms, replayable
 from lorry.kernels.pool_view import TORCH_DTYPES
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.service_config import DTYPES
+from lorry.worker.buckets import bucket_sizes
 from lorry.worker.weights import ModelWeights, RandomWeights, load_weights
 
 BODY_ROWS = [
@@ -31,23 +34,25 @@ BODY_ROWS = [
     *range(320, 1025, 64),
     *(1280, 1536, 2048),
 ]
-HEAD_ROWS = [rows for rows in BODY_ROWS if rows <= 512]
+MOST_SAMPLES = 512
+PRODUCTS = ("qkv", "o", "gate_up", "down")  # of a layer, by their names in `LayerWeights`
 
 
 def measure(model: str, arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
-    """Median milliseconds of body and head by their rows."""
+    """Median milliseconds of body, head and with `--split` each product, by their rows."""
     base_model, device = read_base_model(CONFIGS / model), torch.device(arguments.device)
     dtype = TORCH_DTYPES[DTYPES[arguments.dtype]]
     weights = load_weights(base_model, RandomWeights(dtype, device))
-    most = max(arguments.rows)
+    body = _Body(weights, base_model, max(arguments.rows))
     launches: dict[tuple[str, int], Callable[[], object]] = {}
-    body = _Body(weights, base_model, most)
     for rows in arguments.rows:
-        launches["body_ms", rows] = partial(body.run, rows)
-        if rows <= max(HEAD_ROWS):
+        launches["body_ms", rows] = partial(body.run, rows, PRODUCTS)
+        if rows <= MOST_SAMPLES:
             launches["head_ms", rows] = partial(linear, body.x_TH[:rows], weights.head)
+        for product in PRODUCTS if arguments.split else ():
+            launches[f"{product}_ms", rows] = partial(body.run, rows, [product])
     times = interleaved_ms(replayable(launches, device), device, arguments.rounds)
-    found: dict[str, dict[int, float]] = {"body_ms": {}, "head_ms": {}}
+    found: dict[str, dict[int, float]] = {part: {} for part, _ in launches}
     for (part, rows), values in times.items():
         found[part][rows] = round(median(values), 4)
     return found
@@ -60,17 +65,15 @@ class _Body:
         self._layers = weights.layers
         like, geometry = weights.head, base_model.geometry
         self.x_TH = _random(most, geometry.hidden, like)
-        self._mixed_TQ = _random(most, geometry.heads * geometry.head_dim, like)
-        self._product_TI = _random(most, geometry.intermediate, like)
+        mixed_TQ = _random(most, geometry.heads * geometry.head_dim, like)
+        product_TI = _random(most, geometry.intermediate, like)
+        self._inputs = {"qkv": self.x_TH, "o": mixed_TQ, "gate_up": self.x_TH, "down": product_TI}
 
-    def run(self, rows: int) -> None:
-        x_TH, mixed_TQ = self.x_TH[:rows], self._mixed_TQ[:rows]
-        product_TI = self._product_TI[:rows]
+    def run(self, rows: int, products: Sequence[str]) -> None:
+        inputs = {product: self._inputs[product][:rows] for product in products}
         for layer in self._layers:
-            linear(x_TH, layer.qkv)
-            linear(mixed_TQ, layer.o)
-            linear(x_TH, layer.gate_up)
-            linear(product_TI, layer.down)
+            for product, input_TI in inputs.items():
+                linear(input_TI, getattr(layer, product))
 
 
 def _random(rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
@@ -78,12 +81,15 @@ def _random(rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _print_table(model: str, times: dict[str, dict[int, float]], base_model: BaseModel) -> None:
-    print(f"{model}\n{'rows':>6} {'body ms':>9} {'TFLOP/s':>8} {'head ms':>9}")
-    for rows, body_ms in times["body_ms"].items():
-        tera_flops = 2 * _body_weights(base_model) * rows / body_ms / 1e9
-        head_ms = times["head_ms"].get(rows)
-        head = f"{head_ms:9.3f}" if head_ms is not None else ""
-        print(f"{rows:6} {body_ms:9.3f} {tera_flops:8.1f} {head}", flush=True)
+    columns = "".join(f"{part.removesuffix('_ms'):>9}" for part in times)
+    print(f"{model}, milliseconds\n{'rows':>6}{columns}  TFLOP/s of the body")
+    body_ms = times["body_ms"]
+    for rows, rows_ms in body_ms.items():
+        cells = "".join(f"{part.get(rows, float('nan')):9.3f}" for part in times.values())
+        faster = [more for more in body_ms if more > rows and body_ms[more] < 0.98 * rows_ms]
+        note = f"  slower than {min(faster, key=body_ms.__getitem__)} rows" if faster else ""
+        tera_flops = 2 * _body_weights(base_model) * rows / rows_ms / 1e9
+        print(f"{rows:6}{cells}{tera_flops:9.1f}{note}", flush=True)
 
 
 def _body_weights(base_model: BaseModel) -> int:
@@ -98,7 +104,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--model", nargs="+", default=["llama-2-7b", "llama-3-8b"], help="of benchmarks/models"
     )
-    result.add_argument("--rows", type=int, nargs="+", default=BODY_ROWS)
+    result.add_argument("--rows", type=int, nargs="+", help="of the body")
+    result.add_argument("--split", action="store_true", help="measure each product apart too")
     result.add_argument("--rounds", type=int, default=15)
     result.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     result.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
@@ -110,12 +117,13 @@ def parser() -> argparse.ArgumentParser:
 @torch.inference_mode()
 def main() -> None:
     arguments = parser().parse_args()
+    arguments.rows = arguments.rows or (bucket_sizes(1024) if arguments.split else BODY_ROWS)
     metrics: dict[str, Any] = {}
     for model in arguments.model:
         times = metrics[Path(model).name] = measure(model, arguments)
         _print_table(model, times, read_base_model(CONFIGS / model))
     write_result(
-        "products",
+        "products-split" if arguments.split else "products",
         benchmark="products",
         device=device_name(arguments.device),
         config={"rounds": arguments.rounds, "dtype": arguments.dtype},

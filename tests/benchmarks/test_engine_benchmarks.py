@@ -93,6 +93,14 @@ def test_the_ideal_engine_reads_the_measured_products(tiny: Path) -> None:
     assert products.ms(128, 4) == pytest.approx(doubled_ms)
 
 
+def test_products_may_be_measured_apart(tiny: Path) -> None:
+    options = ("--split", "--rows", "4", "--rounds", "3", "--device", "cpu", "--dtype", "fp32")
+    times = run("products", tiny, *options, common=())["metrics"][tiny.name]
+    parts = ["qkv_ms", "o_ms", "gate_up_ms", "down_ms"]
+    assert times.keys() == {"body_ms", "head_ms", *parts}
+    assert all(times[part]["4"] > 0 for part in parts)
+
+
 def test_adapters_are_copied_into_consecutive_and_scattered_pages(tiny: Path) -> None:
     options = ("--ranks", "4", "--gib", "0.001", "--pool-gib", "0.01", "--rounds", "2")
     result = run("copies", tiny, *options, "--device", "cpu", "--dtype", "fp32", common=())
