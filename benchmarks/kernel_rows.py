@@ -8,9 +8,11 @@ import torch
 from benchmarks.kernel_cases import Device, Measurement
 from benchmarks.timing import graph_us
 from lorry.kernels.activation import swiglu
+from lorry.kernels.logprobs import MAX_TOP, packed_logprobs, rank, unpacked, write_logprobs
 from lorry.kernels.norm import add_rms_norm
 from lorry.kernels.rope import cos_sin_table, rope_write_kv
 from lorry.kernels.sampling import sample
+from lorry.kernels.truncation import truncate
 
 MODEL = "llama-3-8b"
 VOCABULARY = 128256
@@ -18,6 +20,7 @@ POSITIONS = 8192
 EPS = 1e-5
 ROWS = (64, 256, 1024)
 MAX_SAMPLED_ROWS = 256
+LIKELY_TOKENS, LIKELY_LOGIT = 64, 12.0  # that models prefer to the others
 COPIES = 8  # of the operands, so that launches of a graph read different memory
 
 
@@ -29,6 +32,13 @@ def measure_all(device: Device) -> Iterator[Measurement]:
         if rows <= MAX_SAMPLED_ROWS:
             yield _sample(device, rows, "greedy", 0.0)
             yield _sample(device, rows, "temperature", 1.0)
+            yield _truncate(device, rows, "top-k 50", top_k=50)
+            yield _truncate(device, rows, "top-p 0.9", top_p=0.9)
+            yield _truncate(device, rows, "top-k 50, top-p 0.9", top_k=50, top_p=0.9)
+            yield _truncate(device, rows, "top-p 0.9 of flat logits", top_p=0.9, likely=0)
+            yield _truncate(device, rows, "nothing cut off")
+            yield _logprobs(device, rows, 0)
+            yield _logprobs(device, rows, MAX_TOP)
 
 
 def _randn(device: Device, *shape: int) -> torch.Tensor:
@@ -64,6 +74,37 @@ def _rope(device: Device, rows: int) -> Measurement:
     page = torch.randperm(pool.num_pages, device=device.device)[:rows].int()
     us = _copies(lambda c: rope_write_kv(q[c], k[c], v[c], table, position, page, pool, c))
     return Measurement(f"RoPE + KV write, {rows} rows", us, 2 * qkv[0].nbytes)
+
+
+def _truncate(
+    device: Device,
+    rows: int,
+    name: str,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    likely: int = LIKELY_TOKENS,
+) -> Measurement:
+    """The search of the thresholds alone, which precedes a draw."""
+    logits = _randn(device, COPIES, rows, VOCABULARY)
+    logits[:, :, :likely] += LIKELY_LOGIT
+    ones = torch.ones(rows, device=device.device)
+    top_k_T = torch.full((rows,), top_k, dtype=torch.int32, device=device.device)
+    top_p_T, min_p_T = ones * top_p, ones * 0
+    us = _copies(lambda c: truncate(logits[c], ones, top_k_T, top_p_T, min_p_T))
+    return Measurement(f"truncate {name}, {rows} rows", us, logits[0].nbytes)
+
+
+def _logprobs(device: Device, rows: int, num_top: int) -> Measurement:
+    logits = _randn(device, COPIES, rows, VOCABULARY)
+    token = torch.arange(rows, device=device.device)
+    num_top_T = torch.full((rows,), num_top, dtype=torch.int32, device=device.device)
+    out = unpacked(packed_logprobs(rows, device.device))
+
+    def report(copy: int) -> None:
+        write_logprobs(logits[copy], rank(logits[copy], num_top_T), token, num_top_T, out)
+
+    return Measurement(f"logprobs, top {num_top}, {rows} rows", _copies(report), logits[0].nbytes)
 
 
 def _sample(device: Device, rows: int, name: str, temperature: float) -> Measurement:

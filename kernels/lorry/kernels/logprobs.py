@@ -55,12 +55,12 @@ def logprobs_reference(
     result = unpacked(packed_logprobs(len(logits_TV), logits_TV.device))
     row = (num_top_T >= 0).nonzero()[:, 0]
     if row.numel():
-        logprob_TV = logits_TV[row].float().log_softmax(dim=-1)
+        logits_TV = logits_TV[row].float()
+        logprob_TV = logits_TV.log_softmax(dim=-1)
         result.chosen_T[row] = logprob_TV.gather(1, token_T[row, None])[:, 0]
-        logprob_TV, id_TV = logprob_TV.sort(dim=-1, descending=True, stable=True)
-        num_top = min(MAX_TOP, logits_TV.shape[1])
-        result.top_id_TX[row, :num_top] = id_TV[:, :num_top].int()
-        result.top_logprob_TX[row, :num_top] = logprob_TV[:, :num_top]
+        id_TX = logits_TV.sort(dim=-1, descending=True, stable=True).indices[:, :MAX_TOP]
+        result.top_id_TX[row, : id_TX.shape[1]] = id_TX.int()
+        result.top_logprob_TX[row, : id_TX.shape[1]] = logprob_TV.gather(1, id_TX)
     return result
 
 
