@@ -45,7 +45,7 @@ def _randn(device: Device, *shape: int) -> torch.Tensor:
     return torch.randn(shape, device=device.device, dtype=torch.bfloat16)
 
 
-def _copies(launch: Callable[[int], None]) -> float:
+def _copies(launch: Callable[[int], object]) -> float:
     return graph_us([partial(launch, copy) for copy in range(COPIES)])
 
 
@@ -91,8 +91,11 @@ def _truncate(
     ones = torch.ones(rows, device=device.device)
     top_k_T = torch.full((rows,), top_k, dtype=torch.int32, device=device.device)
     top_p_T, min_p_T = ones * top_p, ones * 0
-    us = _copies(lambda c: truncate(logits[c], ones, top_k_T, top_p_T, min_p_T))
-    return Measurement(f"truncate {name}, {rows} rows", us, logits[0].nbytes)
+
+    def cut(copy: int) -> None:
+        truncate(logits[copy], ones, top_k_T, top_p_T, min_p_T)
+
+    return Measurement(f"truncate {name}, {rows} rows", _copies(cut), logits[0].nbytes)
 
 
 def _logprobs(device: Device, rows: int, num_top: int) -> Measurement:

@@ -1,7 +1,7 @@
 """Time launches on the device as replays of a CUDA graph, so that the host costs nothing."""
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ WARMUPS = 2
 Key = TypeVar("Key", bound=Hashable)
 
 
-def graph_us(launches: list[Callable[[], None]], replays: int = 7) -> float:
+def graph_us(launches: Sequence[Callable[[], object]], replays: int = 7) -> float:
     """Median microseconds of one launch; give launches that read different memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
