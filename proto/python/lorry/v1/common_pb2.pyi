@@ -60,7 +60,9 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How the next token is drawn. Order: penalties and logit_bias, temperature, top_k, top_p, min_p."""
+    """How the next token is drawn. Order: penalties and logit_bias, temperature, top_k, top_p, min_p. Tokens of equal
+    logits are kept or left out together, so that more than top_k may be kept. The most likely token always is.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -96,11 +98,13 @@ class SamplingParams(_message.Message):
     temperature: _builtins.float
     """Unset = 1.0; 0 = greedy. At most 10."""
     top_p: _builtins.float
-    """Unset = 1.0. In (0, 1]."""
+    """Keeps the tokens above which less than this share of the probability lies, of what top_k has kept.
+    Unset = 1.0 = all. In (0, 1].
+    """
     top_k: _builtins.int
-    """0 = all tokens."""
+    """Keeps the tokens above which fewer than this many lie. 0 = all tokens."""
     min_p: _builtins.float
-    """Share of the most likely token's probability, in [0, 1]; 0 = off."""
+    """Keeps the tokens of at least this share of the most likely token's probability. In [0, 1]; 0 = off."""
     repetition_penalty: _builtins.float
     """Multiplicative, over prompt and output. Unset = 1.0. In (0, 10]."""
     presence_penalty: _builtins.float
@@ -203,8 +207,8 @@ class ResponseOptions(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     top_logprobs: _builtins.int
-    """Alternatives to report for each output token, 0 to 20; 0 = only the chosen token's logprob.
-    Unset = no logprobs.
+    """Most likely tokens to report beside each output token, 0 to 20; 0 = only the chosen token's logprob. The
+    chosen one may be among them; of equal logprobs the smallest id comes first. Unset = no logprobs.
     """
     prompt_logprobs: _builtins.int
     """The same for each prompt token but the first, which has none. It switches the prefix cache off."""

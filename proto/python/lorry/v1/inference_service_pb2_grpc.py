@@ -56,7 +56,7 @@ class InferenceServiceServicer:
     """
 
     def Generate(self, request, context):
-        """One answer when all tokens are there. INVALID_ARGUMENT where it could exceed 2 MiB (prompt logprobs).
+        """One answer when all tokens are there. INVALID_ARGUMENT where its logprobs could exceed 2 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

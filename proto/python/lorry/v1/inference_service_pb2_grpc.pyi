@@ -37,7 +37,7 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]
-    """One answer when all tokens are there. INVALID_ARGUMENT where it could exceed 2 MiB (prompt logprobs)."""
+    """One answer when all tokens are there. INVALID_ARGUMENT where its logprobs could exceed 2 MiB."""
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.StreamGenerateRequest, _inference_service_pb2.StreamGenerateResponse]
     """Tokens as they come. Nothing, not even headers, is sent before admission, so that retries stay possible.
     Cancelling the RPC cancels the generation.
@@ -52,7 +52,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.GenerateRequest, _inference_service_pb2.GenerateResponse]  # type: ignore[assignment]
-    """One answer when all tokens are there. INVALID_ARGUMENT where it could exceed 2 MiB (prompt logprobs)."""
+    """One answer when all tokens are there. INVALID_ARGUMENT where its logprobs could exceed 2 MiB."""
     StreamGenerate: _aio.UnaryStreamMultiCallable[_inference_service_pb2.StreamGenerateRequest, _inference_service_pb2.StreamGenerateResponse]  # type: ignore[assignment]
     """Tokens as they come. Nothing, not even headers, is sent before admission, so that retries stay possible.
     Cancelling the RPC cancels the generation.
@@ -70,7 +70,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.GenerateResponse, _abc.Awaitable[_inference_service_pb2.GenerateResponse]]:
-        """One answer when all tokens are there. INVALID_ARGUMENT where it could exceed 2 MiB (prompt logprobs)."""
+        """One answer when all tokens are there. INVALID_ARGUMENT where its logprobs could exceed 2 MiB."""
 
     @_abc_1.abstractmethod
     def StreamGenerate(
