@@ -15,6 +15,7 @@ from lorry.kernels.activation import swiglu, swiglu_reference
 from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference
 from lorry.kernels.rope import cos_sin_table, rope_write_kv
+from lorry.kernels.sampling import sample
 from tests.support.kernel_cases import (
     LAYER,
     MIXED_ADAPTERS,
@@ -26,6 +27,13 @@ from tests.support.kernel_cases import (
     store_sequences,
 )
 from tests.support.kernel_checks import check_attention, check_lora
+from tests.support.sampling_cases import (
+    check_logprobs,
+    check_truncation,
+    mixed_logits,
+    mixed_num_top,
+    mixed_truncation,
+)
 
 CASES = "--cases"
 TIMEOUT_S = 150.0
@@ -61,10 +69,21 @@ def rows(device: torch.device, dtype: torch.dtype) -> None:
     rope_write_kv(q, k, v, cos_sin_table(100, 32, 1e4).to(device), position, page, pool, LAYER)
 
 
+def draws(device: torch.device, dtype: torch.dtype) -> None:
+    rows = torch.arange(6, device=device)
+    logits = mixed_logits(len(rows), 5000, dtype, device)
+    truncation = mixed_truncation(len(rows), device)
+    threshold = check_truncation(logits, truncation)
+    token = torch.full_like(rows, -1)
+    sample(logits, truncation.temperature_T, rows, rows, token, threshold)
+    assert ((token >= 0) & (token < 5000)).all()
+    check_logprobs(logits, token, mixed_num_top(len(rows), device))
+
+
 def run_cases() -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda:0" if on_gpu else "cpu")
-    for case in (attention, lora, rows):
+    for case in (attention, lora, rows, draws):
         case(device, torch.bfloat16 if on_gpu else torch.float16)
         print(f"{case.__name__}: results are right", flush=True)
 

@@ -1,6 +1,6 @@
 """The engine on the GPU answers token for token like transformers + peft in float32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,17 @@ def test_steps_one_after_the_other(device: torch.device, world: World, tmp_path:
 class Eager:
     """Takes the place of a graph and launches kernel by kernel what one would hold."""
 
-    def __init__(self, run: Callable[[], None], *_: Any) -> None:
+    def __init__(self, run: Callable[[], None]) -> None:
         self.replay = run
 
 
 def test_steps_without_graphs(
     gpu: torch.device, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_graphs, "_captured", Eager)
+    def kept(runs: Mapping[Any, Callable[[], None]]) -> dict[Any, Eager]:
+        return {key: Eager(run) for key, run in runs.items()}
+
+    monkeypatch.setattr(step_graphs, "capture_graphs", kept)
     check_answers(world, engine(gpu, world, tmp_path))
 
 
