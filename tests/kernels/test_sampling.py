@@ -1,10 +1,7 @@
 """Truncated sampling and logprobs: the kernels against their references."""
 
-from typing import Any
-
 import pytest
 import torch
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lorry.kernels.logprobs import (
     MAX_TOP,
@@ -26,6 +23,7 @@ from tests.support.sampling_cases import (
     mixed_truncation,
     report_logprobs,
 )
+from tests.support.warped_draws import warped
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EVERYTHING = -torch.inf
@@ -100,17 +98,10 @@ def test_the_reference_keeps_what_the_warpers_of_transformers_keep(
 ):
     generator = torch.Generator().manual_seed(top_k)
     logits = torch.randn(30, 400, generator=generator) * 3
-    prompt: Any = None  # which no warper looks at
-    warped = logits / temperature
-    if top_k:
-        warped = TopKLogitsWarper(top_k)(prompt, warped)
-    if top_p < 1:
-        warped = TopPLogitsWarper(top_p)(prompt, warped)
-    if min_p:
-        warped = MinPLogitsWarper(min_p)(prompt, warped)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     rows = rows_of(temperature, top_k, top_p, min_p, rows=30)
     kept = logits >= truncation_reference(logits, *rows)[:, None]
-    assert torch.equal(kept, warped > -torch.inf)
+    assert torch.equal(kept, warped(logits, sampling) > -torch.inf)
 
 
 @pytest.mark.parametrize("vocabulary", [100, 5000])

@@ -1,6 +1,7 @@
 """A client's request through the real router, adapter store and worker, and what can go wrong."""
 
 import asyncio
+import itertools
 import json
 import signal
 from collections.abc import AsyncIterator
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
+from tokenizers import Tokenizer
 
 from demo import tasks
 from lorry.client import Client, Request
@@ -22,7 +24,9 @@ from lorry.rpc.errors import (
     PoolTooSmall,
 )
 from tests.support.command import REPO
-from tests.support.processes import Stack, ready
+from tests.support.models import Reference
+from tests.support.processes import DEMO_MODEL, Stack, ready
+from tests.support.warped_draws import drawn
 
 ADAPTERS = ["reverse", "rot13", "double-letters"]
 EXPECTED: list[dict[str, Any]] = json.loads((REPO / "demo" / "expected.json").read_text())
@@ -92,6 +96,64 @@ async def test_streamed_text_is_the_whole_text(stack: Stack) -> None:
         assert text == "ttrraannssppoorrtt"
         assert stream.completion is not None
         assert stream.completion.adapter == "tenants/default/adapters/double-letters"
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 1.5, "top_k": 5},
+    {"temperature": 2.0, "top_p": 0.9},
+    {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "min_p": 0.02},
+    {"temperature": 0.0},
+]
+
+
+async def test_truncated_draws_and_logprobs_are_those_of_transformers_and_peft(
+    stack: Stack,
+) -> None:
+    prompts = [tasks.make_prompt(word) for word in ("lorry", "transport")]
+    cases = list(itertools.product(prompts, ["", *ADAPTERS], SAMPLING))
+    async with stack.client() as client:
+        answers = await asyncio.gather(
+            *(
+                client.generate(
+                    Request(
+                        prompt=prompt,
+                        adapter=adapter,
+                        max_tokens=16,
+                        ignore_eos=True,
+                        seed=seed,
+                        top_logprobs=3,
+                        **sampling,
+                    )
+                )
+                for seed, (prompt, adapter, sampling) in enumerate(cases)
+            )
+        )
+    reference = Reference(DEMO_MODEL)
+    tokenizer = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    for seed, ((prompt, adapter, sampling), answer) in enumerate(zip(cases, answers, strict=True)):
+        ids, tokens = tokenizer.encode(prompt).ids, list(answer.token_ids)
+        path = REPO / "demo" / "adapters" / adapter if adapter else None
+        logits = reference.logits([*ids, *tokens], path)[len(ids) - 1 : -1]
+        assert tokens == drawn(logits, sampling, seed)
+        logprobs = logits.log_softmax(dim=1)
+        top = logprobs.topk(3).indices.tolist()
+        for place, token in enumerate(answer.logprobs):
+            assert token.token_id == tokens[place]
+            reported = dict(token.top) | {token.token_id: token.logprob}
+            assert list(dict(token.top)) == top[place]
+            expected = {token_id: float(logprobs[place, token_id]) for token_id in reported}
+            assert reported == pytest.approx(expected, abs=1e-3)
+        assert len(answer.logprobs) == len(tokens) == 16
+
+
+async def test_streamed_tokens_have_logprobs_where_asked_for(stack: Stack) -> None:
+    request = greedy("transport", "double-letters", top_logprobs=0)
+    async with stack.client() as client, client.stream(request) as stream:
+        chunks = [chunk async for chunk in stream]
+    token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
+    reported = [token for chunk in chunks for token in chunk.logprobs]
+    assert [token.token_id for token in reported] == token_ids
+    assert all(-1 < token.logprob <= 0 and not token.top for token in reported)
 
 
 async def test_unknown_adapter_is_not_found(stack: Stack) -> None:

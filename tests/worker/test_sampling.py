@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lorry.kernels.logprobs import unpacked
-from lorry.kernels.sampling import gumbel_noise, sample_reference
+from lorry.kernels.sampling import sample_reference
 from lorry.kernels.truncation import truncation_reference
 from lorry.worker.messages import RowLogprobs
 from lorry.worker.step_arrays import HeadKind
@@ -19,6 +18,7 @@ from lorry.worker.step_head import StepHead
 from tests.support.engines import EngineHarness
 from tests.support.models import Reference, make_adapter, make_llama
 from tests.support.sampling_cases import mixed_num_top, mixed_truncation
+from tests.support.warped_draws import drawn
 
 MAX_TOKENS = 24
 PROMPT = [5, 6, 7, 11]
@@ -53,27 +53,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
 
 
-def warped(logits: torch.Tensor, fields: dict[str, Any]) -> torch.Tensor:
-    """What transformers draws from."""
-    prompt: Any = None  # which no warper looks at
-    logits = logits / fields["temperature"]
-    if "top_k" in fields:
-        logits = TopKLogitsWarper(fields["top_k"])(prompt, logits)
-    if "top_p" in fields:
-        logits = TopPLogitsWarper(fields["top_p"])(prompt, logits)
-    if "min_p" in fields:
-        logits = MinPLogitsWarper(fields["min_p"])(prompt, logits)
-    return logits
-
-
-def drawn_by_reference(logits: torch.Tensor, fields: dict[str, Any], seed: int) -> list[int]:
-    if not fields["temperature"]:
-        return logits.argmax(dim=1).tolist()
-    positions = torch.arange(len(logits))
-    noise = gumbel_noise(torch.full_like(positions, seed), positions, logits.shape[1])
-    return (warped(logits, fields) + noise).argmax(dim=1).tolist()
-
-
 def cases(world: World) -> Iterator[tuple[dict[str, Any], Path | None, int]]:
     for index, fields in enumerate(SAMPLING * 2):
         yield fields, world.adapters[index % 2], 1000 + index
@@ -90,10 +69,10 @@ def test_one_batch_of_all_mixes_draws_what_transformers_leaves(
     harness.run()
     for number, (fields, adapter, seed) in zip(numbers, cases(world), strict=True):
         tokens = harness.tokens[number]
-        assert tokens == drawn_by_reference(world.logits(tokens, adapter), fields, seed), fields
+        assert tokens == drawn(world.logits(tokens, adapter), fields, seed), fields
         free = {"temperature": fields["temperature"]}
         if len(fields) > 1 and fields["temperature"] > 0:
-            assert tokens != drawn_by_reference(world.logits(tokens, adapter), free, seed)
+            assert tokens != drawn(world.logits(tokens, adapter), free, seed)
 
 
 def test_truncated_samples_do_not_depend_on_the_crowd(world: World, tmp_path: Path) -> None:
