@@ -21,6 +21,8 @@ def child_environment(**variables: str) -> dict[str, str]:
     """This process's environment without lorry's own variables, and with the repository's code."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("LORRY_")}
     paths = [str(REPO), *(str(REPO / root) for root in SOURCE_ROOTS)]
+    if others := inherited.get("PYTHONPATH"):
+        paths.append(others)
     return {**inherited, "PYTHONPATH": os.pathsep.join(paths), **variables}
 
 

@@ -11,7 +11,7 @@ import psutil
 
 from tests.support.command import child_environment
 
-EXIT_TIMEOUT_S = 30
+EXIT_TIMEOUT_S = 90
 
 
 class WorkerProcess:

@@ -98,7 +98,9 @@ async def test_an_image_file_that_became_shorter_ends_the_worker(model, tmp_path
 
 
 async def test_a_defect_is_logged_once_with_its_traceback(model):
-    with worker_process(model, module="tests.support.defective_worker") as worker:
+    with worker_process(
+        model, module="tests.support.faulty_worker", FAULTY_WORKER="defect"
+    ) as worker:
         code, log = await end_of(worker)
     assert code == 1
     assert log.count("Traceback") == 1
