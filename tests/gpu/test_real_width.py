@@ -65,7 +65,7 @@ class World:
     def engine(self) -> EngineHarness:
         """With all requests, so that steps have rows of all adapters."""
         config = {"device": self.device.type, "dtype": "bf16", "step_tokens": 256}
-        harness = EngineHarness(self.model, self.directory, pool_pages=1000, **config)
+        harness = EngineHarness(self.model, self.directory, pool_pages=600, **config)
         runner: Any = harness.engine.runner
         runner.adapters = PatientLoads(runner.adapters)
         for adapter, prompt in self.requests:
@@ -131,6 +131,6 @@ def test_logits_are_as_exact_as_those_of_transformers_and_peft(world: World) -> 
 def test_twenty_runs_of_a_step_compute_identical_bits(gpu: torch.device, world: World) -> None:
     replays = StepReplays(world.engine())
     replays.run_until(lambda step: step.is_mixed)
-    assert len(replays.outcomes(TWENTY)) == 1
+    assert not replays.differences(TWENTY)
     replays.run_until(lambda step: len(step.length) > 1 and step.length.max() == 1)
-    assert len(replays.outcomes(TWENTY)) == 1
+    assert not replays.differences(TWENTY)
