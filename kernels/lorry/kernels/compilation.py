@@ -1,18 +1,18 @@
 """Compiles kernels side by side, before the launches that would compile one after the other."""
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Any
 
 from triton import knobs
 
 
-def compile_ahead(launch: Callable[[], None]) -> int:
-    """Compile every kernel that `launch` launches, none of which runs; returns their number.
+def compile_ahead(launch: Callable[[], None], threads: Executor) -> list[Future[Any]]:
+    """Compile, in `threads`, every kernel that `launch` launches; none of them runs.
 
-    What the kernels would have written stays as it was. Compiled kernels are kept by Triton, in
-    this process and in its cache on disk; what the cache holds is only read.
+    What they would have written stays as it was, so nothing that `launch` does may depend on it.
+    Triton keeps what it compiles, in this process and in its cache on disk, and only reads what
+    that cache holds. It holds Python's lock for about a fifth of a compilation.
     """
     wanted: dict[str, Any] = {}  # kernels by what Triton specializes them for
 
@@ -23,8 +23,4 @@ def compile_ahead(launch: Callable[[], None]) -> int:
     with knobs.runtime.scope():
         knobs.runtime.jit_cache_hook = note
         launch()
-    # Triton holds Python's lock for about a fifth of a compilation, so threads are enough.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for done in [pool.submit(kernel.preload, data) for data, kernel in wanted.items()]:
-            done.result()
-    return len(wanted)
+    return [threads.submit(kernel.preload, data) for data, kernel in wanted.items()]

@@ -5,7 +5,9 @@ share one memory pool and the step buffers; replays are ordered by the stream.
 """
 
 import logging
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 
@@ -16,7 +18,7 @@ from lorry.worker.buckets import bucket_of, bucket_sizes
 from lorry.worker.graph_capture import capture_graphs
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.model import LlamaModel
-from lorry.worker.progress import logged
+from lorry.worker.progress import counted
 from lorry.worker.step_arrays import HeadKind
 from lorry.worker.step_buffers import StepBuffers
 from lorry.worker.step_head import StepHead
@@ -52,8 +54,11 @@ class StepGraphs:
 
     def capture(self) -> None:
         """Compile, warm up and capture everything, largest first so that memory is shared best."""
-        with logged(log, "compiled kernels side by side"):
-            compile_ahead(self._launch_all)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            for kernel in counted(
+                log, compile_ahead(self._launch_all, threads), "compiled kernels"
+            ):
+                kernel.result()
         runs: dict[tuple[int, LoraGroups | HeadKind], Callable[[], None]] = {}
         for rows, groups in product(reversed(self.row_buckets), LoraGroups):
             runs[rows, groups] = partial(self._body, rows, groups, self._model)
