@@ -16,7 +16,7 @@ def compile_ahead(launch: Callable[[], None], threads: Executor) -> list[Future[
     """
     wanted: dict[str, Any] = {}  # kernels by what Triton specializes them for
 
-    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    def note(*, fn: Any, compile: Any, **_: Any) -> bool:
         wanted[compile["specialization_data"]] = fn.jit_function
         return True  # go on without the kernel
 
