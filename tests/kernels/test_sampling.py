@@ -52,6 +52,12 @@ def test_top_k_keeps_exactly_k_distinct_logits(device, top_k):
     assert int((logits - 10_000 >= threshold).sum()) == top_k
 
 
+def test_a_k_above_the_number_of_lanes_reaches_what_every_lane_has_larger_ones_than(device):
+    logits = torch.arange(2 * BLOCK_V, 0, -1).float()[None]
+    assert truncate(logits, *rows_of(top_k=BLOCK_V)).tolist() == [BLOCK_V + 1]
+    assert truncate(logits, *rows_of(top_k=BLOCK_V + 1)).tolist() == [BLOCK_V]
+
+
 def test_equal_logits_are_kept_or_left_out_together(device):
     logits = torch.tensor([[3.0, 1, 2, 2, 2, 1, 0, -1]])
     assert truncate(logits, *rows_of(top_k=2)).tolist() == [2]

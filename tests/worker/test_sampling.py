@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorry.kernels.logprobs import unpacked
+from lorry.kernels.logprobs import MAX_TOP, logprobs_reference, unpacked
 from lorry.kernels.sampling import sample_reference
 from lorry.kernels.truncation import truncation_reference
 from lorry.worker.messages import RowLogprobs
@@ -172,19 +172,27 @@ def test_the_captured_heads_draw_and_report_like_the_references() -> None:
     buffers["state_row"].fill_(padded)
     for name, values in filled.items():
         buffers[name][:samples] = values
-    logits = hidden[filled["sample_row"]]
+    raw = hidden[filled["sample_row"]]
+    best = raw[:5].argmax(dim=1)  # of rows whose stop token must not come yet
+    logits = raw.clone()
+    logits[range(5), best] = -torch.inf
     threshold = truncation_reference(logits, *rows)
     for kind, least in ((HeadKind.PLAIN, None), (HeadKind.FULL, threshold)):
         head = StepHead(Vocabulary(), buffers, hidden, max_samples=padded)
+        head._banned_NX[: len(best), 0] = best
         head.run(padded, kind)
         expected = sample_reference(
             logits, rows.temperature_T, filled["seed"], torch.zeros(samples), least
         )
         assert torch.equal(head.token_N[:samples], expected)
         assert torch.equal(head.last_token_R[:samples], expected)
-    reported = unpacked(head.logprobs_NY[:samples])
-    logprobs = logits.log_softmax(dim=1).gather(1, expected[:, None])[:, 0]
-    torch.testing.assert_close(reported.chosen_T, logprobs.where(num_top >= 0, 0))
+    reported, wanted = (
+        unpacked(head.logprobs_NY[:samples]),
+        logprobs_reference(raw, expected, num_top),
+    )
+    torch.testing.assert_close(reported.chosen_T, wanted.chosen_T)
+    places = torch.arange(MAX_TOP) < num_top[:, None]
+    assert torch.equal(reported.top_id_TX[places], wanted.top_id_TX[places])
 
 
 def _of(field: Any) -> np.ndarray:

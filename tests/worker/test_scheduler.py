@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.worker import messages as m
-from lorry.worker.drawn import Drawn
+from lorry.worker.drawn import Drawn, DrawnLogprobs
 from lorry.worker.residency import AdapterState
 from tests.support.schedules import STOP, Driver
 
@@ -210,6 +210,24 @@ def test_a_result_that_comes_after_its_request_ended_is_dropped() -> None:
     tokens, finished = driver.scheduler.commit(batch, Drawn(np.ones(1, dtype=np.int32)), 0.0)
     assert (tokens.requests, finished) == ([], [])
     driver.scheduler.check_integrity()
+
+
+def test_logprobs_stay_with_their_requests_when_another_has_ended() -> None:
+    driver = Driver()
+    for number in (1, 2, 3):
+        driver.submit(number, prompt=3, max_tokens=8)
+    batch = driver.scheduler.plan(0.0, []).batch
+    assert batch is not None
+    driver.note(*driver.scheduler.cancel([1]))
+    top_ids = np.array([[7, 8], [5, 6], [3, 4]])
+    logprobs = DrawnLogprobs(
+        np.array([2, 1, m.NOT_ASKED]), np.array([-1.0, -2.0, -3.0]), top_ids, -0.5 * top_ids
+    )
+    drawn = Drawn(np.array([11, 12, 13], dtype=np.int32), logprobs)
+    tokens, _ = driver.scheduler.commit(batch, drawn, 0.0)
+    assert (tokens.requests, tokens.token_ids) == ([2, 3], [12, 13])
+    assert tokens.logprobs is not None
+    assert list(tokens.logprobs.rows()) == [m.RowLogprobs(-2.0, [5], [-2.5]), None]
 
 
 def test_pinned_adapter_is_never_evicted() -> None:

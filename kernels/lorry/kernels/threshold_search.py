@@ -18,12 +18,12 @@ UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 def _key(number, UNUSED: tl.constexpr):
     """An integer for each float32, in their order."""
     bits = number.to(tl.int32, bitcast=True) >> UNUSED
-    return bits ^ ((bits >> 31) & (0x7FFFFFFF >> UNUSED))
+    return bits ^ ((bits >> 31) & (tl.full((), 0x7FFFFFFF, tl.int32) >> UNUSED))
 
 
 @triton.jit
 def _number(key, UNUSED: tl.constexpr):
-    bits = key ^ ((key >> 31) & (0x7FFFFFFF >> UNUSED))
+    bits = key ^ ((key >> 31) & (tl.full((), 0x7FFFFFFF, tl.int32) >> UNUSED))
     return (bits << UNUSED).to(tl.float32, bitcast=True)
 
 
