@@ -48,18 +48,18 @@ def attention_kernel(
     """
     program = tl.program_id(0)
     first_tile = tl.load(program_ptr + program * PROGRAM_FIELDS)
-    first_kv_head = tl.load(program_ptr + program * PROGRAM_FIELDS + 1)
+    first_unit = first_tile * KV_HEADS + tl.load(program_ptr + program * PROGRAM_FIELDS + 1)
     start = tl.load(program_ptr + program * PROGRAM_FIELDS + 2)
     left = tl.load(program_ptr + program * PROGRAM_FIELDS + 3)
 
     pair = tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, HEAD_DIM)
-    tile, kv_head = first_tile, first_kv_head
-    last_tile, last_kv_head = first_tile, first_kv_head
-    place = 0  # of a partial result: 0 the first unit's, 1 the last one's
+    unit = first_unit
+    place = 0  # of a partial result: 0 the first unit's, 1 the others'
     cuts = 0  # a bit for each place
     while left > 0:
-        first_row, rows, sequence, position, _, unit_blocks = _load_tile(tile_ptr, tile)
+        kv_head = unit % KV_HEADS
+        first_row, rows, sequence, position, _, unit_blocks = _load_tile(tile_ptr, unit // KV_HEADS)
         stop = tl.minimum(unit_blocks + UNIT_COST, start + left)
         first_block = tl.maximum(start - UNIT_COST, 0)
         count = stop - UNIT_COST - first_block
@@ -100,14 +100,11 @@ def attention_kernel(
                 tl.store(partial_ml_ptr + 2 * slot * BLOCK_ROWS + pair, m)
                 tl.store(partial_ml_ptr + (2 * slot + 1) * BLOCK_ROWS + pair, total)
                 cuts += 1 << place
-                last_tile, last_kv_head = tile, kv_head
 
         left -= stop - start
         start = 0
         place = 1
-        kv_head += 1
-        tile += kv_head // KV_HEADS
-        kv_head = kv_head % KV_HEADS
+        unit += 1
 
     tl.debug_barrier()  # all threads' partials precede the arrivals
     for place in tl.static_range(2):
@@ -119,10 +116,10 @@ def attention_kernel(
                 partial_o_ptr,
                 partial_ml_ptr,
                 arrived_ptr,
-                first_tile if place == 0 else last_tile,
-                first_kv_head if place == 0 else last_kv_head,
+                first_unit if place == 0 else unit - 1,
                 stride_ot,
                 stride_oh,
+                KV_HEADS,
                 GROUP,
                 HEAD_DIM,
                 BLOCK_ROWS,
@@ -153,10 +150,10 @@ def _arrive(
     partial_o_ptr,
     partial_ml_ptr,
     arrived_ptr,
-    tile,
-    kv_head,
+    unit,
     stride_ot,
     stride_oh,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -164,7 +161,8 @@ def _arrive(
     MERGE_STAGES: tl.constexpr,
 ):
     """Count a program's part of a cut unit; the last to arrive merges all parts."""
-    first_row, rows, _, _, cost_before, unit_blocks = _load_tile(tile_ptr, tile)
+    kv_head = unit % KV_HEADS
+    first_row, rows, _, _, cost_before, unit_blocks = _load_tile(tile_ptr, unit // KV_HEADS)
     unit_start = cost_before + kv_head * (unit_blocks + UNIT_COST)
     first = (unit_start + UNIT_COST) // share
     last = (unit_start + UNIT_COST + unit_blocks - 1) // share
