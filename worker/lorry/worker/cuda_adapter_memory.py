@@ -8,6 +8,7 @@ the driver. `benchmarks/copies.py` measures both.
 
 import logging
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,11 +59,12 @@ class CudaAdapterMemory:
         self._stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-copies")
         self._copies: deque[tuple[Adapter, Future[_Copy]]] = deque()
-        self._registered: set[int] = set()  # addresses of files
+        self._registered: dict[int, torch.Tensor] = {}  # files by address
         self._loads: dict[int, int] = {}  # from each file, until it is registered
         self._registered_from_load = registered_from_load
         self._runtime: Any = torch.cuda.cudart()
         self._staging = Staging()
+        weakref.finalize(self, _unregister_all, self._registered, self._runtime)
 
     def map(self, image: ImageReady) -> None:
         self._images.map(image)
@@ -142,16 +144,21 @@ class CudaAdapterMemory:
             log.warning("the driver does not map files (error %d): adapters are staged", error)
             self._registered_from_load = NEVER
             return False
-        self._registered.add(address)
+        self._registered[address] = file
         log.debug("registered %d bytes in %.3f s", len(file), time.monotonic() - started_s)
         return True
 
     def _unregister(self, file: torch.Tensor) -> None:
         address = file.data_ptr()
         self._loads.pop(address, None)
-        if address in self._registered:
-            self._registered.remove(address)
+        if self._registered.pop(address, None) is not None:
             self._runtime.cudaHostUnregister(address)
+
+
+def _unregister_all(registered: dict[int, torch.Tensor], runtime: Any) -> None:
+    """Before the files are unmapped: the driver would keep what lay at their addresses."""
+    for address in registered:
+        runtime.cudaHostUnregister(address)
 
 
 def _runs(pages: list[int]) -> Iterator[tuple[int, int, int]]:
