@@ -111,7 +111,11 @@ def test_a_full_gpu_is_told_from_a_kernel_that_failed():
     out_of_memory = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert out_of_memory is not None
     assert "out of memory; lower memory_fraction" in out_of_memory
-    for text in ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory"):
+    for text in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ):
         assert "lower memory_fraction" in str(explain(RuntimeError(text)))
     for error in (torch.AcceleratorError(ILLEGAL), RuntimeError(f"Triton Error [CUDA]: {ILLEGAL}")):
         explained = str(explain(error))

@@ -16,7 +16,7 @@ MOST_DEFAULT_PAGES = 1 << 18
 
 # Upper bounds; what capture took is logged beside their sum.
 FIXED_BYTES = 1 << 30  # code of kernels, workspaces of matrix products, work lists
-GRAPH_BYTES = 4 << 20  # of a graph's nodes in the driver
+GRAPH_BYTES = 8 << 20  # of a graph's nodes in the driver
 LOGIT_BYTES = 8  # of a logit and what the sampler makes of it
 ACTIVATION_COPIES = 2  # of the run before a capture, and in the graphs' own memory
 

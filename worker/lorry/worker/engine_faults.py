@@ -28,4 +28,5 @@ def explain(error: Exception) -> str | None:
 
 
 def _is_cuda_out_of_memory(text: str) -> bool:
-    return any(mark in text for mark in CUDA_ERRORS) and "out of memory" in text
+    is_cuda = any(mark in text for mark in CUDA_ERRORS)
+    return is_cuda and ("out of memory" in text or "ALLOC_FAILED" in text)
