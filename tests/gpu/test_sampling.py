@@ -17,6 +17,7 @@ from tests.support.engines import EngineHarness
 from tests.support.sampling_cases import (
     Truncation,
     check_logprobs,
+    check_rows_of_nans,
     check_truncation,
     mixed_logits,
     mixed_num_top,
@@ -68,6 +69,10 @@ def test_logprobs_match_the_reference(device, dtype):
         logits = mixed_logits(rows, vocabulary, dtype, device)[:, 1:]
         token = torch.arange(rows, device=device) * 61
         check_logprobs(logits, token, mixed_num_top(rows, device))
+
+
+def test_rows_of_nans_draw_a_token_and_disturb_no_others(device):
+    check_rows_of_nans(device)
 
 
 def test_truncated_samples_equal_the_references(device):

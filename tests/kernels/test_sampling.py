@@ -17,6 +17,7 @@ from lorry.kernels.truncation import BLOCK_V, truncate, truncation_reference
 from tests.support.sampling_cases import (
     Truncation,
     check_logprobs,
+    check_rows_of_nans,
     check_truncation,
     mixed_logits,
     mixed_num_top,
@@ -123,6 +124,11 @@ def test_truncated_samples_equal_the_references(device, vocabulary):
     assert (logits.gather(1, token[:, None])[:, 0] >= threshold).all()
     free = sample_reference(logits, rows.temperature_T, seed, position)
     assert token.tolist() != free.tolist()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaNs, in the interpreter
+def test_rows_of_nans_draw_a_token_and_disturb_no_others(device):
+    check_rows_of_nans(device)
 
 
 def test_a_threshold_of_nothing_changes_no_draw(device):

@@ -14,6 +14,7 @@ from lorry.kernels.logprobs import (
     unpacked,
     write_logprobs,
 )
+from lorry.kernels.sampling import sample
 from lorry.kernels.truncation import truncate, truncation_reference
 
 BORDER = 1e-5  # share of the probability within which rounding decides
@@ -112,3 +113,26 @@ def mixed_num_top(rows: int, device: torch.device) -> torch.Tensor:
     """Rows that ask for nothing, for the chosen token only, and for alternatives."""
     choices = torch.tensor([NOT_ASKED, 0, 1, 5, MAX_TOP], dtype=torch.int32, device=device)
     return choices[torch.arange(rows, device=device) % len(choices)]
+
+
+def check_rows_of_nans(device: torch.device) -> None:
+    """Rows that an adapter made NaN in part or as a whole, beside others, drawn in every way."""
+    rows, vocabulary = 12, 5003
+    logits = mixed_logits(rows, vocabulary, torch.bfloat16, device).contiguous()
+    clean = logits.clone()
+    logits[::3] = torch.nan
+    logits[1::3, 1:-1] = torch.nan
+    parameters = mixed_truncation(rows, device)
+    number = torch.arange(rows, device=device)
+    drawn = []
+    for values in (logits, clean):
+        token = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        ranked = rank(values, number.int())
+        threshold = truncate(values, *parameters)
+        sample(values, parameters.temperature_T, number, number.int(), token, threshold)
+        out = unpacked(packed_logprobs(rows, device))
+        write_logprobs(values, ranked, token, number.int(), out)
+        drawn.append(token)
+    assert ((drawn[0] >= 0) & (drawn[0] < vocabulary)).all()
+    assert torch.isin(drawn[0][1::3].cpu(), torch.tensor([0, vocabulary - 1])).all()
+    assert torch.equal(drawn[0][2::3], drawn[1][2::3])

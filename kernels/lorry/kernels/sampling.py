@@ -27,8 +27,9 @@ def sample_reference(
     """Return a token id for each row (int64); temperature 0 takes the most likely one.
 
     `seed_T` holds the bits of an unsigned 64-bit seed in int64. Tokens whose logits are below the
-    row's threshold are not drawn. Ties go to the smallest id.
+    row's threshold are not drawn, nor are NaNs. Ties go to the smallest id.
     """
+    logits_TV = logits_TV.masked_fill(logits_TV.isnan(), -torch.inf)
     token_T = logits_TV.argmax(dim=-1)
     drawn = (temperature_T > 0).nonzero()[:, 0]
     if drawn.numel():
@@ -127,6 +128,7 @@ def _scores_kernel(
             is_kept = in_row & (score >= tl.load(threshold_ptr + row))
         score = score / temperature - tl.log(-tl.log(uniform))
         score = tl.where(is_kept, score, -float("inf"))
+    score = tl.where(score == score, score, -float("inf"))  # of a NaN the place would be arbitrary
     best, place = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
     at = row * tl.num_programs(1) + chunk
     tl.store(best_score_ptr + at, best)
@@ -161,8 +163,8 @@ def sample(
     """Write ``argmax(logits / temperature + noise)`` of each row into `token_T` (int64).
 
     Temperature 0 takes the most likely token; else tokens whose logits are below the row's
-    threshold are left out. Ties go to the smallest id. The noise is that of `gumbel_noise`, whose
-    32 random bits are equal and whose logarithms may differ in the last ones.
+    threshold are left out, as are NaNs. Ties go to the smallest id. The noise is that of
+    `gumbel_noise`, whose 32 random bits are equal and whose logarithms may differ in the last ones.
     """
     num_rows, vocabulary = logits_TV.shape
     chunks = triton.cdiv(vocabulary, BLOCK_V)
