@@ -17,7 +17,8 @@ FROM python:3.11-slim-bookworm
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin lorry
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin lorry \
+    && install --directory --owner=10001 --group=10001 /var/cache/lorry
 COPY --from=build /opt/lorry /opt/lorry
 ENV PATH=/opt/lorry/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001:10001

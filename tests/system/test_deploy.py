@@ -148,8 +148,8 @@ async def test_the_services_work_together_as_configured(secrets: Path, tmp_path:
         "/var/lib/lorry": str(tmp_path),
         "/run/lorry/images": str(tmp_path / "images"),
         "${LORRY_DEVICE:-cuda}": "cpu",
-        "${LORRY_POOL_BYTES:-8589934592}": str(64 << 20),
-        "/tmp/triton": str(tmp_path / "triton"),
+        "${LORRY_MEMORY_FRACTION:-0.9}": "0.5",
+        "/var/cache/lorry": str(tmp_path / "kernels"),
     }
     with ExitStack() as services:
 

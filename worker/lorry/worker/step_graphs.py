@@ -24,6 +24,8 @@ from lorry.worker.step_buffers import StepBuffers
 from lorry.worker.step_head import StepHead
 from lorry.worker.triton_operations import DeviceState, TritonOperations
 
+MAX_COMPILERS = 32  # threads, each with an assembler's process: a container may limit both
+
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +56,7 @@ class StepGraphs:
 
     def capture(self) -> None:
         """Compile, warm up and capture everything, largest first so that memory is shared best."""
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_COMPILERS)) as threads:
             for kernel in counted(
                 log, compile_ahead(self._launch_all, threads), "compiled kernels"
             ):
