@@ -62,7 +62,7 @@ def test_every_served_field_is_read(reader: SpecReader) -> None:
                 "repetition_penalty": 1,
             },
             response={"top_logprobs": 0},
-            stopping={"max_tokens": 9, "min_tokens": 9, "stop_strings": ["é" * 128, "b"]},
+            stopping={"max_tokens": 9, "min_tokens": 9, "stop_strings": ["é" * 64, "b"]},
             labels={"team": "x" * 63},
         ),
         tenant="t",
@@ -73,7 +73,7 @@ def test_every_served_field_is_read(reader: SpecReader) -> None:
     assert (read.top_k, read.top_p, read.min_p) == (7, 0.25, 0.5)
     assert read.top_logprobs == 0
     assert (read.max_tokens, read.min_tokens) == (9, 9)
-    assert read.stop_strings == ("é" * 128, "b")
+    assert read.stop_strings == ("é" * 64, "b")
     assert read.labels == {"team": "x" * 63}
 
 
@@ -87,6 +87,14 @@ INVALID: list[tuple[dict[str, Any], type[LorryError], str, str]] = [
     ({"request_id": "é"}, InvalidRequest, "request_id", "'é'"),
     ({"request_id": "a\n"}, InvalidRequest, "request_id", "printable"),
     ({"adapter": "sql"}, InvalidRequest, "adapter", "'sql'"),
+    ({"prompt": ""}, InvalidRequest, "prompt", "empty"),
+    ({"prompt": "é" * 524_289}, InvalidRequest, "prompt", "got 1048578"),
+    (
+        {"chat": {"messages": [{"role": "user", "content": "x" * 524_288}] * 2}},
+        InvalidRequest,
+        "chat",
+        "got 1048584",
+    ),
     ({"token_ids": {}}, InvalidRequest, "token_ids.ids", "at least one"),
     ({"token_ids": {"ids": [3, NUM_TOKENS]}}, InvalidRequest, "token_ids.ids", f"got {NUM_TOKENS}"),
     ({"labels": {f"k{i}": "v" for i in range(17)}}, InvalidRequest, "labels", "got 17"),
@@ -102,18 +110,21 @@ INVALID: list[tuple[dict[str, Any], type[LorryError], str, str]] = [
     ({"sampling": {"repetition_penalty": 0}}, InvalidSampling, "sampling.repetition_penalty", "0"),
     ({"sampling": {"presence_penalty": 3}}, InvalidSampling, "sampling.presence_penalty", "got 3"),
     ({"sampling": {"frequency_penalty": -3}}, InvalidSampling, "sampling.frequency_penalty", "-3"),
+    ({"sampling": {"logit_bias": {1: "NaN"}}}, InvalidSampling, "sampling.logit_bias", "got nan"),
+    ({"sampling": {"top_p": "NaN"}}, InvalidSampling, "sampling.top_p", "got nan"),
+    ({"sampling": {"min_p": "Infinity"}}, InvalidSampling, "sampling.min_p", "got inf"),
     ({"sampling": {"logit_bias": {1: 101}}}, InvalidSampling, "sampling.logit_bias", "got 101"),
     (
-        {"sampling": {"logit_bias": {i: 1 for i in range(1025)}}},
+        {"sampling": {"logit_bias": {i: 1 for i in range(301)}}},
         InvalidSampling,
         "sampling.logit_bias",
-        "got 1025",
+        "got 301",
     ),
     ({"stopping": {"max_tokens": 0}}, InvalidRequest, "stopping.max_tokens", "got 0"),
     ({"stopping": {"max_tokens": 3, "min_tokens": 4}}, InvalidRequest, "stopping.min_tokens", "4"),
     ({"stopping": {"stop_strings": ["x"] * 17}}, InvalidRequest, "stopping.stop_strings", "got 17"),
     ({"stopping": {"stop_strings": [""]}}, InvalidRequest, "stopping.stop_strings", "got ''"),
-    ({"stopping": {"stop_strings": ["é" * 129]}}, InvalidRequest, "stopping.stop_strings", "256"),
+    ({"stopping": {"stop_strings": ["é" * 65]}}, InvalidRequest, "stopping.stop_strings", "64"),
     (
         {"stopping": {"stop_token_ids": list(range(65))}},
         InvalidRequest,

@@ -1,14 +1,16 @@
 """Limits of the fields of a GenerationSpec. Each error names the field and the value."""
 
 import math
+from collections.abc import Iterable
 
 from lorry.rpc.errors import InvalidRequest, InvalidSampling
 from lorry.v1 import common_pb2
 
+MAX_PROMPT_BYTES = 1 << 20  # of text, or of all texts of a chat
 MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_BYTES = 256
+MAX_STOP_STRING_CHARS = 64
 MAX_STOP_TOKEN_IDS = 64
-MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIASES = 300
 MAX_TOP_LOGPROBS = 20
 SHOWN_CHARS = 200  # of a wrong value, in the error that names it
 
@@ -58,8 +60,8 @@ def check_stopping(stopping: common_pb2.StoppingOptions) -> None:
         len(stopping.stop_strings),
     )
     for text in stopping.stop_strings:
-        sized = 1 <= len(text.encode()) <= MAX_STOP_STRING_BYTES
-        what = f"each must be 1 to {MAX_STOP_STRING_BYTES} bytes"
+        sized = 1 <= len(text) <= MAX_STOP_STRING_CHARS
+        what = f"each must be 1 to {MAX_STOP_STRING_CHARS} characters"
         check("stopping.stop_strings", sized, what, text)
     check(
         "stopping.stop_token_ids",
@@ -67,6 +69,12 @@ def check_stopping(stopping: common_pb2.StoppingOptions) -> None:
         f"must be at most {MAX_STOP_TOKEN_IDS}",
         len(stopping.stop_token_ids),
     )
+
+
+def check_prompt_size(field: str, texts: Iterable[str]) -> None:
+    num_bytes = sum(len(text.encode()) for text in texts)
+    what = f"must be at most {MAX_PROMPT_BYTES} bytes"
+    check(field, num_bytes <= MAX_PROMPT_BYTES, what, num_bytes)
 
 
 def check_response(response: common_pb2.ResponseOptions) -> None:

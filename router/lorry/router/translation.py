@@ -17,6 +17,7 @@ from lorry.router.generation import (
 )
 from lorry.router.spec_limits import (
     check,
+    check_prompt_size,
     check_response,
     check_sampling,
     check_stopping,
@@ -82,6 +83,8 @@ class SpecReader:
     def _prompt(self, spec: pb.GenerationSpec) -> Prompt:
         kind = spec.WhichOneof("input")
         if kind == "prompt":
+            check("prompt", bool(spec.prompt), "must not be empty")
+            check_prompt_size("prompt", [spec.prompt])
             return spec.prompt
         if kind == "token_ids":
             ids = list(spec.token_ids.ids)
@@ -180,6 +183,8 @@ def _adapter(text: str, tenant: str) -> AdapterName | None:
 
 def _chat(chat: pb.ChatPrompt) -> Chat:
     check("chat.messages", bool(chat.messages), "must hold at least one message")
+    texts = (text for m in chat.messages for text in (m.role, m.content, m.tool_calls_json))
+    check_prompt_size("chat", (chat.tools_json, *texts))
     opened = chat.continue_final_message
     if opened and chat.HasField("add_generation_prompt") and chat.add_generation_prompt:
         raise InvalidRequest.of(

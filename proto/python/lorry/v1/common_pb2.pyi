@@ -115,7 +115,7 @@ class SamplingParams(_message.Message):
     """Unset = drawn by the router, which always sends one to the worker."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token id to what is added to its logit, in [-100, 100]. At most 1024 entries."""
+        """Token id to what is added to its logit, in [-100, 100]. At most 300 entries."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class StoppingOptions(_message.Message):
     ignore_eos: _builtins.bool
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The text ends before the first match, which is not part of it. At most 16, of 1 to 256 bytes."""
+        """The text ends before the first match, which is not part of it. At most 16, of 1 to 64 characters."""
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -67,8 +67,11 @@ class GenerationSpec(_message.Message):
     The version it points to on arrival is kept to the end.
     """
     prompt: _builtins.str
+    """1 byte to 1 MiB."""
     @_builtins.property
-    def token_ids(self) -> _common_pb2.TokenIds: ...
+    def token_ids(self) -> _common_pb2.TokenIds:
+        """At least one."""
+
     @_builtins.property
     def chat(self) -> Global___ChatPrompt: ...
     @_builtins.property
@@ -114,7 +117,7 @@ Global___GenerationSpec: _TypeAlias = GenerationSpec  # noqa: Y015
 @_typing.final
 class ChatPrompt(_message.Message):
     """Messages that the chat template of the operator's base model turns into a prompt. No template is ever taken
-    from a request or an adapter.
+    from a request or an adapter. At most 1 MiB of text in all.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
