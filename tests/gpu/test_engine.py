@@ -156,13 +156,6 @@ def test_a_step_launches_a_known_number_of_kernels(gpu: torch.device, tmp_path: 
     assert launches.total() / steps <= sum(ours.values()) + products + rest
 
 
-def test_the_same_requests_draw_the_same_tokens(device: torch.device, tmp_path: Path) -> None:
-    first, second = (decoding_engine(device, tmp_path) for _ in range(2))
-    for harness in (first, second):
-        harness.run()
-    assert first.tokens == second.tokens
-
-
 def test_eviction_and_preemption_leave_no_trace_in_fp32_tokens(
     device: torch.device, tmp_path: Path
 ) -> None:

@@ -53,6 +53,11 @@ def test_attention_in_half_precision_matches_the_reference(device, heads):
     check_attention(sequences, query_heads, SETTING)
 
 
+def test_a_tile_that_is_not_full_reads_what_its_own_rows_see(device):
+    sequences = store_sequences([(40, 20), (300, 1)], layout(2, 2, torch.float32), device)
+    check_attention(sequences, 2, SETTING)
+
+
 @pytest.mark.parametrize("unit_cost", [0, 3])
 def test_shares_cover_every_block_of_every_unit_once(device, unit_cost):
     setting = replace(SETTING, unit_cost=unit_cost)

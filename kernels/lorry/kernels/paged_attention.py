@@ -30,7 +30,8 @@ def paged_attention_reference(
     Every row stands in one tile; a tile's owner is its sequence, a row of `block_table_SP`.
     """
     k_NKCD, v_NKCD = _cached(pool, layer, block_table_SP[tiles.owner_N])
-    position_NM = gather_rows(position_T, tiles.row_NM)
+    is_row_NM = tiles.row_NM < q_TQD.shape[0]
+    position_NM = gather_rows(position_T, tiles.row_NM).masked_fill(~is_row_NM, -1)
     cached_C = torch.arange(k_NKCD.shape[2], device=q_TQD.device)
     visible_NMC = cached_C <= position_NM[..., None]
     unread_NC = ~visible_NMC.any(dim=1)
