@@ -16,7 +16,10 @@ def test_submits_are_numbered_up_to_the_limit() -> None:
 def test_finished_requests_do_not_give_room_back() -> None:
     """The limit counts what was sent since Hello, in total."""
     limited = worker(submit_limit=1)
-    del limited.active[limited.add(request())]
+    asked = request()
+    asked.seq = limited.add(asked)
+    limited.remove(asked)
+    assert not limited.active
     assert not limited.has_room
     limited.raise_submit_limit(2)
     assert limited.has_room

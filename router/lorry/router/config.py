@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cyclopts
 
+from lorry.router.discovery import Target
 from lorry.rpc.command import check_not_negative, check_positive
 from lorry.rpc.service_config import ServiceConfig
 
@@ -21,7 +22,11 @@ class Config(ServiceConfig):
     """HOST:PORT of the adapter store."""
 
     worker: tuple[str, ...] = ("127.0.0.1:50053",)
-    """HOST:PORT of a worker. Repeat it for several workers."""
+    """HOST:PORT of a worker, or dns:///NAME:PORT for every address that DNS has for the name.
+    Repeat it for several."""
+
+    dns_interval_s: float = 5.0
+    """Seconds between two look-ups of a worker's DNS name."""
 
     token_file: Path | None = None
     """File with the bearer token that the router shows to the store and the workers."""
@@ -76,6 +81,7 @@ class Config(ServiceConfig):
             "max_unsent_tokens",
             "client_stall_s",
             "worker_silence_s",
+            "dns_interval_s",
             "store_timeout_s",
             "catalogue_silence_s",
             "tokenizer_threads",
@@ -87,6 +93,8 @@ class Config(ServiceConfig):
             raise ValueError("worker must name at least one HOST:PORT")
         if len(set(self.worker)) < len(self.worker):
             raise ValueError(f"worker must name each HOST:PORT once, got {self.worker}")
+        for text in self.worker:
+            Target.parse(text)
 
     @property
     def served_model(self) -> str:

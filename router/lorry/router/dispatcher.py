@@ -4,6 +4,7 @@ The router reports what happens by the other methods and carries out what `plan`
 method leaves the state consistent, also when it raises.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -63,6 +64,7 @@ class Dispatcher:
         self._max_prefetch = max_prefetch
         self._requests: dict[tuple[str, str], Request] = {}  # by tenant and request_id
         self._workers: dict[str, Worker] = {}
+        self.num_requeued = 0
         self.draining = False
 
     @property
@@ -78,7 +80,7 @@ class Dispatcher:
         """Give an arriving request its place in the queue, or raise why it is refused."""
         if self.draining:
             raise Draining("the router is shutting down", retry_after_s=RETRY_AFTER_S)
-        if all(worker.draining for worker in self._workers.values()):
+        if not any(worker.accepting for worker in self._workers.values()):
             raise no_worker()
         generation = request.generation
         key = (generation.tenant, generation.request_id)
@@ -115,16 +117,18 @@ class Dispatcher:
         del self._workers[worker.name]
         return [request for request in list(worker.active.values()) if not self.requeue(request)]
 
-    def requeue(self, request: Request) -> bool:
-        """Queue a request again that its worker gave up, unless it happened too often.
+    def requeue(self, request: Request, *, lost: bool = True) -> bool:
+        """Queue a request again that its worker gave up, unless it was lost too often.
 
         Output that it already has goes with it. False also if nothing is left to generate.
         """
         if request.state is S.STOPPING or request.output_complete:
             return False
-        if request.num_losses >= MAX_RESUBMITS:
-            return False
-        request.num_losses += 1
+        if lost:
+            if request.num_losses >= MAX_RESUBMITS:
+                return False
+            request.num_losses += 1
+        self.num_requeued += 1
         self._leave_worker(request)
         request.move_to(S.QUEUED)
         self._queues.add(request)
@@ -147,11 +151,13 @@ class Dispatcher:
         assert set(at_workers) == {r for r in active if r.state in AT_WORKER}
         assert len(self._queues) == len(active) - len(at_workers)
         assert not any(request.ended for request in active)
+        for worker in self._workers.values():
+            assert worker.num_requests == Counter(r.version for r in worker.active.values())
 
     @property
     def max_context_tokens(self) -> int | None:
         """Of the worker that takes the longest requests; None if there is none."""
-        ready = [w.max_context_tokens for w in self._workers.values() if not w.draining]
+        ready = [w.max_context_tokens for w in self._workers.values() if w.accepting]
         return max(ready, default=None)
 
     def _able(self, request: Request) -> list[Worker]:
@@ -190,14 +196,14 @@ class Dispatcher:
 
     def _leave_worker(self, request: Request) -> None:
         worker = self._workers.get(request.worker_name)
-        if worker is not None and worker.active.get(request.seq) is request:
-            del worker.active[request.seq]
+        if worker is not None:
+            worker.remove(request)
         request.worker_name, request.seq = "", 0
 
     def _why_unable(
         self, request: Request
     ) -> AdapterIncompatible | ContextLengthExceeded | NoWorker:
-        ready = [worker for worker in self._workers.values() if not worker.draining]
+        ready = [worker for worker in self._workers.values() if worker.accepting]
         if not ready:
             return no_worker()
         max_rank = max(worker.max_rank for worker in ready)

@@ -43,15 +43,22 @@ class Fleet:
         self._config = config
         self._dispatcher = dispatcher
         self._active = active
+        self._counts = active.counts
         self._on_workers = on_workers
         self._loop = asyncio.get_running_loop()
         self._links: Mapping[str, Link] = {}
         self._plan_handle: asyncio.Handle | None = None
         self._stranded_handle: asyncio.TimerHandle | None = None
+        self._stranded_s: dict[Request, float] = {}  # since when
         active.when_ended = self._request_ended
 
     def connect(self, links: Mapping[str, Link]) -> None:
         self._links = links
+
+    @property
+    def worker_names(self) -> list[str]:
+        """Of all workers that there should be, attached or not."""
+        return list(self._links)
 
     def plan_soon(self) -> None:
         """Plan once for all that happens in this turn of the event loop."""
@@ -63,12 +70,13 @@ class Fleet:
         self._workers_changed()
 
     def worker_lost(self, worker: Worker) -> None:
+        self._counts.workers_lost += 1
         log.info("worker %s lost with %d requests", worker.name, worker.load)
         for request in self._dispatcher.lose(worker):
             self._end_without_worker(request)
         self._workers_changed()
 
-    def worker_draining(self, worker: Worker) -> None:
+    def worker_changed(self, worker: Worker) -> None:
         self._workers_changed()
 
     def submit_limit_raised(self, worker: Worker) -> None:
@@ -81,12 +89,12 @@ class Fleet:
         token_ids: Sequence[int],
         logprobs: Sequence[TokenLogprobs] | None,
     ) -> None:
-        active = worker.active
+        active, now_s = worker.active, self._loop.time()
         rows: Sequence[TokenLogprobs | None] = logprobs or [None] * len(seqs)
         for seq, token_id, row in zip(seqs, token_ids, rows, strict=True):
             request = active.get(seq)
             if request is not None and request.state is not S.STOPPING:
-                self._draw(request, token_id, row)
+                self._draw(request, token_id, row, now_s)
 
     def requests_ended(self, worker: Worker, ended: Sequence[Ended]) -> None:
         for last_word in ended:
@@ -94,7 +102,9 @@ class Fleet:
             if request is not None:
                 self._end_by_worker(worker, request, last_word)
 
-    def _draw(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
+    def _draw(
+        self, request: Request, token_id: int, logprobs: TokenLogprobs | None, now_s: float
+    ) -> None:
         """The hot path: once for each output token."""
         if request.generation.top_logprobs is None:
             logprobs = None
@@ -103,7 +113,7 @@ class Fleet:
             return
         if request.state is S.SUBMITTED:
             request.move_to(S.STREAMING)
-            request.first_token_s = request.first_token_s or self._loop.time()
+        self._counts.draw(request, now_s)
         request.output_ids.append(token_id)
         output = self._active.output(request)
         output.push(token_id, logprobs)
@@ -121,9 +131,9 @@ class Fleet:
         elif error is not None and self._is_final(request, error):
             self._active.fail(request, error)
         else:
-            if isinstance(error, Draining):
-                worker.draining = True
-            if not self._dispatcher.requeue(request):
+            drained = isinstance(error, Draining)
+            worker.draining |= drained
+            if not self._dispatcher.requeue(request, lost=not drained):
                 self._end_without_worker(request)
             self._workers_changed()
 
@@ -145,16 +155,25 @@ class Fleet:
 
     def _workers_changed(self) -> None:
         """Plan again; requests that no worker can serve now wait for one, but not for long."""
-        self._on_workers(sum(not worker.draining for worker in self._dispatcher.workers))
-        if self._stranded_handle is not None:
-            self._stranded_handle.cancel()
-        wait_s = self._config.worker_wait_s
-        self._stranded_handle = self._loop.call_later(wait_s, self._fail_stranded)
+        self._on_workers(sum(worker.accepting for worker in self._dispatcher.workers))
+        self._check_stranded()
         self.plan_soon()
 
-    def _fail_stranded(self) -> None:
-        for request in self._dispatcher.stranded():
+    def _check_stranded(self) -> None:
+        """Give up what has been stranded for too long, and look again when the next will have."""
+        if self._stranded_handle is not None:
+            self._stranded_handle.cancel()
+            self._stranded_handle = None
+        now_s, wait_s = self._loop.time(), self._config.worker_wait_s
+        since_s = {r: self._stranded_s.get(r, now_s) for r in self._dispatcher.stranded()}
+        expired = [request for request, start_s in since_s.items() if start_s + wait_s <= now_s]
+        for request in expired:
+            del since_s[request]
             self._active.give_up(request, no_worker(), WorkerLost)
+        self._stranded_s = since_s
+        if since_s:
+            next_s = min(since_s.values()) + wait_s
+            self._stranded_handle = self._loop.call_at(next_s, self._check_stranded)
 
     def _request_ended(self, place: Place | None) -> None:
         if place is not None:
@@ -169,5 +188,7 @@ class Fleet:
                 link.prefetch(action)
             else:
                 request = action.request
-                request.submitted_s = request.submitted_s or self._loop.time()
+                if request.submitted_s is None:
+                    request.submitted_s = self._loop.time()
+                    self._counts.submit(request, request.submitted_s)
                 link.submit(action)

@@ -2,19 +2,23 @@
 
 import asyncio
 import contextlib
+import functools
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import grpc.aio
 
 from lorry.router.active import ActiveRequests
 from lorry.router.config import Config
+from lorry.router.discovery import Discovery, Resolve, Target, resolve_host
 from lorry.router.dispatcher import Dispatcher
 from lorry.router.fleet import Fleet
+from lorry.router.metrics import METRICS, Source
 from lorry.router.policies import ArrivalOrder, ResidencyPlacement
 from lorry.router.queues import RequestQueues
 from lorry.router.readiness import Readiness
+from lorry.router.roster import Roster
 from lorry.router.router import Router
 from lorry.router.service import SERVICE, InferenceService
 from lorry.router.store import Store
@@ -22,7 +26,10 @@ from lorry.router.tokenizer import Tokenizer
 from lorry.router.translation import SpecReader
 from lorry.router.worker_link import WorkerLink
 from lorry.rpc.base_model import BaseModel, read_base_model
+from lorry.rpc.call_counts import CallCounts, call_metrics
 from lorry.rpc.channel import Metadata, bearer, open_channel, read_token
+from lorry.rpc.metrics import TableCollector, registry_of
+from lorry.rpc.metrics_server import serving_metrics
 from lorry.rpc.server import Server, serving
 from lorry.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 
@@ -41,7 +48,7 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running(config: Config) -> AsyncIterator[Running]:
+async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIterator[Running]:
     """Raises ValueError for a model, token file or address that cannot be served."""
     base_model = await asyncio.to_thread(read_base_model, config.model)
     metadata = bearer(read_token(config.token_file))
@@ -59,8 +66,8 @@ async def running(config: Config) -> AsyncIterator[Running]:
         dispatcher = _dispatcher(config)
         active = ActiveRequests(dispatcher)
         fleet = Fleet(config, dispatcher, active, on_workers=readiness.set_workers)
-        links = _links(config, fleet, base_model, metadata)
-        fleet.connect(links)
+        roster = _roster(config, _link_maker(config, fleet, base_model, metadata), resolve)
+        fleet.connect(roster.links)
         router = Router(
             config,
             dispatcher,
@@ -70,11 +77,22 @@ async def running(config: Config) -> AsyncIterator[Running]:
             store,
             max_context_tokens=base_model.max_context_tokens,
         )
+        calls = CallCounts()
+        registry = registry_of(
+            TableCollector(METRICS, Source(active, dispatcher, fleet, store)),
+            TableCollector(call_metrics("lorry_router"), calls),
+        )
+        await stack.enter_async_context(serving_metrics(config.scraped_address, registry))
         reader = SpecReader(base_model, served_model=config.served_model)
-        server = await stack.enter_async_context(_serving(config, InferenceService(router, reader)))
+        service = InferenceService(router, reader)
+        server = await stack.enter_async_context(_serving(config, service, calls))
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        works = [store.watch(), router.watch_clients(), readiness.report(server.set_ready)]
-        works += [link.run() for link in links.values()]
+        works = [
+            roster.run(),
+            store.watch(),
+            router.watch_clients(),
+            readiness.report(server.set_ready),
+        ]
         background = [tasks.create_task(work) for work in works]
         try:
             yield Running(server, router)
@@ -98,25 +116,26 @@ def _dispatcher(config: Config) -> Dispatcher:
     return Dispatcher(queues, ArrivalOrder(), placement, max_prefetch=config.prefetch_versions)
 
 
-def _links(
+def _roster(config: Config, make_link: Callable[[str], WorkerLink], resolve: Resolve) -> Roster:
+    discovery = Discovery([Target.parse(text) for text in config.worker], resolve)
+    return Roster(discovery, make_link, interval_s=config.dns_interval_s)
+
+
+def _link_maker(
     config: Config, fleet: Fleet, base_model: BaseModel, metadata: Metadata
-) -> dict[str, WorkerLink]:
-    router_id = uuid.uuid4().hex
-    return {
-        address: WorkerLink(
-            address,
-            fleet,
-            router_id=router_id,
-            model_digest=base_model.digest,
-            metadata=metadata,
-            silence_s=config.worker_silence_s,
-        )
-        for address in config.worker
-    }
+) -> Callable[[str], WorkerLink]:
+    return functools.partial(
+        WorkerLink,
+        events=fleet,
+        router_id=uuid.uuid4().hex,
+        model_digest=base_model.digest,
+        metadata=metadata,
+        silence_s=config.worker_silence_s,
+    )
 
 
 def _serving(
-    config: Config, service: InferenceService
+    config: Config, service: InferenceService, calls: CallCounts
 ) -> contextlib.AbstractAsyncContextManager[Server]:
     def register(server: grpc.aio.Server) -> None:
         add_InferenceServiceServicer_to_server(service, server)
@@ -128,4 +147,5 @@ def _serving(
         authenticator=config.authenticator(),
         insecure=config.insecure,
         max_receive_bytes=MAX_REQUEST_BYTES,
+        calls=calls,
     )

@@ -4,12 +4,15 @@ They compose: the dispatcher asks `order` for the sequence of waiting requests a
 the worker of each.
 """
 
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from lorry.router.queues import RequestQueues
 from lorry.router.request import Request
 from lorry.router.worker import Worker
+
+IMBALANCE_SHARE = 0.25  # of the idlest worker's load that never counts as an imbalance
 
 
 class Order(Protocol):
@@ -34,7 +37,9 @@ class ArrivalOrder:
 class ResidencyPlacement:
     """A worker that holds the adapter, unless it is much busier than the idlest one.
 
-    On the GPU is better than in host memory, and that better than absent.
+    On the GPU, or on its way there, is better than in host memory, and that better than absent. So
+    an adapter has one worker until its requests overload it, and then as many as they need. Among
+    equals the idlest gets the request, and among idle ones adapters are spread by a hash.
     """
 
     def __init__(self, *, imbalance: int) -> None:
@@ -43,12 +48,19 @@ class ResidencyPlacement:
     def place(self, request: Request, workers: Sequence[Worker]) -> Worker | None:
         if not workers:
             return None
-        most = min(worker.load for worker in workers) + self._imbalance
+        least = min(worker.load for worker in workers)
+        most = least + max(self._imbalance, least * IMBALANCE_SHARE)
         near = [worker for worker in workers if worker.load <= most]
-        return min(near, key=lambda worker: (_distance(request, worker), worker.load))
+        return min(near, key=lambda worker: _rank(request, worker))
+
+
+def _rank(request: Request, worker: Worker) -> tuple[int, int, int]:
+    """The lowest is preferred."""
+    by_hash = zlib.crc32(request.version, zlib.crc32(worker.name.encode()))
+    return _distance(request, worker), worker.load, by_hash
 
 
 def _distance(request: Request, worker: Worker) -> int:
-    if not request.version or request.version in worker.gpu:
+    if not request.version or worker.will_hold(request.version):
         return 0
     return 1 if request.version in worker.host else 2

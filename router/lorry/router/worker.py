@@ -1,5 +1,6 @@
 """What the router knows of one attached worker."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,15 +17,22 @@ class Worker:
     max_rank: int
     submit_limit: int  # Submits that the stream may have sent in all
     draining: bool = False
+    listed: bool = True  # discovery still knows it
     num_submitted: int = 0
     active: dict[int, Request] = field(default_factory=dict)  # by seq
+    num_requests: Counter[bytes] = field(default_factory=Counter)  # of `active`, by version
     gpu: set[bytes] = field(default_factory=set)  # versions usable by the next step
     host: set[bytes] = field(default_factory=set)  # versions in host memory
     prefetched: tuple[bytes, ...] = ()  # versions of the last Prefetch
 
     @property
+    def accepting(self) -> bool:
+        """Whether it takes new requests at all."""
+        return self.listed and not self.draining
+
+    @property
     def has_room(self) -> bool:
-        return not self.draining and self.num_submitted < self.submit_limit
+        return self.accepting and self.num_submitted < self.submit_limit
 
     @property
     def load(self) -> int:
@@ -34,7 +42,7 @@ class Worker:
     def can_serve(self, request: Request) -> bool:
         """Whether it could ever take the request."""
         return (
-            not self.draining
+            self.accepting
             and request.rank <= self.max_rank
             and request.num_context_tokens <= self.max_context_tokens
         )
@@ -48,7 +56,21 @@ class Worker:
         assert self.has_room, f"worker {self.name} takes no Submit beyond {self.submit_limit}"
         self.num_submitted += 1
         self.active[self.num_submitted] = request
+        self.num_requests[request.version] += 1
         return self.num_submitted
+
+    def remove(self, request: Request) -> None:
+        """Does nothing if it does not work on the request."""
+        if self.active.get(request.seq) is not request:
+            return
+        del self.active[request.seq]
+        self.num_requests[request.version] -= 1
+        if not self.num_requests[request.version]:
+            del self.num_requests[request.version]
+
+    def will_hold(self, version: bytes) -> bool:
+        """Whether the version is on the GPU, or on its way there for a request."""
+        return version in self.gpu or version in self.num_requests
 
     def update_residency(
         self,

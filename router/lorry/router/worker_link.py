@@ -18,8 +18,9 @@ from lorry.router.worker import Worker
 from lorry.rpc.backoff import Backoff
 from lorry.rpc.channel import MIB, Metadata, open_channel
 from lorry.rpc.durations import to_duration, to_seconds
-from lorry.rpc.errors import LorryError, ModelMismatch, WorkerLost
+from lorry.rpc.errors import LorryError, ModelMismatch, NoWorker, WorkerLost
 from lorry.rpc.protocol import PROTOCOL_REVISION
+from lorry.rpc.repeated_log import RepeatedLog
 from lorry.rpc.status import from_rpc, from_status
 from lorry.v1 import common_pb2
 from lorry.v1 import worker_service_pb2 as pb
@@ -51,7 +52,7 @@ class WorkerEvents(Protocol):
 
     def worker_attached(self, worker: Worker) -> None: ...
     def worker_lost(self, worker: Worker) -> None: ...
-    def worker_draining(self, worker: Worker) -> None: ...
+    def worker_changed(self, worker: Worker) -> None: ...  # whether it takes requests
     def tokens_drawn(
         self,
         worker: Worker,
@@ -85,6 +86,21 @@ class WorkerLink:
         self._silence_s = silence_s
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox()
+        self._worker: Worker | None = None  # while attached
+        self._listed = True
+        self._failures = RepeatedLog(log)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is at the worker."""
+        return self._worker is None or not self._worker.load
+
+    def set_listed(self, listed: bool) -> None:
+        """Whether discovery knows the worker; if not, it gets no new requests."""
+        self._listed = listed
+        if self._worker is not None and self._worker.listed is not listed:
+            self._worker.listed = listed
+            self._events.worker_changed(self._worker)
 
     def submit(self, submit: Submit) -> None:
         self._outbox.submit(submit)
@@ -103,7 +119,7 @@ class WorkerLink:
                 try:
                     await self._attach(channel, backoff.reset)
                 except TimeoutError:
-                    log.warning("worker %s: silent for %g s", self._address, self._silence_s)
+                    self._log(WorkerLost(f"silent for {self._silence_s:g} s"))
                 except grpc.aio.AioRpcError as failure:
                     self._log(from_rpc(failure))
                 except LorryError as error:
@@ -111,8 +127,13 @@ class WorkerLink:
                 await backoff.wait()
 
     def _log(self, error: LorryError) -> None:
-        level = logging.ERROR if isinstance(error, ModelMismatch) else logging.WARNING
-        log.log(level, "worker %s: %s %s", self._address, error.reason or error.code.name, error)
+        level = logging.WARNING
+        if isinstance(error, ModelMismatch):
+            level = logging.ERROR
+        elif isinstance(error, NoWorker):  # it is still loading
+            level = logging.INFO
+        kind = error.reason or error.code.name
+        self._failures.failed(kind, level, "worker %s: %s %s", self._address, kind, error)
 
     async def _attach(self, channel: grpc.aio.Channel, attached: Callable[[], None]) -> None:
         """One stream, from Hello to its end."""
@@ -124,7 +145,9 @@ class WorkerLink:
             async with asyncio.timeout(self._silence_s) as silence:
                 worker = self._welcomed(await call.read())
                 attached()
+                self._failures.worked()
                 log.info("worker %s attached, epoch %x", self._address, worker.epoch)
+                self._worker = worker
                 self._events.worker_attached(worker)
                 try:
                     while isinstance(response := await call.read(), pb.AttachResponse):
@@ -132,6 +155,7 @@ class WorkerLink:
                         self._receive(worker, response)
                     raise WorkerLost("the worker ended the stream")
                 finally:
+                    self._worker = None
                     self._events.worker_lost(worker)
         finally:
             writer.cancel()
@@ -158,6 +182,7 @@ class WorkerLink:
             max_rank=welcome.max_rank,
             submit_limit=welcome.submit_limit,
             draining=welcome.status.draining,
+            listed=self._listed,
         )
 
     def _receive(self, worker: Worker, response: pb.AttachResponse) -> None:
@@ -174,7 +199,7 @@ class WorkerLink:
         elif event == "status" and response.status.draining and not worker.draining:
             log.info("worker %s is draining", self._address)
             worker.draining = True
-            self._events.worker_draining(worker)
+            self._events.worker_changed(worker)
 
     def _receive_step(self, worker: Worker, step: pb.StepOutput) -> None:
         self._events.tokens_drawn(worker, step.seqs, step.token_ids, _logprobs(step))
