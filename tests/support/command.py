@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPO = Path(__file__).parents[2]
+SERVICES = ["ROUTER", "ADAPTER_STORE", "WORKER"]
 SOURCE_ROOTS = ["adapter_store", "client", "kernels", "proto/python", "router", "worker"]
 
 
@@ -23,7 +24,9 @@ def child_environment(**variables: str) -> dict[str, str]:
     paths = [str(REPO), *(str(REPO / root) for root in SOURCE_ROOTS)]
     if others := inherited.get("PYTHONPATH"):
         paths.append(others)
-    return {**inherited, "PYTHONPATH": os.pathsep.join(paths), **variables}
+    # A service on a chosen port would else take another one that may not be free.
+    no_metrics = {f"LORRY_{name}_METRICS_ADDRESS": "" for name in SERVICES}
+    return {**inherited, **no_metrics, "PYTHONPATH": os.pathsep.join(paths), **variables}
 
 
 async def lorry(

@@ -3,11 +3,11 @@
 import asyncio
 
 from lorry.rpc.command import extra, run_service
-from lorry.rpc.server import stop_requested
 
 with extra("router"):
     from lorry.router.config import Config
     from lorry.router.lifetime import running
+    from lorry.rpc.server import stop_requested
 
 
 async def serve(config: Config) -> None:

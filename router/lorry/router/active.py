@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from lorry.router.counts import RequestCounts
 from lorry.router.dispatcher import Dispatcher, Place
 from lorry.router.generation import Completion, FinishReason
 from lorry.router.output import Output
@@ -33,6 +34,7 @@ class ActiveRequests:
     """`when_ended` hears of each end, with the place at a worker that must be cancelled."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
+        self.counts = RequestCounts()
         self._dispatcher = dispatcher
         self._loop = asyncio.get_running_loop()
         self._held: dict[Request, _Held] = {}
@@ -59,13 +61,14 @@ class ActiveRequests:
     async def none_left(self) -> None:
         await self._none.wait()
 
-    def end(self, request: Request, state: RequestState) -> None:
+    def end(self, request: Request, state: RequestState, error: LorryError | None = None) -> None:
         """Free everything. Does nothing if the request has ended."""
         held = self._held.pop(request, None)
         if held is None:
             return
         held.deadline.cancel()
         place = self._dispatcher.end(request, state)
+        self.counts.end(state, error)
         if not self._held:
             self._none.set()
         log.debug("%s %s", state.name, request.generation)
@@ -81,7 +84,7 @@ class ActiveRequests:
 
     def fail(self, request: Request, error: LorryError) -> None:
         output = self.output(request)
-        self.end(request, S.FAILED)
+        self.end(request, S.FAILED, error)
         output.fail(error)
 
     def cut_off(self, request: Request, cls: type[WorkerLost | Interrupted]) -> None:

@@ -73,6 +73,7 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     submitted_s: float | None = None
     first_token_s: float | None = None
+    last_token_s: float = 0.0
 
     def move_to(self, target: RequestState) -> None:
         if target not in TRANSITIONS[self.state]:

@@ -71,8 +71,8 @@ class Router:
         try:
             await self._prepare_in_time(request, streaming=streaming)
             yield output
-        except LorryError:
-            self._active.end(request, S.FAILED)
+        except LorryError as error:
+            self._active.end(request, S.FAILED, error)
             raise
         finally:
             self._active.end(request, S.CANCELLED)
@@ -108,7 +108,12 @@ class Router:
             arrival_s=now_s,
             deadline_s=now_s + (life_s if remaining_s is None else min(remaining_s, life_s)),
         )
-        self._dispatcher.receive(request)
+        self._active.counts.received += 1
+        try:
+            self._dispatcher.receive(request)
+        except LorryError as error:
+            self._active.counts.refuse(error)
+            raise
         text = TextStream(
             self._tokenizer.table,
             stop_strings=generation.stop_strings,

@@ -44,6 +44,16 @@ class Store:
         self._watching = False  # whether changes arrive as they happen
         self._asked: dict[AdapterName, asyncio.Task[AdapterVersion]] = {}
 
+    @property
+    def num_adapters(self) -> int:
+        """Of the copy of the catalogue."""
+        return len(self._catalogue)
+
+    @property
+    def watching(self) -> bool:
+        """Whether changes of the catalogue arrive as they happen."""
+        return self._watching
+
     async def resolve(self, name: AdapterName) -> AdapterVersion:
         """The version that `name` stands for now; AdapterNotFound, or StoreUnavailable if unsure.
 

@@ -13,6 +13,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
+from lorry.rpc.call_counts import OK, Call, CallCounts, Outcome
 from lorry.rpc.errors import InvalidRequest, LorryError
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.status import to_status
@@ -31,8 +32,9 @@ log = logging.getLogger(__name__)
 class Boundary(grpc.aio.ServerInterceptor):
     """Authenticates each call, then ends it with the status of what its method raises."""
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, calls: CallCounts) -> None:
         self._authenticator = authenticator
+        self._calls = calls
 
     async def intercept_service(
         self,
@@ -65,11 +67,14 @@ class Boundary(grpc.aio.ServerInterceptor):
         self, behavior: Callable[..., Awaitable[Any]], method: str, parse: Parser
     ) -> Callable[..., Any]:
         async def call(request: Any, context: Context) -> Any:
+            counted = self._begin(method, context)
             try:
                 self._authenticator.admit(method, context)
-                return await behavior(parse(request), context)
+                response = await behavior(parse(request), context)
+                counted.outcome = OK
+                return response
             except Exception as error:
-                await _end(context, method, error)
+                await _end(context, method, error, counted)
 
         return call
 
@@ -79,14 +84,21 @@ class Boundary(grpc.aio.ServerInterceptor):
         assert inspect.isasyncgenfunction(behavior), f"{method} must be an async generator"
 
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            counted = self._begin(method, context)
             try:
                 self._authenticator.admit(method, context)
                 async for response in behavior(parse(request), context):
                     yield response
+                counted.outcome = OK
             except Exception as error:
-                await _end(context, method, error)
+                await _end(context, method, error, counted)
 
         return call
+
+    def _begin(self, method: str, context: Any) -> Call:
+        counted = Call(self._calls, method)
+        context.add_done_callback(counted.end)
+        return counted
 
 
 def _parser(deserialize: Parser) -> Parser:
@@ -103,9 +115,11 @@ def _as_it_is(request: Any) -> Any:
     return request
 
 
-async def _end(context: Context, method: str, error: Exception) -> NoReturn:
+async def _end(context: Context, method: str, error: Exception, counted: Call) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
+        counted.outcome = Outcome(grpc.StatusCode.UNKNOWN.name, "")  # the method's own words
         raise error
+    counted.outcome = Outcome.of(error)
     if not isinstance(error, LorryError):
         log.error("unexpected error in %s", method, exc_info=error)
     status = rpc_status.to_status(to_status(error))

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import _async as reflection
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from lorry.rpc.boundary import Boundary
+from lorry.rpc.call_counts import CallCounts
 from lorry.rpc.channel import MIB
 from lorry.rpc.identity import Authenticator
 
@@ -89,15 +90,17 @@ async def serving(
     insecure: bool = False,
     grace_s: float = 5.0,
     max_receive_bytes: int = 4 * MIB,
+    calls: CallCounts | None = None,
 ) -> AsyncIterator[Server]:
     """Serve what `register` adds; on exit drain for `grace_s` seconds.
 
     `services` are the full names of the registered services. They start NOT_SERVING: the owner
-    calls `Server.set_ready`. Raises ValueError for an address beyond loopback unless `insecure`.
+    calls `Server.set_ready`, and reads the `calls` that are counted. Raises ValueError for an
+    address beyond loopback unless `insecure`.
     """
     check_address(address, insecure=insecure)
     server = grpc.aio.server(
-        interceptors=[Boundary(authenticator)],
+        interceptors=[Boundary(authenticator, calls or CallCounts())],
         options=[*OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)],
     )
     register(server)
@@ -126,14 +129,14 @@ async def stop_requested() -> None:
     await stop.wait()
 
 
-def check_address(address: str, *, insecure: bool) -> None:
+def check_address(address: str, *, insecure: bool, field: str = "address") -> None:
     """Raise ValueError unless `address` is host:port on loopback, or `insecure` allows any host."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(f"address must be HOST:PORT, got {address!r}")
+        raise ValueError(f"{field} must be HOST:PORT, got {address!r}")
     if not insecure and not _is_loopback(host.strip("[]")):
         raise ValueError(
-            f"address {address!r} is reachable from other machines; "
+            f"{field} {address!r} is reachable from other machines; "
             "use 127.0.0.1, or --insecure to serve plain text there"
         )
 

@@ -1,0 +1,137 @@
+"""The router's metrics."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorry.router.active import ActiveRequests
+from lorry.router.dispatcher import Dispatcher
+from lorry.router.fleet import Fleet
+from lorry.router.request import FINAL, RequestState
+from lorry.router.store import Store
+from lorry.rpc.metrics import Metric, counter, gauge, histogram
+
+STATES = [state for state in RequestState if state not in FINAL]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the metrics are read from."""
+
+    active: ActiveRequests
+    dispatcher: Dispatcher
+    fleet: Fleet
+    store: Store
+
+    def in_progress(self) -> Mapping[tuple[str], int]:
+        states = Counter(request.state for request in self.active)
+        return {(state.name.lower(),): states[state] for state in STATES}
+
+    def workers_attached(self) -> Mapping[tuple[str], int]:
+        attached = {worker.name for worker in self.dispatcher.workers}
+        return {(name,): name in attached for name in self.fleet.worker_names}
+
+    def worker_requests(self) -> Mapping[tuple[str], int]:
+        return {(worker.name,): worker.load for worker in self.dispatcher.workers}
+
+    def worker_room(self) -> Mapping[tuple[str], int]:
+        workers = self.dispatcher.workers
+        return {(w.name,): w.submit_limit - w.num_submitted if w.has_room else 0 for w in workers}
+
+    def worker_adapters(self) -> Mapping[tuple[str, str], int]:
+        tiers = [
+            (w.name, tier, versions)
+            for w in self.dispatcher.workers
+            for tier, versions in (("gpu", w.gpu), ("host", w.host))
+        ]
+        return {(name, tier): len(versions) for name, tier, versions in tiers}
+
+
+METRICS: Sequence[Metric[Source]] = (
+    counter(
+        "lorry_router_requests_received_total",
+        "Valid requests for output; each ends in lorry_router_requests_total",
+        lambda s: s.active.counts.received,
+    ),
+    counter(
+        "lorry_router_requests_total",
+        "Requests that have ended, by status code and reason; of clients that left, CANCELLED",
+        lambda s: s.active.counts.ended,
+        ("code", "reason"),
+    ),
+    gauge(
+        "lorry_router_requests_in_progress",
+        "Requests that have not ended, by state; the queue's depth is that of queued",
+        Source.in_progress,
+        ("state",),
+    ),
+    histogram(
+        "lorry_router_queue_seconds",
+        "From a request's arrival until it is first sent to a worker",
+        lambda s: s.active.counts.queue_s,
+    ),
+    histogram(
+        "lorry_router_ttft_seconds",
+        "From a request's arrival until its first token comes from a worker",
+        lambda s: s.active.counts.ttft_s,
+    ),
+    histogram(
+        "lorry_router_token_gap_seconds",
+        "Between two tokens of a request as they come from workers",
+        lambda s: s.active.counts.token_gap_s,
+    ),
+    counter(
+        "lorry_router_prompt_tokens_total",
+        "Tokens of the prompts of requests that were sent to a worker",
+        lambda s: s.active.counts.prompt_tokens,
+    ),
+    counter(
+        "lorry_router_output_tokens_total",
+        "Tokens that workers drew for requests in progress",
+        lambda s: s.active.counts.output_tokens,
+    ),
+    counter(
+        "lorry_router_requests_resumed_total",
+        "Requests queued again because their worker was lost or gave them up",
+        lambda s: s.dispatcher.num_requeued,
+    ),
+    counter(
+        "lorry_router_workers_lost_total",
+        "Streams to workers that ended",
+        lambda s: s.active.counts.workers_lost,
+    ),
+    gauge(
+        "lorry_router_worker_attached",
+        "1 if there is a stream to the worker, else 0, by the worker's address",
+        Source.workers_attached,
+        ("worker",),
+    ),
+    gauge(
+        "lorry_router_worker_requests",
+        "Requests of this router that an attached worker works on",
+        Source.worker_requests,
+        ("worker",),
+    ),
+    gauge(
+        "lorry_router_worker_submit_room",
+        "Requests that an attached worker takes beyond those",
+        Source.worker_room,
+        ("worker",),
+    ),
+    gauge(
+        "lorry_router_worker_adapters",
+        "Adapter versions on an attached worker, by tier: gpu or host",
+        Source.worker_adapters,
+        ("worker", "tier"),
+    ),
+    gauge(
+        "lorry_router_catalogue_adapters",
+        "Adapters in the router's copy of the store's catalogue",
+        lambda s: s.store.num_adapters,
+    ),
+    gauge(
+        "lorry_router_catalogue_watching",
+        "1 while the store's changes arrive as they happen, else 0",
+        lambda s: s.store.watching,
+    ),
+)
