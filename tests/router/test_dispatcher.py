@@ -187,6 +187,33 @@ def test_a_request_survives_two_losses_and_no_more() -> None:
     router.check_integrity()
 
 
+def test_what_a_draining_worker_gives_back_is_no_loss() -> None:
+    router, asked = dispatcher(), request()
+    for turn in range(MAX_RESUBMITS + 2):
+        router.attach(worker(f"w{turn}"))
+    arrive(router, asked)
+    for _ in range(MAX_RESUBMITS + 1):
+        (submit,) = submits(router)
+        submit.worker.draining = True
+        assert router.requeue(asked, lost=False)
+    (submit,) = submits(router)
+    assert router.lose(submit.worker) == []
+    router.check_integrity()
+
+
+def test_a_worker_that_is_not_listed_gets_nothing_new() -> None:
+    router, only = dispatcher(), worker()
+    router.attach(only)
+    asked = arrive(router, request())
+    only.listed = False
+    assert submits(router) == []
+    assert router.stranded() == [asked]
+    with pytest.raises(NoWorker):
+        router.receive(request())
+    only.listed = True
+    assert [submit.request for submit in submits(router)] == [asked]
+
+
 @pytest.mark.parametrize("output_ids", [[7, 7, 7], [9]], ids=["max_tokens", "stop token"])
 def test_a_complete_output_is_not_resubmitted(output_ids: list[int]) -> None:
     router, only = dispatcher(), worker()

@@ -216,6 +216,27 @@ async def test_without_another_worker_a_request_is_given_up_soon(
         stack.check_idle()
 
 
+async def test_workers_that_come_and_go_do_not_prolong_the_wait(model: Path) -> None:
+    """Others attach and leave all the time, and none may serve the request."""
+    store = FakeStore()
+    store.publish("tenants/default/adapters/big", b"v", rank=64)
+    async with router_stack(model, num_workers=2, store=store, worker_wait_s=1) as stack:
+        first, second = stack.workers
+        second.max_rank = 8
+        second.end_stream()
+        await until(lambda: len(second.hellos) == 2)
+        spec = pb.GenerationSpec(prompt="p", adapter="adapters/big")
+        call = asyncio.ensure_future(stack.stream(spec))
+        await submitted(stack, 1)
+        first.failure = NoWorker("it loads")
+        first.end_stream()
+        while not call.done():
+            second.end_stream()
+            await asyncio.sleep(0.2)
+        assert isinstance(await error_of(call), NoWorker)
+        stack.check_idle()
+
+
 async def test_generate_can_be_tried_again_since_nothing_was_sent(model: Path) -> None:
     async with router_stack(model, worker_wait_s=0.2) as stack:
         call = asyncio.ensure_future(stack.generate(SPEC))

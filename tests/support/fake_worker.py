@@ -50,6 +50,7 @@ class FakeWorker(WorkerServiceServicer):
         max_context_tokens: int = 512,
         max_rank: int = 64,
         heartbeat_s: float = 0.1,
+        failure: LorryError | None = None,
     ) -> None:
         self.model_digest = model_digest
         self.reply = reply
@@ -57,6 +58,7 @@ class FakeWorker(WorkerServiceServicer):
         self.max_context_tokens = max_context_tokens
         self.max_rank = max_rank
         self.heartbeat_s = heartbeat_s
+        self.failure = failure  # that every Attach ends with
         self.accepts_any_model = False
         self.silent = False
         self.draining = False
@@ -66,6 +68,7 @@ class FakeWorker(WorkerServiceServicer):
         self.cancels: list[int] = []
         self.prefetches: list[list[bytes]] = []
         self.active: dict[int, pb.Submit] = {}  # of the stream now
+        self.host = "127.0.0.1"
         self.port = 0
         self._out: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
         self._heard = asyncio.Condition()
@@ -73,21 +76,21 @@ class FakeWorker(WorkerServiceServicer):
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @contextlib.asynccontextmanager
-    async def serving(self, port: int = 0) -> AsyncIterator["FakeWorker"]:
+    async def serving(self, port: int = 0, host: str = "127.0.0.1") -> AsyncIterator["FakeWorker"]:
         def register(server: grpc.aio.Server) -> None:
             add_WorkerServiceServicer_to_server(self, server)
 
         async with serving(
             register,
             services=[SERVICE],
-            address=f"127.0.0.1:{port}",
+            address=f"{host}:{port}",
             authenticator=Authenticator(),
             grace_s=0,
         ) as server:
-            self.port = server.port
+            self.host, self.port = host, server.port
             yield self
 
     async def Attach(
@@ -98,6 +101,8 @@ class FakeWorker(WorkerServiceServicer):
         self.tokens |= {
             str(v) for k, v in context.invocation_metadata() or () if k == "authorization"
         }
+        if self.failure is not None:
+            raise self.failure
         if hello.model_digest != self.model_digest and not self.accepts_any_model:
             raise ModelMismatch("the router serves another base model")
         self._out, self.active = asyncio.Queue(), {}

@@ -12,6 +12,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorry.router.config import Config
+from lorry.router.discovery import Resolve, resolve_host
 from lorry.router.lifetime import Running, running
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import LorryError
@@ -130,9 +131,14 @@ async def router_stack(
     worker: dict[str, Any] | None = None,
     store: FakeStore | None = None,
     wait: bool = True,
+    targets: tuple[str, ...] = (),
+    resolve: Resolve = resolve_host,
     **config: Any,
 ) -> AsyncIterator[Stack]:
-    """`reply` and `worker` are FakeWorker's arguments, `config` the router's options."""
+    """`reply` and `worker` are FakeWorker's arguments, `config` the router's options.
+
+    `targets` tell the router of other workers than these.
+    """
     digest = read_base_model(model).digest
     options: dict[str, Any] = {"reply": reply, "model_digest": digest} | (worker or {})
     store = store or FakeStore()
@@ -146,10 +152,10 @@ async def router_stack(
             model=model,
             address="127.0.0.1:0",
             store=store.address,
-            worker=tuple(worker.address for worker in workers),
+            worker=targets or tuple(worker.address for worker in workers),
             **{"grace_s": 5.0, "worker_wait_s": 0.5, **config},
         )
-        up = await stack.enter_async_context(running(whole))
+        up = await stack.enter_async_context(running(whole, resolve=resolve))
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{up.server.port}")
         await stack.enter_async_context(channel)
         built = Stack(up, workers, store, channel, servers)

@@ -4,7 +4,7 @@ They compose: the dispatcher asks `order` for the sequence of waiting requests a
 the worker of each.
 """
 
-import zlib
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -54,9 +54,9 @@ class ResidencyPlacement:
         return min(near, key=lambda worker: _rank(request, worker))
 
 
-def _rank(request: Request, worker: Worker) -> tuple[int, int, int]:
+def _rank(request: Request, worker: Worker) -> tuple[int, int, bytes]:
     """The lowest is preferred."""
-    by_hash = zlib.crc32(request.version, zlib.crc32(worker.name.encode()))
+    by_hash = hashlib.blake2b(request.version + worker.name.encode(), digest_size=8).digest()
     return _distance(request, worker), worker.load, by_hash
 
 
