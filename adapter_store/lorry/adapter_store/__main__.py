@@ -8,11 +8,15 @@ from lorry.rpc.command import extra, run_service
 with extra("adapter-store"):
     from lorry.adapter_store.config import Config
     from lorry.adapter_store.file_backend import FileBackend
+    from lorry.adapter_store.metrics import METRICS
     from lorry.adapter_store.service import SERVICES, register
     from lorry.adapter_store.store import opened
+    from lorry.rpc.call_counts import CallCounts, call_metrics
+    from lorry.rpc.metrics import TableCollector, registry_of
+    from lorry.rpc.metrics_server import serving_metrics
+    from lorry.rpc.server import serving, stop_requested
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.channel import MIB
-from lorry.rpc.server import serving, stop_requested
 
 MAX_MESSAGE_BYTES = 2 * MIB
 
@@ -23,6 +27,7 @@ async def serve(config: Config) -> None:
     """Serve until SIGINT or SIGTERM, then drain."""
     base_model = read_base_model(config.model)
     dtype = config.finite_in(base_model)
+    calls = CallCounts()
     async with (
         opened(
             lambda: FileBackend(config.backend_directory, model_digest=base_model.digest),
@@ -33,6 +38,12 @@ async def serve(config: Config) -> None:
             dtype=dtype,
             builder_processes=config.builders,
         ) as store,
+        serving_metrics(
+            config.scraped_address,
+            registry_of(
+                TableCollector(METRICS, store), TableCollector(call_metrics("lorry_store"), calls)
+            ),
+        ),
         serving(
             lambda server: register(server, store, base_model),
             services=SERVICES,
@@ -40,6 +51,7 @@ async def serve(config: Config) -> None:
             authenticator=config.authenticator(),
             insecure=config.insecure,
             max_receive_bytes=MAX_MESSAGE_BYTES,
+            calls=calls,
         ) as server,
     ):
         server.announce("adapter_store")

@@ -7,6 +7,7 @@ BUILDING ──> READY ──> GONE
 import asyncio
 import contextlib
 import enum
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 from lorry.adapter_store.backend import Backend
 from lorry.adapter_store.builders import Builders
+from lorry.adapter_store.counts import ImageCounts
 from lorry.adapter_store.image import ImageHeader, image_bytes, image_header
 from lorry.adapter_store.records import Content
 from lorry.adapter_store.tasks import InThread, Tasks
@@ -104,6 +106,7 @@ class ImageTier:
     def __init__(
         self, directory: SharedDirectory, *, budget_bytes: int, backend: Backend, builders: Builders
     ) -> None:
+        self.counts = ImageCounts()
         self._directory = directory
         self._budget_bytes = budget_bytes
         self._backend = backend
@@ -119,6 +122,15 @@ class ImageTier:
         return self._used_bytes
 
     @property
+    def budget_bytes(self) -> int:
+        return self._budget_bytes
+
+    @property
+    def num_images(self) -> int:
+        """Of those that are built."""
+        return sum(image.state is ImageState.READY for image in self._images.values())
+
+    @property
     def num_leases(self) -> int:
         return sum(len(image.leases) for image in self._images.values())
 
@@ -128,6 +140,7 @@ class ImageTier:
             raise LayoutUnsupported(f"layout.tp_size must be 1, got {layout.tp_size}")
         key = ImageKey(version, layout)
         image = self._images.get(key)
+        self.counts.wanted["absent" if image is None else image.state.value,] += 1
         if image is None:
             image = self._images[key] = Image(key, self._tasks.start(self._build(key)))
         image.num_waiting += 1
@@ -163,6 +176,7 @@ class ImageTier:
 
     async def _build(self, key: ImageKey) -> None:
         """Reads, reserves, packs and publishes; on failure everything is given back."""
+        started_s = time.monotonic()
         try:
             async with InThread(self._backend.weights(key.version)) as (content, weights):
                 num_bytes = image_bytes(content.spec, key.layout)
@@ -175,10 +189,13 @@ class ImageTier:
                     raise
         except BaseException:
             self._images.pop(key).move_to(ImageState.GONE)
+            self.counts.failed_builds += 1
             raise
         image = self._images[key]
         image.header, image.path = image_header(content.spec, key.layout, checksum), path
         image.move_to(ImageState.READY)
+        self.counts.build_s.observe(time.monotonic() - started_s)
+        self.counts.built_bytes += image.header.image_bytes
 
     async def _pack(
         self, key: ImageKey, content: Content, weights: Path, temporary: Path
@@ -236,6 +253,7 @@ class ImageTier:
         victim = next((image for image in self._images.values() if image.evictable), None)
         if victim is not None:
             await self._tasks.finish(self._evict(victim))
+            self.counts.evictions += 1
             return
         for image in self._images.values():
             if missing_bytes > 0 and image.leases and image.header is not None:

@@ -180,16 +180,20 @@ class AdapterDataServicer(data_grpc.AdapterDataServiceServicer):
         lease = await self._store.lease(version, layout)
         # A generator whose peer is gone may never resume, so the call itself ends the lease.
         context.add_done_callback(lambda _: lease.release())
+        self._store.fetches.begun["shm" if by_handle else "chunks",] += 1
         header = translation.header_to_proto(lease.header, version, request.layout)
         yield data_pb.FetchAdapterResponse(header=header)
         send = (
-            self._hand_out(lease) if by_handle else send_chunks(lease, request.offset, chunk_bytes)
+            self._hand_out(lease)
+            if by_handle
+            else self._send_chunks(lease, request.offset, chunk_bytes)
         )
         async for response in send:
             yield response
 
     async def _hand_out(self, lease: Lease) -> AsyncIterator[data_pb.FetchAdapterResponse]:
         """The handle, and Reclaim when the store needs the memory; the reader ends the call."""
+        self._store.fetches.num_bytes["shm",] += lease.header.image_bytes
         yield data_pb.FetchAdapterResponse(
             shm=data_pb.ShmHandle(name=lease.path.name, bytes=lease.header.image_bytes)
         )
@@ -197,6 +201,17 @@ class AdapterDataServicer(data_grpc.AdapterDataServiceServicer):
         yield data_pb.FetchAdapterResponse(reclaim=data_pb.Reclaim())
         await self._store.draining.wait()
         raise Draining("the store is shutting down", retry_after_s=1.0)
+
+    async def _send_chunks(
+        self, lease: Lease, offset: int, chunk_bytes: int
+    ) -> AsyncIterator[data_pb.FetchAdapterResponse]:
+        """The image from `offset` on, then the end of the call."""
+        image_bytes = lease.header.image_bytes
+        if offset > image_bytes:
+            raise InvalidRequest.of("offset", f"must be at most {image_bytes}, got {offset}")
+        async for chunk in read_chunks(lease.path, range(offset, image_bytes, chunk_bytes)):
+            self._store.fetches.num_bytes["chunks",] += len(chunk.data)
+            yield translation.chunk_to_proto(chunk)
 
     def _by_handle(self, request: data_pb.FetchAdapterRequest) -> bool:
         """Whether the first transport that the reader accepts and that works is a handle."""
@@ -209,17 +224,6 @@ class AdapterDataServicer(data_grpc.AdapterDataServiceServicer):
         raise InvalidRequest.of(
             "accepted_transports", "only TRANSPORT_CHUNKS works between this reader and the store"
         )
-
-
-async def send_chunks(
-    lease: Lease, offset: int, chunk_bytes: int
-) -> AsyncIterator[data_pb.FetchAdapterResponse]:
-    """The image from `offset` on, then the end of the call."""
-    image_bytes = lease.header.image_bytes
-    if offset > image_bytes:
-        raise InvalidRequest.of("offset", f"must be at most {image_bytes}, got {offset}")
-    async for chunk in read_chunks(lease.path, range(offset, image_bytes, chunk_bytes)):
-        yield translation.chunk_to_proto(chunk)
 
 
 def max_chunk_bytes(request: data_pb.FetchAdapterRequest) -> int:

@@ -12,6 +12,7 @@ from lorry.adapter_store.backend import Backend
 from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.catalogue import Catalogue
 from lorry.adapter_store.contents import Contents
+from lorry.adapter_store.counts import FetchCounts
 from lorry.adapter_store.images import ImageTier, Lease
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.records import Adapter, UploadRecord
@@ -55,6 +56,7 @@ class Store:
             stored=loaded.uploads,
             now_ns=now_ns,
         )
+        self.fetches = FetchCounts()
         self.shm_namespace_id = shm_namespace_id(shared.path)
         self.draining = asyncio.Event()
         self._builders = builders
@@ -106,12 +108,14 @@ class Store:
 
     async def lease(self, version: bytes, layout: PageLayout) -> Lease:
         """A lease of a version's image; the version itself is kept with it."""
+        started_s = time.monotonic()
         self.contents.hold(version)
         try:
             lease = await self.images.lease(version, layout)
         except BaseException:
             self.contents.release(version)
             raise
+        self.fetches.lease_s.observe(time.monotonic() - started_s)
         lease.then(lambda: self.contents.release(version))
         lease.then(self._sweep_wanted.set)
         return lease

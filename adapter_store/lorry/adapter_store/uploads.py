@@ -21,6 +21,7 @@ from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.catalogue import Catalogue
 from lorry.adapter_store.chunks import Chunk
 from lorry.adapter_store.contents import Contents
+from lorry.adapter_store.counts import UploadCounts
 from lorry.adapter_store.edits import publish
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.records import Adapter, Content, UploadRecord, Version
@@ -103,6 +104,7 @@ class Uploads:
         stored: list[tuple[UploadRecord, int]],
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        self.counts = UploadCounts()
         self._backend, self._builders = backend, builders
         self._catalogue, self._contents = catalogue, contents
         self._limits, self._dtype, self._now_ns = limits, dtype, now_ns
@@ -147,12 +149,17 @@ class Uploads:
             await self._tasks.finish(self._append(upload, writer, chunk))
         return await self._finish(upload)
 
+    @property
+    def num_open(self) -> int:
+        return sum(upload.is_open for upload in self._uploads.values())
+
     async def drop_expired(self) -> None:
         """Forget uploads that nobody has moved on for too long."""
         for upload in list(self._uploads.values()):
             expired = self._now_ns() >= upload.expire_time_ns
             if expired and upload.state is not UploadState.FINISHING:
                 async with upload.lock:
+                    self.counts.ended["expired",] += upload.is_open
                     upload.writer = None
                     del self._uploads[upload.record.key]
                     await asyncio.to_thread(self._backend.drop_upload, upload.record.key)
@@ -182,6 +189,7 @@ class Uploads:
                 )
             await asyncio.to_thread(self._write, upload.record.key, chunk)
             upload.received_bytes += len(chunk.data)
+            self.counts.received_bytes += len(chunk.data)
             upload.expire_time_ns = self._expiry_ns()
 
     def _write(self, key: str, chunk: Chunk) -> None:
@@ -212,6 +220,7 @@ class Uploads:
     async def _end(self, upload: Upload, state: UploadState) -> None:
         """Drop the bytes; the outcome stays for a client that lost its stream."""
         upload.move_to(state)
+        self.counts.ended[state.value,] += 1
         upload.expire_time_ns = self._now_ns() + OUTCOME_KEPT_NS
         await asyncio.to_thread(self._backend.drop_upload, upload.record.key)
 
