@@ -73,7 +73,7 @@ class _Body:
         inputs = {product: self._inputs[product][:rows] for product in products}
         for layer in self._layers:
             for product, input_TI in inputs.items():
-                linear(input_TI, getattr(layer, product))
+                linear(input_TI, *getattr(layer, product))
 
 
 def _random(rows: int, width: int, like: torch.Tensor) -> torch.Tensor:

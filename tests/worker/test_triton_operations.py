@@ -10,8 +10,9 @@ from lorry.kernels.pool_view import PoolView
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.worker.adapter_memory import DirectAdapterMemory
 from lorry.worker.lora_groups import LoraGroups
-from lorry.worker.model import LlamaModel, norm_epsilon, rope_table
+from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch
+from lorry.worker.rope_table import rope_table
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.step_arrays import step_arrays
 from lorry.worker.step_input import build_step_input
@@ -53,10 +54,10 @@ def states(
     model: LlamaModel,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states of the step's rows by the references and by the kernels."""
-    cos_sin, epsilon = rope_table(base_model), norm_epsilon(base_model)
+    cos_sin, options = rope_table(base_model), base_model.options
     step = build_step_input(batch, table, torch.device("cpu"))
     expected = model.forward(
-        step.token_id_T, TorchOperations(step, memory.tables, pool, cos_sin, epsilon)
+        step.token_id_T, TorchOperations(step, memory.tables, pool, cos_sin, options)
     )
     rows = tensors(batch, table)
     device_state = allocate_device_state(
@@ -64,7 +65,7 @@ def states(
         memory.tables,
         torch.from_numpy(table.block_table_RP),
         cos_sin,
-        epsilon,
+        options,
         max_rows=len(rows["slot"]),
     )
     operations = TritonOperations(

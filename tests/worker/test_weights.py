@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorry.rpc.base_model import UnsupportedModel, read_base_model
+from lorry.rpc.base_model import read_base_model
+from lorry.rpc.model_config import UnsupportedModel
 from lorry.worker.weights import CheckpointReader, RandomWeights, load_weights
 from tests.support.models import make_llama
 
@@ -30,7 +31,7 @@ def test_random_weights_have_the_model_s_shapes_and_are_never_zero(tmp_path: Pat
     base_model = read_base_model(make_llama(tmp_path, num_hidden_layers=1))
     weights = load_weights(base_model, RandomWeights(torch.bfloat16, CPU))
     layer = weights.layers[0]
-    assert layer.qkv.shape == (64 + 2 * 32, 64)
-    assert layer.down.shape == (64, 128)
-    assert layer.qkv.std() > 0
+    assert layer.qkv.weight_OI.shape == (64 + 2 * 32, 64)
+    assert layer.down.weight_OI.shape == (64, 128)
+    assert layer.qkv.weight_OI.std() > 0
     assert abs(float(layer.input_norm.mean()) - 1) < 0.1

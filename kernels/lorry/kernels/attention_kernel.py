@@ -7,7 +7,7 @@ S = sequences, P = pages of a sequence. A pair is a row and a query head of the 
 import triton
 import triton.language as tl
 
-from lorry.kernels.attention_plan import PROGRAM_FIELDS, TILE_FIELDS
+from lorry.kernels.attention_plan import PROGRAM_FIELDS, TILE_FIELDS, first_block_of
 
 NOTHING_SEEN = tl.constexpr(-1e30)  # a finite maximum: the difference of two infinities is NaN
 
@@ -35,6 +35,7 @@ def attention_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0 is none
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     UNIT_COST: tl.constexpr,
@@ -63,6 +64,8 @@ def attention_kernel(
         stop = tl.minimum(unit_blocks + UNIT_COST, start + left)
         first_block = tl.maximum(start - UNIT_COST, 0)
         count = stop - UNIT_COST - first_block
+        if WINDOW:
+            first_block += first_block_of(position, WINDOW, BLOCK_TOKENS)
         if count > 0:
             row = first_row.to(tl.int64) + pair // GROUP
             head = kv_head * GROUP + pair % GROUP
@@ -85,6 +88,7 @@ def attention_kernel(
                 KV_HEADS,
                 HEAD_DIM,
                 PAGE_TOKENS,
+                WINDOW,
                 BLOCK_ROWS,
                 BLOCK_TOKENS,
                 PRECISION,
@@ -204,6 +208,7 @@ def _attend(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -225,6 +230,9 @@ def _attend(
 
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         score = tl.where(token[None, :] <= position[:, None], score, -float("inf"))
+        if WINDOW:
+            is_near = token[None, :] > position[:, None] - WINDOW
+            score = tl.where(is_near, score, -float("inf"))
         new_m = tl.maximum(m, tl.max(score, 1))
         weight = tl.exp2(score - new_m[:, None])
         keep = tl.exp2(m - new_m)

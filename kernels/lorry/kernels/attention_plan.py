@@ -2,7 +2,8 @@
 
 Rows of a step that share a sequence and follow each other form a run. Runs are cut into tiles of at
 most `tile_rows` rows; a tile with one KV head is a unit, and a unit reads its cached tokens in
-blocks. A unit costs its blocks and what starting it takes. All costs of a step, in the order (tile,
+blocks, where a window is given only those that hold a token of it. A unit costs its blocks and
+what starting it takes. All costs of a step, in the order (tile,
 KV head, block), are dealt to a fixed number of programs in equal, consecutive shares, so that
 ragged lengths leave no program idle. A unit that a share boundary cuts is summed from partial
 results.
@@ -47,6 +48,7 @@ class AttentionWork:
     setting: AttentionSetting
     kv_heads: int
     group: int
+    window: int | None  # how many positions a row attends to, its own included; None is all
     tile_N8: torch.Tensor  # int32
     program_P4: torch.Tensor  # int32
     share_1: torch.Tensor  # int32, cost of a full share
@@ -71,6 +73,7 @@ def allocate_attention_work(
     kv_heads: int,
     head_dim: int,
     device: torch.device,
+    window: int | None = None,
 ) -> AttentionWork:
     """Memory for plans of up to `max_rows` rows."""
     group = heads // kv_heads
@@ -83,6 +86,7 @@ def allocate_attention_work(
         setting=setting,
         kv_heads=kv_heads,
         group=group,
+        window=window,
         tile_N8=zeros(max_rows, TILE_FIELDS.value),
         program_P4=zeros(programs, PROGRAM_FIELDS.value),
         share_1=zeros(1),
@@ -90,6 +94,12 @@ def allocate_attention_work(
         partial_ml=empty(2 * programs, 2, setting.block_rows),
         arrived_P=zeros(programs),
     )
+
+
+@triton.jit
+def first_block_of(position, WINDOW: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
+    """The first block that a row at `position` attends to, or a later row of its tile."""
+    return tl.maximum(position - (WINDOW - 1), 0) // BLOCK_TOKENS
 
 
 @triton.jit
@@ -105,6 +115,7 @@ def _plan_kernel(
     max_run,
     TILE_ROWS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0 is none
     BLOCK_TOKENS: tl.constexpr,
     UNIT_COST: tl.constexpr,
     MIN_SHARE: tl.constexpr,
@@ -121,6 +132,8 @@ def _plan_kernel(
     is_tile = (sequence >= 0) & (run >= min_run) & (run <= max_run) & ((t - first) % TILE_ROWS == 0)
     rows = tl.minimum(end - t, TILE_ROWS)
     blocks = (position + rows + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    if WINDOW:
+        blocks -= first_block_of(position, WINDOW, BLOCK_TOKENS)
     cost = tl.where(is_tile, blocks + UNIT_COST, 0)
     tile = tl.cumsum(is_tile.to(tl.int32), 0) - 1
     through = tl.cumsum(cost, 0) * KV_HEADS
@@ -183,6 +196,7 @@ def plan_attention(
         max_run,
         TILE_ROWS=work.tile_rows,
         KV_HEADS=work.kv_heads,
+        WINDOW=work.window or 0,
         BLOCK_TOKENS=work.setting.block_tokens,
         UNIT_COST=work.setting.unit_cost,
         MIN_SHARE=work.setting.min_share,

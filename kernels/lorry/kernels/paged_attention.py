@@ -24,16 +24,20 @@ def paged_attention_reference(
     position_T: torch.Tensor,
     block_table_SP: torch.Tensor,
     tiles: RowTiles,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Return ``softmax(q k / sqrt(D)) v`` over tokens 0 to ``position_T[t]`` of row t's sequence.
 
-    Every row stands in one tile; a tile's owner is its sequence, a row of `block_table_SP`.
+    With a window, over the last `window` of these tokens. Every row stands in one tile; a tile's
+    owner is its sequence, a row of `block_table_SP`.
     """
     k_NKCD, v_NKCD = _cached(pool, layer, block_table_SP[tiles.owner_N])
     is_row_NM = tiles.row_NM < q_TQD.shape[0]
     position_NM = gather_rows(position_T, tiles.row_NM).masked_fill(~is_row_NM, -1)
     cached_C = torch.arange(k_NKCD.shape[2], device=q_TQD.device)
     visible_NMC = cached_C <= position_NM[..., None]
+    if window is not None:
+        visible_NMC &= cached_C > position_NM[..., None] - window
     unread_NC = ~visible_NMC.any(dim=1)
     # Stale bytes of a page may be anything: 0 * NaN would carry them into the sum.
     v_NKCD = v_NKCD.masked_fill(unread_NC[:, None, :, None], 0)
@@ -98,6 +102,7 @@ def paged_attention(
         GROUP=work.group,
         HEAD_DIM=head_dim,
         PAGE_TOKENS=layout.page_tokens,
+        WINDOW=work.window or 0,
         BLOCK_ROWS=setting.block_rows,
         BLOCK_TOKENS=setting.block_tokens,
         UNIT_COST=setting.unit_cost,

@@ -8,8 +8,9 @@ from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.cuda_adapter_memory import CudaAdapterMemory
 from lorry.worker.drawn import Drawn, DrawnLogprobs
-from lorry.worker.model import LlamaModel, norm_epsilon, rope_table
+from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch
+from lorry.worker.rope_table import rope_table
 from lorry.worker.runner import ReadTokens
 from lorry.worker.sequence_pages import SequencePages
 from lorry.worker.sequences import SequenceTable
@@ -54,7 +55,7 @@ class CudaRunner:
             self.adapters.tables,
             self._pages.table_RP,
             rope_table(base_model).to(dtype=dtype, device=device),
-            norm_epsilon(base_model),
+            base_model.options,
             max_rows=max_rows,
         )
         self.graphs = StepGraphs(

@@ -2,7 +2,7 @@
 
 import torch
 
-from lorry.rpc.base_model import UnsupportedModel
+from lorry.rpc.model_config import UnsupportedModel
 from lorry.worker.device_memory import PoolDoesNotFit
 
 LESS_GPU_MEMORY = "lower memory_fraction, pool_bytes, step_tokens or max_running"

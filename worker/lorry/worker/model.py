@@ -1,4 +1,4 @@
-"""The Llama family's forward pass: one call for all rows of a step.
+"""The forward pass of Llama's decoder and its relatives: one call for all rows of a step.
 
 Shape suffixes: T = rows of the step, H = hidden size, N = rows that sample, V = vocabulary.
 """
@@ -9,8 +9,6 @@ import torch
 from torch.nn.functional import linear
 
 from lorry.kernels.page_layout import GROUPS, ModelGeometry
-from lorry.kernels.rope import cos_sin_table
-from lorry.rpc.base_model import BaseModel
 from lorry.worker.operations import Operations
 from lorry.worker.weights import LayerWeights, ModelWeights
 
@@ -56,7 +54,7 @@ class LlamaModel:
     ) -> torch.Tensor:
         q, k, v = operations.project(x_TH, layer.qkv, QKV, index)
         q_TQD, k_TKD, v_TKD = (x.view(len(x), -1, self._head_dim) for x in (q, k, v))
-        q_TQD = operations.rope_write_kv(q_TQD, k_TKD, v_TKD, index)
+        q_TQD = operations.rope_write_kv(q_TQD, k_TKD, v_TKD, layer.head_norms, index)
         mixed = operations.attention(q_TQD, index).flatten(1)
         (o_TH,) = operations.project(mixed, layer.o, OUTPUT, index)
         return o_TH
@@ -67,14 +65,3 @@ class LlamaModel:
         gate, up = operations.project(x_TH, layer.gate_up, GATE_UP, index)
         (down_TH,) = operations.project(operations.swiglu(gate, up), layer.down, DOWN, index)
         return down_TH
-
-
-def rope_table(base_model: BaseModel) -> torch.Tensor:
-    """Cosines and sines of all positions in float32, ``[L, 2, D]``."""
-    rope = base_model.config.get("rope_parameters") or {}
-    theta = float(rope.get("rope_theta", base_model.config.get("rope_theta", 10_000.0)))
-    return cos_sin_table(base_model.max_context_tokens, base_model.geometry.head_dim, theta)
-
-
-def norm_epsilon(base_model: BaseModel) -> float:
-    return float(base_model.config.get("rms_norm_eps", 1e-6))

@@ -5,9 +5,23 @@ Q = query heads, K = KV heads, D = head dimension.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+
+
+class Projection(NamedTuple):
+    """Base weight of a group's modules, one below the other."""
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor | None = None
+
+
+class HeadNorms(NamedTuple):
+    """Weights of the RMS norms of each head of q and k."""
+
+    q_D: torch.Tensor
+    k_D: torch.Tensor
 
 
 class Operations(Protocol):
@@ -24,19 +38,30 @@ class Operations(Protocol):
         ...
 
     def rope_write_kv(
-        self, q_TQD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, layer: int
+        self,
+        q_TQD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        norms: HeadNorms | None,
+        layer: int,
     ) -> torch.Tensor:
-        """Rotated queries, perhaps in `q`; rotated keys and the values go to the pool."""
+        """Rotated queries, perhaps in `q`; rotated keys and the values go to the pool.
+
+        With norms, those of the queries and keys are rotated.
+        """
         ...
 
     def attention(self, q_TQD: torch.Tensor, layer: int) -> torch.Tensor:
-        """Each row's mix of its sequence's values up to its position, ``[T, Q, D]``."""
+        """Each row's mix of its sequence's values up to its position, ``[T, Q, D]``.
+
+        Of as many as the layer's window holds.
+        """
         ...
 
     def project(
-        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, group: int, layer: int
+        self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
     ) -> Sequence[torch.Tensor]:
-        """``x weight^T`` and each row's adapter: an output for each module of ``GROUPS[group]``."""
+        """``x weight^T + bias`` and each row's adapter, for each module of ``GROUPS[group]``."""
         ...
 
     def swiglu(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor: ...

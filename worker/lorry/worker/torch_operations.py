@@ -11,7 +11,9 @@ from lorry.kernels.norm import add_rms_norm_reference, rms_norm_reference
 from lorry.kernels.page_layout import GROUPS
 from lorry.kernels.paged_attention import paged_attention_reference
 from lorry.kernels.pool_view import PoolView
-from lorry.kernels.rope import rope_write_kv_reference
+from lorry.kernels.rope import QkNorm, rope_write_kv_reference
+from lorry.rpc.model_families import DecoderOptions
+from lorry.worker.operations import HeadNorms, Projection
 from lorry.worker.step_input import StepInput
 
 
@@ -24,24 +26,29 @@ class TorchOperations:
         adapters: AdapterTables,
         pool: PoolView,
         cos_sin_L2D: torch.Tensor,
-        epsilon: float,
+        options: DecoderOptions,
     ) -> None:
         self._step = step
         self._adapters = adapters
         self._pool = pool
         self._cos_sin_L2D = cos_sin_L2D
-        self._epsilon = epsilon
+        self._options = options
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
-        return rms_norm_reference(x_TH, weight_H, self._epsilon)
+        return rms_norm_reference(x_TH, weight_H, self._options.norm_epsilon)
 
     def add_rms_norm(
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return add_rms_norm_reference(x_TH, residual_TH, weight_H, self._epsilon)
+        return add_rms_norm_reference(x_TH, residual_TH, weight_H, self._options.norm_epsilon)
 
     def rope_write_kv(
-        self, q_TQD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, layer: int
+        self,
+        q_TQD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        norms: HeadNorms | None,
+        layer: int,
     ) -> torch.Tensor:
         step = self._step
         return rope_write_kv_reference(
@@ -53,19 +60,26 @@ class TorchOperations:
             step.page_T,
             self._pool,
             layer,
+            norms and QkNorm(*norms, self._options.norm_epsilon),
         )
 
     def attention(self, q_TQD: torch.Tensor, layer: int) -> torch.Tensor:
         step = self._step
         return paged_attention_reference(
-            q_TQD, self._pool, layer, step.position_T, step.block_table_SP, step.attention_tiles
+            q_TQD,
+            self._pool,
+            layer,
+            step.position_T,
+            step.block_table_SP,
+            step.attention_tiles,
+            self._options.windows[layer],
         )
 
     def project(
-        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, group: int, layer: int
+        self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
     ) -> Sequence[torch.Tensor]:
         widths = self._pool.layout.geometry.group_widths(group)
-        outputs = torch.split(linear(x_TI, weight_OI), widths, dim=1)
+        outputs = torch.split(linear(x_TI, *base), widths, dim=1)
         lora_reference(
             x_TI, outputs, GROUPS[group], self._pool, self._adapters, layer, self._step.lora_tiles
         )

@@ -10,8 +10,9 @@ from lorry.kernels.truncation import truncation_reference
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.adapter_memory import DirectAdapterMemory
 from lorry.worker.drawn import Drawn, DrawnLogprobs
-from lorry.worker.model import LlamaModel, norm_epsilon, rope_table
+from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch
+from lorry.worker.rope_table import rope_table
 from lorry.worker.runner import ReadTokens
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.step_arrays import HeadKind
@@ -42,7 +43,7 @@ class TorchRunner:
         self._pool = pool
         dtype, device = TORCH_DTYPES[pool.layout.dtype], pool.slices.device
         self._cos_sin_L2D = rope_table(base_model).to(dtype=dtype, device=device)
-        self._epsilon = norm_epsilon(base_model)
+        self._options = base_model.options
         self._last_token_R = torch.zeros(max_running, dtype=torch.int64, device=device)
 
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
@@ -53,7 +54,7 @@ class TorchRunner:
     def _run(self, batch: Batch, table: SequenceTable) -> Drawn:
         step = build_step_input(batch, table, self._pool.slices.device)
         operations = TorchOperations(
-            step, self.adapters.tables, self._pool, self._cos_sin_L2D, self._epsilon
+            step, self.adapters.tables, self._pool, self._cos_sin_L2D, self._options
         )
         drawn_T = self._last_token_R[(-1 - step.token_id_T).clamp(min=0)]
         token_id_T = torch.where(step.token_id_T >= 0, step.token_id_T, drawn_T)

@@ -1,6 +1,6 @@
 """The operations of a step by Triton kernels over the step buffers of a bucket."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +23,22 @@ from lorry.kernels.lora_shrink import lora_shrink
 from lorry.kernels.norm import add_rms_norm, rms_norm
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
-from lorry.kernels.rope import rope_write_kv
+from lorry.kernels.rope import QkNorm, rope_write_kv
+from lorry.rpc.model_families import DecoderOptions
 from lorry.worker.lora_groups import LoraGroups
+from lorry.worker.operations import HeadNorms, Projection
 from lorry.worker.side_stream import SideStream
 
 # A shrink of more rows fills the multiprocessors by itself and only delays the product.
 MAX_ROWS_BESIDE_PRODUCT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWorks:
+    """Work lists for the rows that decode and for those of prompts."""
+
+    decode: AttentionWork
+    prefill: AttentionWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +49,8 @@ class DeviceState:
     tables: AdapterTables
     block_table_RP: torch.Tensor  # int32, by row of the sequence table
     cos_sin_L2D: torch.Tensor
-    epsilon: float
-    decode_work: AttentionWork
-    prefill_work: AttentionWork
+    options: DecoderOptions
+    attention_works: Mapping[int | None, AttentionWorks]  # by the layers' windows
     lora_works: Sequence[LoraWork]  # by ascending max_rows
     side: SideStream
 
@@ -55,7 +64,7 @@ def allocate_device_state(
     tables: AdapterTables,
     block_table_RP: torch.Tensor,
     cos_sin_L2D: torch.Tensor,
-    epsilon: float,
+    options: DecoderOptions,
     *,
     max_rows: int,
 ) -> DeviceState:
@@ -63,7 +72,7 @@ def allocate_device_state(
     geometry, device = pool.layout.geometry, pool.slices.device
     dtype, group = TORCH_DTYPES[pool.layout.dtype], geometry.heads // geometry.kv_heads
 
-    def attention(setting: AttentionSetting) -> AttentionWork:
+    def work(setting: AttentionSetting, window: int | None) -> AttentionWork:
         return allocate_attention_work(
             setting,
             max_rows=max_rows,
@@ -71,6 +80,7 @@ def allocate_device_state(
             kv_heads=geometry.kv_heads,
             head_dim=geometry.head_dim,
             device=device,
+            window=window,
         )
 
     return DeviceState(
@@ -78,9 +88,14 @@ def allocate_device_state(
         tables=tables,
         block_table_RP=block_table_RP,
         cos_sin_L2D=cos_sin_L2D,
-        epsilon=epsilon,
-        decode_work=attention(decode_setting(dtype, group)),
-        prefill_work=attention(prefill_setting(dtype, group)),
+        options=options,
+        attention_works={
+            window: AttentionWorks(
+                decode=work(decode_setting(dtype, group), window),
+                prefill=work(prefill_setting(dtype, group), window),
+            )
+            for window in dict.fromkeys(options.windows)
+        },
         lora_works=[
             allocate_lora_work(lora_setting(dtype, rows), pool.layout, max_rows=rows, device=device)
             for rows in sorted({min(limit, max_rows) for limit in LORA})
@@ -105,8 +120,9 @@ class TritonOperations:
         self._state = state
         self._position_T = position_T
         self._page_T = page_T
-        plan_attention(sequence_T, position_T, state.decode_work, max_run=1)
-        plan_attention(sequence_T, position_T, state.prefill_work, min_run=2)
+        for works in state.attention_works.values():
+            plan_attention(sequence_T, position_T, works.decode, max_run=1)
+            plan_attention(sequence_T, position_T, works.prefill, min_run=2)
         self._groups = groups.value
         self._lora_work = state.lora_work(len(slot_T))
         if self._groups:
@@ -114,17 +130,22 @@ class TritonOperations:
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         out_TH = torch.empty_like(x_TH)
-        rms_norm(x_TH, weight_H, self._state.epsilon, out_TH)
+        rms_norm(x_TH, weight_H, self._state.options.norm_epsilon, out_TH)
         return out_TH
 
     def add_rms_norm(
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        add_rms_norm(x_TH, residual_TH, weight_H, self._state.epsilon, x_TH)
+        add_rms_norm(x_TH, residual_TH, weight_H, self._state.options.norm_epsilon, x_TH)
         return x_TH, residual_TH
 
     def rope_write_kv(
-        self, q_TQD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, layer: int
+        self,
+        q_TQD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        norms: HeadNorms | None,
+        layer: int,
     ) -> torch.Tensor:
         state = self._state
         rope_write_kv(
@@ -136,30 +157,32 @@ class TritonOperations:
             self._page_T,
             state.pool,
             layer,
+            norms and QkNorm(*norms, state.options.norm_epsilon),
         )
         return q_TQD
 
     def attention(self, q_TQD: torch.Tensor, layer: int) -> torch.Tensor:
         state = self._state
         out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
+        works = state.attention_works[state.options.windows[layer]]
         attend = partial(paged_attention, q_TQD, state.pool, layer, state.block_table_RP)
         with state.side.forked():
-            attend(state.prefill_work, out_TQD)
-        attend(state.decode_work, out_TQD)
+            attend(works.prefill, out_TQD)
+        attend(works.decode, out_TQD)
         state.side.join()
         return out_TQD
 
     def project(
-        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, group: int, layer: int
+        self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
     ) -> Sequence[torch.Tensor]:
         state, work = self._state, self._lora_work
         widths = state.pool.layout.geometry.group_widths(group)
         if group not in self._groups:
-            return torch.split(linear(x_TI, weight_OI), widths, dim=1)
+            return torch.split(linear(x_TI, *base), widths, dim=1)
         is_beside = len(x_TI) <= MAX_ROWS_BESIDE_PRODUCT
         with state.side.forked() if is_beside else nullcontext():
             y_STY = lora_shrink(x_TI, group, state.pool, state.tables, layer, work)
-        outputs = torch.split(linear(x_TI, weight_OI), widths, dim=1)
+        outputs = torch.split(linear(x_TI, *base), widths, dim=1)
         if is_beside:
             state.side.join()
         lora_expand_add(outputs, group, state.pool, state.tables, layer, work, y_STY)

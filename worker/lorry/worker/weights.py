@@ -8,22 +8,26 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
-from lorry.kernels.page_layout import MODULES
-from lorry.rpc.base_model import BaseModel, UnsupportedModel, tensor_files
+from lorry.rpc.base_model import BaseModel
+from lorry.rpc.model_config import UnsupportedModel
+from lorry.rpc.model_families import ATTENTION, MLP, QKV
+from lorry.rpc.model_tensors import EMBEDDING, HEAD, tensor_files
+from lorry.worker.operations import HeadNorms, Projection
 
 RANDOM_STANDARD_DEVIATION = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer; projections are [output, input]."""
+    """One decoder layer."""
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor  # q, k and v stacked
-    o: torch.Tensor
+    qkv: Projection
+    head_norms: HeadNorms | None
+    o: Projection
     post_attention_norm: torch.Tensor
-    gate_up: torch.Tensor  # gate and up stacked
-    down: torch.Tensor
+    gate_up: Projection
+    down: Projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class ModelWeights:
 
 class WeightReader(Protocol):
     """Where weights come from."""
+
+    def holds(self, name: str) -> bool: ...
 
     def read(self, name: str, *shape: int) -> torch.Tensor: ...
 
@@ -51,6 +57,9 @@ class CheckpointReader:
             for path in tensor_files(base_model.directory)
             for name in _names(path.as_posix())
         }
+
+    def holds(self, name: str) -> bool:
+        return name in self._file_of
 
     def read(self, name: str, *shape: int) -> torch.Tensor:
         """Raises UnsupportedModel if the tensor is missing or has another shape."""
@@ -73,61 +82,84 @@ class RandomWeights:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
 
+    def holds(self, name: str) -> bool:
+        return False  # but makes what is asked for
+
     def read(self, name: str, *shape: int) -> torch.Tensor:
-        mean = 1.0 if len(shape) == 1 else 0.0
+        mean = 1.0 if name.endswith("norm.weight") else 0.0
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
         return tensor.normal_(mean, RANDOM_STANDARD_DEVIATION)
 
 
 def num_weights(base_model: BaseModel) -> int:
     """Elements of all tensors of the model."""
-    geometry = base_model.geometry
-    projections = sum(math.prod(geometry.module_shape(module)) for module in MODULES)
-    layer = projections + 2 * geometry.hidden
-    embeddings = 1 if base_model.tie_embeddings else 2
-    vocabulary = embeddings * base_model.vocab_size * geometry.hidden
-    return vocabulary + geometry.layers * layer + geometry.hidden
+    return sum(math.prod(shape) for shape in base_model.tensor_shapes().values())
 
 
 def load_weights(base_model: BaseModel, reader: WeightReader) -> ModelWeights:
     """Read all weights; raises UnsupportedModel that names the tensor at fault."""
-    vocabulary, hidden = base_model.vocab_size, base_model.geometry.hidden
-    embedding = reader.read("model.embed_tokens.weight", vocabulary, hidden)
-    tied = base_model.tie_embeddings
-    return ModelWeights(
-        embedding=embedding,
-        layers=tuple(
-            _load_layer(base_model, reader, f"model.layers.{layer}")
-            for layer in range(base_model.geometry.layers)
-        ),
-        norm=reader.read("model.norm.weight", hidden),
-        head=embedding if tied else reader.read("lm_head.weight", vocabulary, hidden),
-    )
+    return _WeightLoader(base_model, reader).load()
 
 
-def _load_layer(base_model: BaseModel, reader: WeightReader, prefix: str) -> LayerWeights:
-    geometry = base_model.geometry
+class _WeightLoader:
+    """Joins the tensors of a model as it multiplies them."""
 
-    def projection(block: str, *modules: str) -> torch.Tensor:
-        return torch.cat(
-            [
-                reader.read(
-                    f"{prefix}.{block}.{module}.weight", *reversed(geometry.module_shape(module))
-                )
-                for module in modules
-            ]
+    def __init__(self, base_model: BaseModel, reader: WeightReader) -> None:
+        self._base_model = base_model
+        self._reader = reader
+        self._shapes = base_model.tensor_shapes()
+
+    def load(self) -> ModelWeights:
+        embedding = self._read(EMBEDDING)
+        return ModelWeights(
+            embedding=embedding,
+            layers=tuple(
+                self._layer(f"model.layers.{layer}")
+                for layer in range(self._base_model.geometry.layers)
+            ),
+            norm=self._read("model.norm.weight"),
+            head=self._head(embedding),
         )
 
-    return LayerWeights(
-        input_norm=reader.read(f"{prefix}.input_layernorm.weight", geometry.hidden),
-        qkv=projection("self_attn", "q_proj", "k_proj", "v_proj"),
-        o=projection("self_attn", "o_proj"),
-        post_attention_norm=reader.read(
-            f"{prefix}.post_attention_layernorm.weight", geometry.hidden
-        ),
-        gate_up=projection("mlp", "gate_proj", "up_proj"),
-        down=projection("mlp", "down_proj"),
-    )
+    def _head(self, embedding: torch.Tensor) -> torch.Tensor:
+        if not self._base_model.tie_embeddings:
+            return self._read(HEAD)
+        if self._reader.holds(HEAD):  # as some directories repeat it
+            head = self._reader.read(HEAD, *embedding.shape)
+            if not torch.equal(head, embedding):
+                raise UnsupportedModel(
+                    f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
+                )
+        return embedding
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        return LayerWeights(
+            input_norm=self._read(f"{prefix}.input_layernorm.weight"),
+            qkv=self._projection(attention, *QKV),
+            head_norms=self._head_norms(attention),
+            o=self._projection(attention, *ATTENTION[3:]),
+            post_attention_norm=self._read(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self._projection(mlp, *MLP[:2]),
+            down=self._projection(mlp, *MLP[2:]),
+        )
+
+    def _projection(self, block: str, *modules: str) -> Projection:
+        """The modules of a group, which all have a bias or none."""
+        weight = torch.cat([self._read(f"{block}.{module}.weight") for module in modules])
+        if not set(modules) & set(self._base_model.options.biased):
+            return Projection(weight)
+        return Projection(
+            weight, torch.cat([self._read(f"{block}.{module}.bias") for module in modules])
+        )
+
+    def _head_norms(self, block: str) -> HeadNorms | None:
+        if not self._base_model.options.qk_norm:
+            return None
+        return HeadNorms(self._read(f"{block}.q_norm.weight"), self._read(f"{block}.k_norm.weight"))
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._reader.read(name, *self._shapes[name])
 
 
 def _names(path: str) -> Iterator[str]:
