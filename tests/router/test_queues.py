@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from lorry.router.queues import QueueKey
@@ -66,3 +68,64 @@ def test_removing_twice_frees_once() -> None:
     waiting.remove(asked)
     waiting.check_integrity()
     assert len(waiting) == 1
+
+
+def unread(prompt: str, tenant: str = "default") -> Request:
+    """Received and not tokenized yet."""
+    asked = request(tenant=tenant, num_prompt_tokens=0)
+    asked.generation = replace(asked.generation, prompt=prompt)
+    return asked
+
+
+def test_the_tokens_of_all_are_limited() -> None:
+    waiting = queues(max_tokens=10)
+    waiting.take_place(request(tenant="a", num_prompt_tokens=6))
+    with pytest.raises(QueueFull, match="10 prompt tokens") as refusal:
+        waiting.take_place(request(tenant="b", num_prompt_tokens=5))
+    assert refusal.value.retry_after_s is not None
+    assert refusal.value.metadata["maxQueuedTokens"] == "10"
+    waiting.take_place(request(tenant="b", num_prompt_tokens=4))
+    waiting.check_integrity()
+
+
+def test_the_tokens_of_a_tenant_are_limited() -> None:
+    waiting = queues(max_tokens_per_tenant=10)
+    first = request(tenant="a", num_prompt_tokens=10)
+    waiting.take_place(first)
+    with pytest.raises(TenantLimit, match="10 prompt tokens of tenant a"):
+        waiting.take_place(request(tenant="a", num_prompt_tokens=1))
+    waiting.take_place(request(tenant="b", num_prompt_tokens=10))
+    waiting.remove(first)
+    waiting.take_place(request(tenant="a", num_prompt_tokens=1))
+    waiting.check_integrity()
+
+
+def test_a_prompt_counts_by_its_bytes_until_it_is_tokenized() -> None:
+    waiting = queues(max_tokens=10)
+    first = unread("\u00e9" * 4)
+    waiting.take_place(first)
+    with pytest.raises(QueueFull):
+        waiting.take_place(unread("abc"))
+    first.prompt_ids = [1, 2]
+    first.move_to(RequestState.QUEUED)
+    waiting.add(first)
+    waiting.take_place(unread("abc"))
+    waiting.check_integrity()
+
+
+def test_a_large_prompt_may_wait_alone() -> None:
+    waiting = queues(max_tokens=10, max_tokens_per_tenant=10)
+    waiting.take_place(request(num_prompt_tokens=99))
+    with pytest.raises(QueueFull):
+        waiting.take_place(request(num_prompt_tokens=1))
+    waiting.check_integrity()
+
+
+def test_what_comes_back_is_never_refused() -> None:
+    waiting = queues(max_requests=1, max_tokens=10)
+    first = queued(waiting, request(num_prompt_tokens=10))
+    waiting.remove(first)
+    queued(waiting, request(num_prompt_tokens=10))
+    waiting.add(first)
+    waiting.check_integrity()
+    assert len(waiting) == 2

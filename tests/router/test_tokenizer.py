@@ -130,6 +130,21 @@ async def test_the_event_loop_goes_on_while_a_long_prompt_is_tokenized(
     assert threading.active_count() < 20
 
 
+@pytest.mark.parametrize("as_chat", [False, True])
+async def test_a_short_prompt_does_not_wait_for_long_ones(tmp_path: Path, as_chat: bool) -> None:
+    template = "{{ messages[0].content }}"
+    tokenizer = Tokenizer.read(write_byte_model(tmp_path, chat_template=template), num_threads=1)
+    text = "x" * 1_000_000
+    message = ChatMessage(role="user", content=text)
+    prompt = Chat(messages=[message], num_bytes=len(text)) if as_chat else text
+    long = [asyncio.ensure_future(tokenizer.encode(prompt)) for _ in range(4)]
+    await asyncio.sleep(0)
+    assert await tokenizer.encode("hi") == [BOS, *tokens_of("hi")]
+    assert not long[1].done(), "one after another"
+    await asyncio.gather(*long)
+    tokenizer.close()
+
+
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedTokenizer, match=r"tokenizer\.json"):
         Tokenizer.read(tmp_path, num_threads=1)

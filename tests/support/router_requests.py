@@ -6,7 +6,7 @@ from typing import Any
 from lorry.router.dispatcher import Dispatcher
 from lorry.router.generation import Generation
 from lorry.router.policies import ArrivalOrder, ResidencyPlacement
-from lorry.router.queues import RequestQueues
+from lorry.router.queues import Amount, RequestQueues
 from lorry.router.request import Request
 from lorry.router.worker import Worker
 
@@ -46,8 +46,17 @@ def worker(name: str = "w1", **fields: Any) -> Worker:
     return Worker(name=name, **(defaults | fields))
 
 
-def queues(*, max_requests: int = 100, max_requests_per_tenant: int = 100) -> RequestQueues:
-    return RequestQueues(max_requests=max_requests, max_requests_per_tenant=max_requests_per_tenant)
+def queues(
+    *,
+    max_requests: int = 100,
+    max_requests_per_tenant: int = 100,
+    max_tokens: int = 1000,
+    max_tokens_per_tenant: int = 1000,
+) -> RequestQueues:
+    return RequestQueues(
+        limit=Amount(max_requests, max_tokens),
+        tenant_limit=Amount(max_requests_per_tenant, max_tokens_per_tenant),
+    )
 
 
 def dispatcher(*, max_prefetch: int = 8, imbalance: int = 2, **limits: int) -> Dispatcher:

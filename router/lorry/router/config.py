@@ -37,6 +37,13 @@ class Config(ServiceConfig):
     max_queued_requests_per_tenant: int = 4096
     """Requests of one tenant that may wait; the next is refused with TENANT_LIMIT."""
 
+    max_queued_tokens: int = 16 << 20
+    """Prompt tokens that may wait, of all tenants; more is refused with QUEUE_FULL. A text counts
+    by its bytes until it is tokenized; a prompt that waits alone may be larger."""
+
+    max_queued_tokens_per_tenant: int = 4 << 20
+    """Prompt tokens of one tenant that may wait; more is refused with TENANT_LIMIT."""
+
     max_request_s: float = 3600.0
     """Seconds that a request may live; also the deadline of a request that names none."""
 
@@ -66,7 +73,7 @@ class Config(ServiceConfig):
     """Seconds without a message after which the watch of the catalogue is begun again."""
 
     tokenizer_threads: int = 2
-    """Threads that tokenize prompts."""
+    """Threads that tokenize prompts of up to 64 KiB; longer ones share one of their own."""
 
     grace_s: float = 30.0
     """Seconds that running requests get to finish on SIGTERM."""
@@ -77,6 +84,8 @@ class Config(ServiceConfig):
             self,
             "max_queued_requests",
             "max_queued_requests_per_tenant",
+            "max_queued_tokens",
+            "max_queued_tokens_per_tenant",
             "max_request_s",
             "max_unsent_tokens",
             "client_stall_s",

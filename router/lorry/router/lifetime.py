@@ -16,7 +16,7 @@ from lorry.router.dispatcher import Dispatcher
 from lorry.router.fleet import Fleet
 from lorry.router.metrics import METRICS, Source
 from lorry.router.policies import ArrivalOrder, ResidencyPlacement
-from lorry.router.queues import RequestQueues
+from lorry.router.queues import Amount, RequestQueues
 from lorry.router.readiness import Readiness
 from lorry.router.roster import Roster
 from lorry.router.router import Router
@@ -109,8 +109,10 @@ async def _tokenizer(config: Config) -> Tokenizer:
 
 def _dispatcher(config: Config) -> Dispatcher:
     queues = RequestQueues(
-        max_requests=config.max_queued_requests,
-        max_requests_per_tenant=config.max_queued_requests_per_tenant,
+        limit=Amount(config.max_queued_requests, config.max_queued_tokens),
+        tenant_limit=Amount(
+            config.max_queued_requests_per_tenant, config.max_queued_tokens_per_tenant
+        ),
     )
     placement = ResidencyPlacement(imbalance=config.placement_imbalance)
     return Dispatcher(queues, ArrivalOrder(), placement, max_prefetch=config.prefetch_versions)

@@ -14,7 +14,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorry.router.generation import Generation
+from lorry.router.generation import Generation, largest_num_tokens
 
 
 class RequestState(enum.Enum):
@@ -87,6 +87,11 @@ class Request:
     @property
     def ended(self) -> bool:
         return self.state in FINAL
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Until it is tokenized, as many as the prompt may have."""
+        return len(self.prompt_ids) or largest_num_tokens(self.generation.prompt)
 
     @property
     def num_context_tokens(self) -> int:

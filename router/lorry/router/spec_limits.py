@@ -71,10 +71,12 @@ def check_stopping(stopping: common_pb2.StoppingOptions) -> None:
     )
 
 
-def check_prompt_size(field: str, texts: Iterable[str]) -> None:
+def check_prompt_size(field: str, texts: Iterable[str]) -> int:
+    """The bytes of all texts."""
     num_bytes = sum(len(text.encode()) for text in texts)
     what = f"must be at most {MAX_PROMPT_BYTES} bytes"
     check(field, num_bytes <= MAX_PROMPT_BYTES, what, num_bytes)
+    return num_bytes
 
 
 def check_response(response: common_pb2.ResponseOptions) -> None:

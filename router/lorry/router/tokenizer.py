@@ -9,12 +9,18 @@ from tokenizers import Tokenizer as Backend
 
 from lorry.router.chat_template import ChatTemplate
 from lorry.router.detokenizer import TokenTable, UnsupportedTokenizer
-from lorry.router.generation import Chat, Prompt
+from lorry.router.generation import Chat, Prompt, largest_num_tokens
 from lorry.rpc.errors import InvalidRequest
+
+LONG_PROMPT_BYTES = 64 << 10
 
 
 class Tokenizer:
-    """Owns its threads; `close` ends them."""
+    """Owns its threads; `close` ends them.
+
+    Long prompts, which take up to a second, wait for one thread of their own: however many there
+    are, they do not hold up the short ones.
+    """
 
     def __init__(
         self, backend: Backend, chat_template: ChatTemplate | None, *, num_threads: int
@@ -25,6 +31,7 @@ class Tokenizer:
         self._backend = backend
         self._chat_template = chat_template
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
+        self._long_thread = ThreadPoolExecutor(1, thread_name_prefix="long-tokenizer")
 
     @classmethod
     def read(cls, directory: Path, *, num_threads: int) -> "Tokenizer":
@@ -39,14 +46,16 @@ class Tokenizer:
         """The prompt's token ids; InvalidRequest if it has none or needs a missing template."""
         if not isinstance(prompt, str | Chat):
             return prompt
-        loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(self._threads, self._encode, prompt)
+        is_long = largest_num_tokens(prompt) > LONG_PROMPT_BYTES
+        threads = self._long_thread if is_long else self._threads
+        ids = await asyncio.get_running_loop().run_in_executor(threads, self._encode, prompt)
         if not ids:
             raise InvalidRequest.of("prompt", "it has no tokens")
         return ids
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        for threads in (self._threads, self._long_thread):
+            threads.shutdown(cancel_futures=True)
 
     def _encode(self, prompt: str | Chat) -> Sequence[int]:
         if isinstance(prompt, str):

@@ -184,7 +184,7 @@ def _adapter(text: str, tenant: str) -> AdapterName | None:
 def _chat(chat: pb.ChatPrompt) -> Chat:
     check("chat.messages", bool(chat.messages), "must hold at least one message")
     texts = (text for m in chat.messages for text in (m.role, m.content, m.tool_calls_json))
-    check_prompt_size("chat", (chat.tools_json, *texts))
+    num_bytes = check_prompt_size("chat", (chat.tools_json, *texts))
     opened = chat.continue_final_message
     if opened and chat.HasField("add_generation_prompt") and chat.add_generation_prompt:
         raise InvalidRequest.of(
@@ -196,6 +196,7 @@ def _chat(chat: pb.ChatPrompt) -> Chat:
         add_generation_prompt=not opened
         and (chat.add_generation_prompt or not chat.HasField("add_generation_prompt")),
         continue_final_message=opened,
+        num_bytes=num_bytes,
     )
 
 
