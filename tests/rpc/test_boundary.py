@@ -1,11 +1,13 @@
+import json
 import logging
+import time
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
-from lorry.rpc.errors import InvalidRequest, LorryError, QueueFull, Violation
+from lorry.rpc.errors import InvalidRequest, LorryError, NoWorker, QueueFull, Violation
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.status import from_rpc
 from tests.support.services import METHODS, serving_all
@@ -96,3 +98,42 @@ async def test_an_unknown_method_is_unimplemented() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await call(b"")
     assert failed.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_retry_hint_is_one_for_grpcs_own_retries_too() -> None:
+    """A client with a retry policy waits as long as it is told, and then succeeds."""
+    failures = [NoWorker("none", retry_after_s=0.3), NoWorker("none", retry_after_s=0.3)]
+
+    def hook() -> None:
+        if failures:
+            raise failures.pop()
+
+    policy = {
+        "maxAttempts": 4,
+        "initialBackoff": "0.001s",
+        "maxBackoff": "0.001s",
+        "backoffMultiplier": 1,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    config = json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": policy}]})
+    async with serving_all(Authenticator(), hook=hook) as (server, _):
+        options = [("grpc.service_config", config)]
+        address = f"127.0.0.1:{server.port}"
+        async with grpc.aio.insecure_channel(address, options=options) as channel:
+            start_s = time.monotonic()
+            await METHODS[KINDS["unary_unary"]].call(channel)
+            assert time.monotonic() - start_s > 0.5
+    assert not failures
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream"])
+async def test_a_malformed_probe_is_its_callers_error(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    method = {"unary_unary": "Check", "unary_stream": "Watch"}[kind]
+    async with serving_all(Authenticator({})) as (_, channel):
+        call = getattr(channel, kind)(f"/grpc.health.v1.Health/{method}")(b"\xff", timeout=30)
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await (anext(aiter(call)) if kind == "unary_stream" else call)
+    assert type(from_rpc(failed.value)) is InvalidRequest
+    assert not caplog.records

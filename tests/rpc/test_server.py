@@ -13,8 +13,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
+from lorry.rpc.errors import QueueFull
+from lorry.rpc.health_service import MAX_WATCHES
 from lorry.rpc.identity import Authenticator, Caller, Role
 from lorry.rpc.server import Server, check_address, serving, stop_requested
+from lorry.rpc.status import from_rpc
 from tests.support.services import METHODS, serving_all
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -66,6 +69,41 @@ async def test_watch_tells_each_change_of_readiness(running: Running) -> None:
     assert (await anext(watch)).status == SERVING
     await server.start_draining()
     assert (await anext(watch)).status == NOT_SERVING
+
+
+async def test_each_watch_is_told_also_after_another_has_ended(running: Running) -> None:
+    server, channel = running
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    request = health_pb2.HealthCheckRequest(service="readiness")
+    calls = [stub.Watch(request, timeout=30) for _ in range(2)]
+    watches = [aiter(call) for call in calls]
+    for watch in watches:
+        assert (await anext(watch)).status == NOT_SERVING
+    calls[0].cancel()
+    await asyncio.sleep(0.1)
+    await server.set_ready(True)
+    assert (await anext(watches[1])).status == SERVING
+
+
+async def test_a_watch_of_an_unknown_service_waits_for_it(running: Running) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(running[1])
+    watch = aiter(stub.Watch(health_pb2.HealthCheckRequest(service="x.Y"), timeout=30))
+    assert (await anext(watch)).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+async def test_watches_are_limited_and_give_their_places_back(running: Running) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(running[1])
+    request = health_pb2.HealthCheckRequest(service="liveness")
+    calls = [stub.Watch(request, timeout=60) for _ in range(MAX_WATCHES)]
+    for call in calls:
+        assert (await call.read()).status == SERVING
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await anext(aiter(stub.Watch(request, timeout=60)))
+    assert isinstance(from_rpc(failed.value), QueueFull)
+    for call in calls:
+        call.cancel()
+    await asyncio.sleep(0.2)
+    assert (await anext(aiter(stub.Watch(request, timeout=60)))).status == SERVING
 
 
 async def test_the_health_of_an_unknown_service_is_not_found(running: Running) -> None:

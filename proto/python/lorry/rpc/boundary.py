@@ -1,11 +1,12 @@
 """The interceptor that stands before every method: who may call, and what failures look like.
 
-A message is parsed behind it too: one that cannot be is the caller's error like any other.
+A message is parsed behind it too: one that cannot be is the caller's error like any other. Probes
+of the server's health pass it as all calls do, but carry no credentials.
 """
 
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -18,7 +19,8 @@ from lorry.rpc.errors import InvalidRequest, LorryError
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.status import to_status
 
-HEALTH_PREFIX = "/grpc.health.v1.Health/"  # open to probes, which carry no credentials
+HEALTH_PREFIX = "/grpc.health.v1.Health/"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"  # that gRPC's own retries obey; they ignore RetryInfo
 Context = grpc.aio.ServicerContext[Any, Any]
 Parser = Callable[[Any], Any]
 if TYPE_CHECKING:
@@ -43,9 +45,7 @@ class Boundary(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith(HEALTH_PREFIX):
-            return handler
-        return self._wrapped(handler, method)
+        return None if handler is None else self._wrapped(handler, method)
 
     def _wrapped(self, handler: Handler, method: str) -> Handler:
         kind = "stream" if handler.request_streaming else "unary"
@@ -69,7 +69,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Context) -> Any:
             counted = self._begin(method, context)
             try:
-                self._authenticator.admit(method, context)
+                self._admit(method, context)
                 response = await behavior(parse(request), context)
                 counted.outcome = OK
                 return response
@@ -86,7 +86,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             counted = self._begin(method, context)
             try:
-                self._authenticator.admit(method, context)
+                self._admit(method, context)
                 async for response in behavior(parse(request), context):
                     yield response
                 counted.outcome = OK
@@ -94,6 +94,10 @@ class Boundary(grpc.aio.ServerInterceptor):
                 await _end(context, method, error, counted)
 
         return call
+
+    def _admit(self, method: str, context: Context) -> None:
+        if not method.startswith(HEALTH_PREFIX):
+            self._authenticator.admit(method, context)
 
     def _begin(self, method: str, context: Any) -> Call:
         counted = Call(self._calls, method)
@@ -123,4 +127,12 @@ async def _end(context: Context, method: str, error: Exception, counted: Call) -
     if not isinstance(error, LorryError):
         log.error("unexpected error in %s", method, exc_info=error)
     status = rpc_status.to_status(to_status(error))
-    await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+    metadata = (*(status.trailing_metadata or ()), *_pushback(error))
+    await context.abort(status.code, status.details or "", metadata)
+
+
+def _pushback(error: Exception) -> Sequence[tuple[str, str]]:
+    """Tells a client's gRPC not to try again too soon."""
+    if not isinstance(error, LorryError) or error.retry_after_s is None:
+        return ()
+    return [(PUSHBACK_KEY, str(round(error.retry_after_s * 1000)))]

@@ -6,18 +6,17 @@ import ipaddress
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import _async as reflection
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from lorry.rpc.boundary import Boundary
 from lorry.rpc.call_counts import CallCounts
 from lorry.rpc.channel import MIB
+from lorry.rpc.health_service import NOT_SERVING, SERVING, HealthService
 from lorry.rpc.identity import Authenticator
 
 # Calls that a burst may leave waiting for the event loop. From 1000 on gRPC would cancel some by
@@ -33,27 +32,6 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class EndingHealth(HealthServicer):  # type: ignore[misc]  # the package has no types
-    """Health whose watches end when the server drains; else they would hold it up to the last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ended = asyncio.Event()
-
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
-        watch = asyncio.ensure_future(super().Watch(request, context))
-        ended = asyncio.ensure_future(self.ended.wait())
-        try:
-            await asyncio.wait([watch, ended], return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
-                watch.result()
-        finally:
-            watch.cancel()
-            ended.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +41,7 @@ class Server:
     host: str
     port: int
     _services: Sequence[str]
-    _health: EndingHealth
+    _health: HealthService
 
     def announce(self, name: str) -> None:
         """Print the one line on stdout from which a parent process learns the address."""
@@ -72,12 +50,11 @@ class Server:
     async def set_ready(self, ready: bool) -> None:
         """Tell health checks of every service and of `readiness` whether to send requests here."""
         status = SERVING if ready else NOT_SERVING
-        for service in ("readiness", *self._services):
-            await self._health.set(service, status)
+        self._health.set(("readiness", *self._services), status)
 
     async def start_draining(self) -> None:
         """Answer NOT_SERVING to every health check from now on."""
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
 
 
 @contextlib.asynccontextmanager
@@ -104,20 +81,19 @@ async def serving(
         options=[*OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)],
     )
     register(server)
-    health_servicer = EndingHealth()
+    health_servicer = HealthService()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     _add_reflection([*services, health.SERVICE_NAME], server)
     host = address.rpartition(":")[0]
     running = Server(host, _bind(server, address), services, health_servicer)
-    for name in ("", "liveness"):
-        await health_servicer.set(name, SERVING)
+    health_servicer.set(("", "liveness"), SERVING)
     await running.set_ready(False)
     await server.start()
     try:
         yield running
     finally:
         await running.start_draining()
-        health_servicer.ended.set()
+        health_servicer.end()
         await server.stop(grace_s)
 
 
