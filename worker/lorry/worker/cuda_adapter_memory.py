@@ -121,12 +121,17 @@ class CudaAdapterMemory:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(launched)
             started.record()
-            for first, count, page in _runs(adapter.pages):
-                target, rows = self._pages[page : page + count], source[first : first + count]
-                if is_registered:
-                    target.copy_(rows, non_blocking=True)
-                else:
-                    self._staging.copy(rows.view(-1), target.view(-1))
+            runs = list(_runs(adapter.pages))
+            targets = [self._pages[page : page + count] for _, count, page in runs]
+            parts = source.split([count for _, count, _ in runs])
+            if is_registered:
+                # One call: between calls the thread would wait for Python's lock. It is in torch's
+                # stubs but not in its list of exports.
+                copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+                copy_all(targets, parts, non_blocking=True)
+            else:
+                for target, part in zip(targets, parts, strict=True):
+                    self._staging.copy(part.view(-1), target.view(-1))
             done.record()
         return _Copy(len(image), change, started, done)
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class StepGraphs:
-    """Replays a captured step, or runs one eagerly where there is no bucket for it."""
+    """Replays steps, each padded to the bucket that was captured for it."""
 
     def __init__(
         self,
