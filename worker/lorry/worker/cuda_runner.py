@@ -11,7 +11,7 @@ from lorry.worker.drawn import Drawn, DrawnLogprobs
 from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch
 from lorry.worker.rope_table import rope_table
-from lorry.worker.runner import ReadTokens
+from lorry.worker.runner import ReadTokens, RunCounts
 from lorry.worker.sequence_pages import SequencePages
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.step_arrays import banned_tokens, head_kind, step_arrays
@@ -69,6 +69,10 @@ class CudaRunner:
         )
         with torch.inference_mode():
             self.graphs.capture()
+
+    @property
+    def counts(self) -> RunCounts:
+        return RunCounts(self.graphs.replays, eager_steps=0, padded_rows=self.padded_rows)
 
     @torch.inference_mode()
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:

@@ -44,6 +44,7 @@ class Engine:
         self._reclaims: set[bytes] = set()  # of images that a load still reads
         self._pin_calls: dict[int, bytes] = {}
         self._events: list[m.Event] = []
+        self._fetched: dict[bytes, str] = {}  # source of images that were not loaded yet
         self._loads_under_way = 0
         self._last_read_s = 0.0
         self._handlers: dict[type[m.Message], Callable[..., None]] = {
@@ -85,7 +86,7 @@ class Engine:
         return events
 
     def status(self) -> m.Status:
-        return self.gauges.status(self.scheduler)
+        return self.gauges.status(self.scheduler, self.runner.counts)
 
     def _report(self, plan: Plan) -> None:
         self._events.extend(plan.finished)
@@ -95,7 +96,8 @@ class Engine:
     def _finish_loads(self) -> None:
         for adapter, num_bytes, seconds in self.runner.adapters.finished_loads():
             self.scheduler.residency.finish_load(adapter, self._clock())
-            self.gauges.note_load(num_bytes, seconds)
+            source = self._fetched.pop(adapter.version, "host")
+            self.gauges.note_load(source, num_bytes, seconds)
             self._loads_under_way -= 1
             if adapter.version in self._reclaims:
                 self._reclaims.remove(adapter.version)
@@ -150,6 +152,7 @@ class Engine:
             self._events.append(m.ReleaseImage(image.version))
             return
         self.scheduler.residency.finish_fetch(adapter, image)
+        self._fetched[image.version] = "chunks" if image.copied else "shm"
 
     def _image_failed(self, failed: m.ImageFailed) -> None:
         adapter = self.scheduler.residency.find(failed.version)
@@ -190,6 +193,7 @@ class Engine:
 
     def _give_up_image(self, adapter: Adapter) -> None:
         self.runner.adapters.unmap(adapter.version)
+        self._fetched.pop(adapter.version, None)
         self.scheduler.residency.drop_image(adapter)
         self._events.append(m.ReleaseImage(adapter.version))
 

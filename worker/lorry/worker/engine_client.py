@@ -50,6 +50,7 @@ class EngineClient:
         start_timeout_s: float,
         silence_s: float,
     ) -> None:
+        self.pid: int | None = None  # of the process, once it runs
         self._config = config
         self._command = command
         self._start_timeout_s = start_timeout_s
@@ -91,6 +92,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         with contextlib.closing(self._commands), contextlib.closing(self._events):
             process = await self._spawn()
+            self.pid = process.pid
             loop.add_reader(self._events.fileno(), self._read, handle)
             tasks = [
                 loop.create_task(self._forward_output(process)),

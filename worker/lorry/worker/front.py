@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from lorry.rpc.errors import Draining, LorryError, NoWorker, QueueFull, Superseded, WorkerLost
+from lorry.worker.counts import RequestCounts
 from lorry.worker.engine_calls import EngineCalls
 from lorry.worker.messages import (
     AdminResult,
@@ -64,6 +65,7 @@ class Front:
         """`send` reaches the engine; `window` is how many Submits of a router may be unfinished."""
         self.draining = False
         self.started = asyncio.Event()
+        self.counts = RequestCounts()
         self._send_command = send
         self._images = images
         self._window = window
@@ -91,6 +93,20 @@ class Front:
     @property
     def state(self) -> WorkerState:
         return WorkerState(self._status, self.draining)
+
+    @property
+    def num_routers(self) -> int:
+        return len(self._streams)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that the engine is not done with."""
+        return len(self._requests)
+
+    @property
+    def num_adapters(self) -> dict[str, int]:
+        """Versions by tier."""
+        return {"gpu": len(self._gpu), "host": len(self._host)}
 
     @property
     def residency(self) -> ResidencyUpdate:
@@ -122,6 +138,7 @@ class Front:
     def submit(self, stream: RouterStream, seq: int, build: Callable[[int], Submit]) -> None:
         """Pass a request on under a number, or end it with what `build` raises."""
         stream.count_submit(seq)
+        self.counts.received += 1
         number = self._requests.new_number()
         try:
             stream.check_limit()
@@ -129,8 +146,10 @@ class Front:
                 raise Draining("the worker is draining")
             command = build(number)
         except LorryError as error:
+            self.counts.refuse(error)
             self._abort(Place(stream, seq), error)
             return
+        self.counts.pass_on(command)
         self._requests.add(number, Place(stream, seq))
         self._send_command(command)
 
@@ -179,8 +198,10 @@ class Front:
                         self._send_outputs(outputs)
                         outputs = StepOutputs(step)
                     self._step = step
+                    self.counts.output_tokens += len(event.token_ids)
                     self._requests.distribute(event, outputs)
                 case Finished():
+                    self.counts.end(event)
                     self._requests.finish(event, outputs)
                 case FetchImage(version):
                     self._images.fetch(version)

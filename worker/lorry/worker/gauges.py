@@ -1,5 +1,6 @@
 """What the engine measures of itself, for the routers' decisions and the operators' eyes."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,7 +9,9 @@ from lorry.kernels.page_layout import BASE_MODEL
 from lorry.worker.messages import Status
 from lorry.worker.plan import Batch
 from lorry.worker.request import RequestState
+from lorry.worker.runner import RunCounts
 from lorry.worker.scheduler import Scheduler
+from lorry.worker.statistics import StepStatistics, Transfers, loads
 
 SMOOTHING = 0.1  # weight of the newest measurement in a moving average
 
@@ -24,6 +27,8 @@ class Gauges:
     adapter_evictions: int = 0
     max_adapters_in_step: int = 0
     max_adapters_beside_base_in_step: int = 0
+    steps: StepStatistics = field(default_factory=StepStatistics)
+    loads: Transfers = field(default_factory=loads)
 
     def note_step(self, batch: Batch, seconds: float) -> None:
         slots = np.unique(batch.slot_S)
@@ -32,6 +37,13 @@ class Gauges:
         if adapters < len(slots):
             beside_base = self.max_adapters_beside_base_in_step
             self.max_adapters_beside_base_in_step = max(beside_base, adapters)
+        self.steps.note(
+            seconds,
+            decodes_only=batch.is_decode_only,
+            rows=batch.num_tokens,
+            sequences=len(batch.row_S),
+            adapters=adapters,
+        )
         if batch.is_decode_only:
             rows = 1 << (len(batch.row_S) - 1).bit_length()
             before = self.step_times_ms.get(rows, 0.0)
@@ -40,12 +52,13 @@ class Gauges:
             rate = batch.num_tokens / seconds
             self.prefill_tokens_per_s = _average(self.prefill_tokens_per_s, rate)
 
-    def note_load(self, num_bytes: int, seconds: float) -> None:
+    def note_load(self, source: str, num_bytes: int, seconds: float) -> None:
         self.adapter_loads += 1
+        self.loads.note(source, num_bytes, seconds)
         rate = num_bytes / seconds
         self.adapter_load_bytes_per_s = _average(self.adapter_load_bytes_per_s, rate)
 
-    def status(self, scheduler: Scheduler) -> Status:
+    def status(self, scheduler: Scheduler, runs: RunCounts) -> Status:
         pool, table = scheduler.pool, scheduler.table
         queued = sum(
             len(request.token_ids)
@@ -71,6 +84,11 @@ class Gauges:
             adapter_evictions=self.adapter_evictions,
             max_adapters_in_step=self.max_adapters_in_step,
             max_adapters_beside_base_in_step=self.max_adapters_beside_base_in_step,
+            graph_replays=runs.graph_replays,
+            eager_steps=runs.eager_steps,
+            padded_rows=runs.padded_rows,
+            step_statistics=deepcopy(self.steps),
+            loads=deepcopy(self.loads),
         )
 
 

@@ -56,7 +56,7 @@ class ImageFormat:
             raise AdapterIncompatible(f"page image: {name} has no finite scale for each layer")
 
 
-def to_image(header: pb.ImageHeader, path: str, offset: int) -> ImageReady:
+def to_image(header: pb.ImageHeader, path: str, offset: int, *, copied: bool = False) -> ImageReady:
     """A checked header and where the image's bytes are, as the engine takes them."""
     return ImageReady(
         version=header.version,
@@ -69,4 +69,5 @@ def to_image(header: pb.ImageHeader, path: str, offset: int) -> ImageReady:
             ImageModule(m.name, m.row_offset, m.b_row_offset, list(m.scale_per_layer))
             for m in header.modules
         ],
+        copied=copied,
     )

@@ -8,6 +8,8 @@ to a file of this worker's own, and their call ends.
 import asyncio
 import contextlib
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ import grpc.aio
 from crc32c import crc32c
 
 from lorry.rpc.backoff import Backoff
+from lorry.rpc.call_counts import Outcome
 from lorry.rpc.channel import Metadata
 from lorry.rpc.errors import (
     AdapterIncompatible,
@@ -36,6 +39,7 @@ from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
 from lorry.worker.failures import to_failure
 from lorry.worker.image_header import ImageFormat, to_image
 from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
+from lorry.worker.statistics import fetches
 
 # What the router and the client may be told as it is; anything else is the store's own trouble.
 PASSED_ON = (AdapterIncompatible, AdapterNotFound, VersionNotFound, StoreFull, DigestMismatch)
@@ -130,7 +134,7 @@ class ImageSource:
                 message = await _read(call, "chunk")
         if image_crc != header.image_crc32c:
             raise DigestMismatch("the page image has another CRC than its header says")
-        return to_image(header, str(path), 0)
+        return to_image(header, str(path), 0, copied=True)
 
 
 class ImageFetcher:
@@ -151,10 +155,22 @@ class ImageFetcher:
         self._channel = channel
         self._send = send
         self._timeout_s = timeout_s
+        self.fetches = fetches()
+        self.failures: Counter[Outcome] = Counter()
         self._slots = asyncio.Semaphore(max_fetches)
         self._tasks: dict[bytes, asyncio.Task[None]] = {}
         self._copied_bytes = copied_bytes
         self._copied: dict[bytes, int] = {}  # bytes by version, oldest first
+
+    @property
+    def num_held(self) -> int:
+        """Images that are held or being fetched."""
+        return len(self._tasks)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Memory that copies of images take."""
+        return sum(self._copied.values())
 
     def fetch(self, version: bytes) -> None:
         """Answered by ImageReady or ImageFailed, unless released before."""
@@ -176,7 +192,7 @@ class ImageFetcher:
         try:
             with contextlib.ExitStack() as owner:
                 async with self._slots:
-                    held = await self._fetch(version, owner)
+                    held = await self._timed_fetch(version, owner)
                 self._send(held.image)
                 if held.lease is None:
                     owner.callback(self._copied.pop, version)
@@ -186,18 +202,26 @@ class ImageFetcher:
             if not isinstance(error, LorryError):
                 log.exception("the page image %s cannot be fetched", version.hex())
                 error = LorryError("the adapter's page image cannot be fetched")
+            self.failures[Outcome.of(error)] += 1
             self._tasks.pop(version, None)
             self._send(ImageFailed(version, to_failure(error)))
 
     def _reclaim_for(self, image: ImageReady) -> None:
         """Ask for the oldest copies back if there is too much with the new one."""
-        excess = sum(self._copied.values()) + image.image_bytes - self._copied_bytes
+        excess = self.copied_bytes + image.image_bytes - self._copied_bytes
         for version, num_bytes in self._copied.items():
             if excess <= 0:
                 break
             excess -= num_bytes
             self._send(ReclaimImage(version))
         self._copied[image.version] = image.image_bytes
+
+    async def _timed_fetch(self, version: bytes, owner: contextlib.ExitStack) -> Held:
+        started_s = time.monotonic()
+        held = await self._fetch(version, owner)
+        source = "chunks" if held.image.copied else "shm"
+        self.fetches.note(source, held.image.image_bytes, time.monotonic() - started_s)
+        return held
 
     async def _fetch(self, version: bytes, owner: contextlib.ExitStack) -> Held:
         """Try until it works, cannot work, or takes too long."""

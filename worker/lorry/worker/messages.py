@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from lorry.worker.statistics import StepStatistics, Transfers
+
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Base of all messages."""
@@ -46,6 +48,7 @@ class Submit(Message, frozen=True):
     top_p: float = 1.0
     min_p: float = 0.0
     top_logprobs: int | None = None  # alternatives of each token; None: no logprobs at all
+    computes_prompt: bool = False  # all of it: no page of the prefix cache takes its place
 
 
 class Cancel(Message, frozen=True):
@@ -75,6 +78,7 @@ class ImageReady(Message, frozen=True):
     pages: int
     rank: int
     modules: list[ImageModule]
+    copied: bool = False  # it came in chunks, to a file of this worker's own
 
 
 class ImageFailed(Message, frozen=True):
@@ -192,6 +196,7 @@ class Finished(Message, frozen=True):
     failure: Failure | None = None  # of ABORTED
     adapter_load_s: float = 0.0
     prefill_s: float = 0.0
+    cached_tokens: int = 0  # prompt tokens taken from the prefix cache
 
 
 class FetchImage(Message, frozen=True):
@@ -223,8 +228,9 @@ class Status(Message, frozen=True):
     queued_prompt_tokens: int = 0
     pages_total: int = 0
     pages_free: int = 0
-    pages_kv: int = 0
+    pages_kv: int = 0  # of running requests, pages of the prefix cache that they use included
     pages_adapter: int = 0
+    pages_cached: int = 0  # of the prefix cache, that no running request uses
     prefill_tokens_per_s: float = 0.0
     step_times_ms: dict[int, float] = {}  # by rows, of steps of decodes only
     adapter_load_bytes_per_s: float = 0.0
@@ -234,6 +240,14 @@ class Status(Message, frozen=True):
     adapter_evictions: int = 0
     max_adapters_in_step: int = 0  # distinct ones, the base model not counted
     max_adapters_beside_base_in_step: int = 0  # of steps that also had rows of the base model
+    graph_replays: int = 0  # steps
+    eager_steps: int = 0
+    padded_rows: int = 0
+    step_statistics: StepStatistics = msgspec.field(default_factory=StepStatistics)
+    loads: Transfers = msgspec.field(default_factory=Transfers)  # of adapters into the pool
+    prefix_query_tokens: int = 0  # of requests that were looked up, when they were first admitted
+    prefix_hit_tokens: int = 0  # of those, that did not have to be computed
+    prefix_evictions: int = 0  # pages
 
 
 class AdminResult(Message, frozen=True):

@@ -9,7 +9,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import grpc.aio
 
 from lorry.rpc.base_model import BaseModel, read_base_model
+from lorry.rpc.call_counts import CallCounts, call_metrics
 from lorry.rpc.channel import bearer, open_channel, read_token
+from lorry.rpc.metrics import TableCollector, registry_of
+from lorry.rpc.metrics_server import serving_metrics
 from lorry.rpc.server import Server, serving, stop_requested
 from lorry.rpc.shared_directory import SharedDirectory
 from lorry.v1.worker_admin_service_pb2_grpc import add_WorkerAdminServiceServicer_to_server
@@ -20,6 +23,7 @@ from lorry.worker.front import Front
 from lorry.worker.image_header import ImageFormat
 from lorry.worker.images import ImageFetcher, ImageSource
 from lorry.worker.messages import Command
+from lorry.worker.metrics import METRICS, Source, engine_process_collector
 from lorry.worker.service import SERVICES, Identity, WorkerAdminServicer, WorkerServicer
 
 HEARTBEAT_S = 1.0
@@ -48,8 +52,15 @@ async def _run(config: Config, engine_command: Sequence[str]) -> int:
         images = await stack.enter_async_context(_fetching(config, base_model, engine.send))
         window = engine_config.max_running + config.max_waiting
         front = Front(engine.send, images, window=window)
+        calls = CallCounts()
+        registry = registry_of(
+            TableCollector(METRICS, Source(front, images, engine)),
+            TableCollector(call_metrics("lorry_worker"), calls),
+            engine_process_collector(lambda: engine.pid),
+        )
+        await stack.enter_async_context(serving_metrics(config.scraped_address, registry))
         await stack.enter_async_context(engine.running(front.handle))
-        server = await stack.enter_async_context(_serving(config, base_model, front))
+        server = await stack.enter_async_context(_serving(config, base_model, front, calls))
         server.announce("worker")
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(_beat(front, engine, server))
@@ -119,7 +130,7 @@ async def _fetching(
 
 
 def _serving(
-    config: Config, base_model: BaseModel, front: Front
+    config: Config, base_model: BaseModel, front: Front, calls: CallCounts
 ) -> contextlib.AbstractAsyncContextManager[Server]:
     identity = Identity(
         worker_id=config.worker_id, epoch=secrets.randbits(64), base_model=base_model
@@ -136,4 +147,5 @@ def _serving(
         authenticator=config.authenticator(),
         insecure=config.insecure,
         grace_s=CLOSE_S,
+        calls=calls,
     )

@@ -49,6 +49,10 @@ class RequestTable:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    def __len__(self) -> int:
+        """Requests that the engine is not done with."""
+        return len(self._places)
+
     def new_number(self) -> int:
         return next(self._numbers)
 

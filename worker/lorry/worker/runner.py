@@ -1,12 +1,21 @@
 """What the engine asks of the device."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from lorry.worker.adapter_memory import AdapterMemory
 from lorry.worker.drawn import Drawn
 from lorry.worker.plan import Batch
 from lorry.worker.sequences import SequenceTable
+
+
+class RunCounts(NamedTuple):
+    """How steps were run."""
+
+    graph_replays: int
+    eager_steps: int
+    padded_rows: int  # computed for nothing
+
 
 ReadTokens = Callable[[], Drawn]
 
@@ -18,6 +27,9 @@ class Runner(Protocol):
 
     @property
     def adapters(self) -> AdapterMemory: ...
+
+    @property
+    def counts(self) -> RunCounts: ...
 
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
         """Start a step; the result waits for it and returns what it drew. A sequence whose newest

@@ -13,7 +13,7 @@ from lorry.worker.drawn import Drawn, DrawnLogprobs
 from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch
 from lorry.worker.rope_table import rope_table
-from lorry.worker.runner import ReadTokens
+from lorry.worker.runner import ReadTokens, RunCounts
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.step_arrays import HeadKind
 from lorry.worker.step_input import SamplingInput, build_step_input
@@ -38,6 +38,7 @@ class TorchRunner:
         max_in_flight: int = 1,
     ) -> None:
         self.max_in_flight = max_in_flight
+        self._num_steps = 0
         self.adapters = DirectAdapterMemory(pool, max_rank=max_rank)
         self._model = model
         self._pool = pool
@@ -46,7 +47,12 @@ class TorchRunner:
         self._options = base_model.options
         self._last_token_R = torch.zeros(max_running, dtype=torch.int64, device=device)
 
+    @property
+    def counts(self) -> RunCounts:
+        return RunCounts(graph_replays=0, eager_steps=self._num_steps, padded_rows=0)
+
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
+        self._num_steps += 1
         drawn = self._run(batch, table)
         return lambda: drawn
 
