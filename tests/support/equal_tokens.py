@@ -1,13 +1,14 @@
 """Requests of several adapters, answered by transformers + peft, that an engine is to equal."""
 
 import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.support.engines import EngineHarness
-from tests.support.models import Greedy, Reference, first_difference, make_adapter, make_llama
+from tests.support.models import Greedy, Reference, first_difference, make_adapter, make_model
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*QKVO, "gate_proj", "up_proj", "down_proj"]
@@ -36,24 +37,38 @@ MAX_TOKENS = 36
 class AdaptedModel:
     """A model, and adapters of many ranks and targets; None stands for no adapter."""
 
-    def __init__(self, directory: Path, **model_fields: Any) -> None:
-        self.model = make_llama(directory / "model", **model_fields)
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        model_type: str = "llama",
+        adapters: Iterable[str] = ADAPTERS,
+        **model_fields: Any,
+    ) -> None:
+        self.model = make_model(directory / "model", model_type=model_type, **model_fields)
         self.adapters = [None] + [
-            make_adapter(directory / name, self.model, seed=seed, **fields)
-            for seed, (name, fields) in enumerate(ADAPTERS.items())
+            make_adapter(directory / name, self.model, seed=seed, **ADAPTERS[name])
+            for seed, name in enumerate(adapters)
         ]
 
 
 class World(AdaptedModel):
     """The reference's answers to a fixed set of requests, too."""
 
-    def __init__(self, directory: Path, model_fields: dict[str, Any]) -> None:
-        super().__init__(directory, **model_fields)
+    def __init__(
+        self,
+        directory: Path,
+        model_fields: dict[str, Any],
+        *,
+        adapters: Iterable[str] = ADAPTERS,
+        lengths: Sequence[int] = LENGTHS,
+    ) -> None:
+        super().__init__(directory, adapters=adapters, **model_fields)
         reference = Reference(self.model)
         random = np.random.default_rng(0)
         self.requests: list[tuple[list[int], Path | None, Greedy]] = []
         for index, adapter in enumerate(itertools.chain(self.adapters * 2)):
-            length = LENGTHS[index % len(LENGTHS)]
+            length = lengths[index % len(lengths)]
             prompt = random.integers(3, 320, length).tolist()
             self.requests.append((prompt, adapter, reference.greedy(prompt, adapter, MAX_TOKENS)))
 

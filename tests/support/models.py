@@ -5,15 +5,25 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 EOS = 2
 
 
-def make_llama(
-    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
+def make_llama(directory: Path, **fields: Any) -> Path:
+    return make_model(directory, model_type="llama", **fields)
+
+
+def make_model(
+    directory: Path,
+    *,
+    model_type: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 1 << 30,
+    **fields: Any,
 ) -> Path:
-    """Save a random Llama with weights large enough that its greedy tokens vary."""
+    """Save a random model with weights large enough that its greedy tokens vary."""
     torch.manual_seed(seed)
     defaults: dict[str, Any] = {
         "vocab_size": 320,
@@ -28,8 +38,14 @@ def make_llama(
         "bos_token_id": 1,
         "pad_token_id": 0,
     }
-    model: Any = LlamaForCausalLM(LlamaConfig(**(defaults | fields)))
-    model.to(dtype).save_pretrained(directory)
+    config = AutoConfig.for_model(model_type, **(defaults | fields))
+    model: Any = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # else 0, which is none
+            torch.nn.init.normal_(parameter, std=0.3)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.normal_(parameter, mean=1, std=0.3)
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_bytes)
     return directory
 
 
@@ -107,6 +123,7 @@ def _gap(logits: torch.Tensor) -> float:
     return float((best - second) / logits.std())
 
 
-def _base(model: Path) -> LlamaForCausalLM:
-    base: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    return base
+def _base(model: Path) -> PreTrainedModel:
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    model_in_float32: PreTrainedModel = base.eval()
+    return model_in_float32
