@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.model_config import UnsupportedModel
-from lorry.rpc.model_families import ATTENTION, MLP, QKV
+from lorry.rpc.model_families import DOWN, GATE_UP, OUTPUT, QKV
 from lorry.rpc.model_tensors import EMBEDDING, HEAD, tensor_files
 from lorry.worker.operations import HeadNorms, Projection
 
@@ -138,10 +138,10 @@ class _WeightLoader:
             input_norm=self._read(f"{prefix}.input_layernorm.weight"),
             qkv=self._projection(attention, *QKV),
             head_norms=self._head_norms(attention),
-            o=self._projection(attention, *ATTENTION[3:]),
+            o=self._projection(attention, *OUTPUT),
             post_attention_norm=self._read(f"{prefix}.post_attention_layernorm.weight"),
-            gate_up=self._projection(mlp, *MLP[:2]),
-            down=self._projection(mlp, *MLP[2:]),
+            gate_up=self._projection(mlp, *GATE_UP),
+            down=self._projection(mlp, *DOWN),
         )
 
     def _projection(self, block: str, *modules: str) -> Projection:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorry.kernels.page_layout import ModelGeometry
+from lorry.kernels.page_layout import GROUPS, ModelGeometry
 from lorry.rpc.model_config import ModelConfig, UnsupportedModel
 from lorry.rpc.rope_options import Rope, read_rope
 
 HEAD_DIMS = (16, 32, 64, 128, 256)  # that the attention kernels take
-QKV = ("q_proj", "k_proj", "v_proj")
-ATTENTION = (*QKV, "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+QKV, OUTPUT, GATE_UP, DOWN = GROUPS
+ATTENTION, MLP = QKV + OUTPUT, GATE_UP + DOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
