@@ -92,6 +92,26 @@ async def test_generate_shows_logprobs_on_stderr(services: Services) -> None:
     assert services.inference.specs[0].sampling.min_p == 0.5
 
 
+async def test_generate_sends_what_changes_the_odds_and_the_end(services: Services) -> None:
+    options = "--repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 0.5"
+    options += " --logit-bias 7=-100 --logit-bias 8=0.5 --min-tokens 2 --stop-token-id 9"
+    result = await services.lorry("generate", "a b", *options.split(), "--ignore-eos")
+    assert result.stdout == "ab\n"
+    (spec,) = services.inference.specs
+    sampling, stopping = spec.sampling, spec.stopping
+    assert (sampling.repetition_penalty, sampling.presence_penalty) == (1.5, -1)
+    assert sampling.frequency_penalty == 0.5
+    assert dict(sampling.logit_bias) == {7: -100, 8: 0.5}
+    assert (stopping.min_tokens, list(stopping.stop_token_ids)) == (2, [9])
+    assert stopping.ignore_eos
+
+
+async def test_a_bias_that_is_none_is_named(services: Services) -> None:
+    result = await services.lorry("generate", "a b", "--logit-bias", "x=1")
+    assert result.status == 1
+    assert "ID=BIAS, got 'x=1'" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "next_step"),
     [

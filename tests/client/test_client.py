@@ -81,6 +81,7 @@ async def test_options_reach_the_router_as_given() -> None:
         temperature=0,
         seed=0,
         top_k=4,
+        logit_bias={5: -1.5},
         max_tokens=7,
         stop_strings=["\n"],
         stop_token_ids=[9],
@@ -93,6 +94,7 @@ async def test_options_reach_the_router_as_given() -> None:
     assert spec.sampling.HasField("temperature")
     assert spec.sampling.HasField("seed")
     assert spec.sampling.top_k == 4
+    assert dict(spec.sampling.logit_bias) == {5: -1.5}
     assert spec.stopping.max_tokens == 7
     assert list(spec.stopping.stop_strings) == ["\n"]
     assert list(spec.stopping.stop_token_ids) == [9]

@@ -27,8 +27,10 @@ def test_every_kernel_of_the_engine_is_compiled(kernels):
     assert {kernel["kernel"] for kernel in kernels} == {
         "attention_kernel",
         "_best_kernel",
+        "_edit_kernel",
         "_expand_kernel",
         "_logprobs_kernel",
+        "_penalize_kernel",
         "_plan_kernel",
         "_rank_kernel",
         "_rms_norm_kernel",

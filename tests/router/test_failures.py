@@ -72,7 +72,7 @@ async def submitted(stack: Stack, num_submits: int) -> None:
             ContextLengthExceeded,
         ),
         (
-            pb.GenerationSpec(prompt="p", sampling=common_pb2.SamplingParams(presence_penalty=1)),
+            pb.GenerationSpec(prompt="p", guided=common_pb2.GuidedDecoding(regex="a")),
             FeatureUnsupported,
         ),
     ],

@@ -64,7 +64,9 @@ async def test_the_worker_is_told_what_the_client_asked(model: Path) -> None:
     assert (submit.seq, submit.request_id, submit.tenant) == (1, "r-1", "default")
     assert list(submit.token_ids) == [BOS, *tokens_of("hé")]
     assert submit.generated_tokens == 0
-    assert submit.sampling == common_pb2.SamplingParams(temperature=0.5, top_p=1, seed=7)
+    assert submit.sampling == common_pb2.SamplingParams(
+        temperature=0.5, top_p=1, repetition_penalty=1, seed=7
+    )
     assert (submit.max_tokens, submit.min_tokens) == (9, 3)
     assert list(submit.stop_token_ids) == [EOS, 4, 5]
     assert submit.version == b""
@@ -222,6 +224,16 @@ async def test_requests_above_the_size_limit_are_refused_by_grpc(model: Path) ->
         assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+SAMPLING = common_pb2.SamplingParams(
+    temperature=0.5,
+    top_k=5,
+    top_p=0.5,
+    min_p=0.25,
+    repetition_penalty=1.5,
+    presence_penalty=-1,
+    frequency_penalty=0.5,
+    logit_bias={7: -100, 8: 0.5},
+)
 LOGPROBS: dict[str, Any] = {
     "logprobs": [-0.25, 0, -1.5],
     "top_counts": [2, 0, 2],
@@ -233,7 +245,7 @@ LOGPROBS: dict[str, Any] = {
 async def test_logprobs_reach_the_client_that_asked_and_no_other(model: Path) -> None:
     asking = pb.GenerationSpec(
         prompt="p",
-        sampling=common_pb2.SamplingParams(top_k=5, top_p=0.5, min_p=0.25),
+        sampling=SAMPLING,
         response=common_pb2.ResponseOptions(top_logprobs=2),
     )
     async with router_stack(model, worker={"submit_limit": 9}) as stack:
@@ -247,7 +259,8 @@ async def test_logprobs_reach_the_client_that_asked_and_no_other(model: Path) ->
         first, second = await asyncio.gather(*answers)
     asked, other = stack.worker.submits
     assert asked.response.top_logprobs == 2
-    assert (asked.sampling.top_k, asked.sampling.top_p, asked.sampling.min_p) == (5, 0.5, 0.25)
+    asked.sampling.ClearField("seed")
+    assert asked.sampling == SAMPLING
     assert not other.response.HasField("top_logprobs")
     assert not second.chunks[0].HasField("logprobs")
     (chunk,) = first.chunks

@@ -41,6 +41,8 @@ def test_an_empty_spec_takes_the_defaults(reader: SpecReader) -> None:
     assert (read.tenant, read.adapter, read.prompt) == ("t", None, "p")
     assert (read.temperature, read.seed, read.max_tokens, read.min_tokens) == (1.0, None, None, 0)
     assert (read.top_k, read.top_p, read.min_p, read.top_logprobs) == (0, 1.0, 0.0, None)
+    assert (read.repetition_penalty, read.presence_penalty, read.frequency_penalty) == (1, 0, 0)
+    assert read.logit_bias == {}
     assert read.stop_strings == ()
     assert read.stop_token_ids == {EOS}
     assert len(read.request_id) == 32
@@ -59,7 +61,10 @@ def test_every_served_field_is_read(reader: SpecReader) -> None:
                 "top_k": 7,
                 "top_p": 0.25,
                 "min_p": 0.5,
-                "repetition_penalty": 1,
+                "repetition_penalty": 1.25,
+                "presence_penalty": 2,
+                "frequency_penalty": -0.5,
+                "logit_bias": {5: 1.5, NUM_TOKENS - 1: -100},
             },
             response={"top_logprobs": 0},
             stopping={"max_tokens": 9, "min_tokens": 9, "stop_strings": ["é" * 64, "b"]},
@@ -71,6 +76,9 @@ def test_every_served_field_is_read(reader: SpecReader) -> None:
     assert read.prompt == [5, 6]
     assert (read.temperature, read.seed) == (0.0, 2**64 - 1)
     assert (read.top_k, read.top_p, read.min_p) == (7, 0.25, 0.5)
+    assert (read.repetition_penalty, read.presence_penalty) == (1.25, 2)
+    assert read.frequency_penalty == -0.5
+    assert read.logit_bias == {5: 1.5, NUM_TOKENS - 1: -100}
     assert read.top_logprobs == 0
     assert (read.max_tokens, read.min_tokens) == (9, 9)
     assert read.stop_strings == ("é" * 64, "b")
@@ -119,6 +127,12 @@ INVALID: list[tuple[dict[str, Any], type[LorryError], str, str]] = [
         InvalidSampling,
         "sampling.logit_bias",
         "got 301",
+    ),
+    (
+        {"sampling": {"logit_bias": {NUM_TOKENS: 1}}},
+        InvalidRequest,
+        "sampling.logit_bias",
+        f"got {NUM_TOKENS}",
     ),
     ({"stopping": {"max_tokens": 0}}, InvalidRequest, "stopping.max_tokens", "got 0"),
     ({"stopping": {"max_tokens": 3, "min_tokens": 4}}, InvalidRequest, "stopping.min_tokens", "4"),
@@ -189,10 +203,6 @@ def test_an_input_is_required(reader: SpecReader) -> None:
 
 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({"sampling": {"repetition_penalty": 1.1}}, "sampling.repetition_penalty"),
-    ({"sampling": {"presence_penalty": 1}}, "sampling.presence_penalty"),
-    ({"sampling": {"frequency_penalty": -1}}, "sampling.frequency_penalty"),
-    ({"sampling": {"logit_bias": {5: 1}}}, "sampling.logit_bias"),
     ({"response": {"prompt_logprobs": 0}}, "response.prompt_logprobs"),
     ({"guided": {"regex": "a+"}}, "guided"),
 ]

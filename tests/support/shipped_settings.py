@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from lorry.kernels import activation, logprobs, norm, rope, sampling, truncation
+from lorry.kernels import activation, adjustments, logprobs, norm, rope, sampling, truncation
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
 from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
 from lorry.kernels.lora import AdapterTables
@@ -98,6 +98,10 @@ def draw(dtype: torch.dtype) -> None:
     sampling.sample(logits, number, long, whole, long, threshold)
     out = logprobs.unpacked(logprobs.packed_logprobs(64, DEVICE))
     logprobs.write_logprobs(logits, ranked, long, whole, out)
+    edits = empty(65, 300), empty(65, 300, dtype=FP32), empty(65, 128)
+    tables = adjustments.SequenceTables(empty(65, 128256), *edits)
+    rows = adjustments.Adjustments(long, number, number, number, whole, whole)
+    adjustments.adjust(logits, tables, rows)
 
 
 def shipped() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -1,6 +1,7 @@
 """The worker's front as a process, with an engine that computes nothing."""
 
 import itertools
+from math import nan
 
 import grpc.aio
 import pytest
@@ -128,6 +129,11 @@ async def test_each_router_has_its_own_limit(router, channel):
         assert (await other.generate([ECHO])).reason == common_pb2.FINISH_REASON_LENGTH
 
 
+REPETITION, PRESENCE = "sampling.repetition_penalty", "sampling.presence_penalty"
+FREQUENCY, BIAS = "sampling.frequency_penalty", "sampling.logit_bias"
+MANY_BIASES = dict.fromkeys(range(301), 1)
+
+
 @pytest.mark.parametrize(
     ("fields", "expected", "named"),
     [
@@ -147,10 +153,16 @@ async def test_each_router_has_its_own_limit(router, channel):
         ({"sampling": {"min_p": -0.5, "seed": 1}}, InvalidRequest, "sampling.min_p"),
         ({"response": {"top_logprobs": 21}}, InvalidRequest, "response.top_logprobs"),
         ({"response": {"prompt_logprobs": 0}}, FeatureUnsupported, "response.prompt_logprobs"),
+        ({"sampling": {"repetition_penalty": 0, "seed": 1}}, InvalidRequest, REPETITION),
+        ({"sampling": {"repetition_penalty": nan, "seed": 1}}, InvalidRequest, REPETITION),
+        ({"sampling": {"presence_penalty": 3, "seed": 1}}, InvalidRequest, PRESENCE),
+        ({"sampling": {"frequency_penalty": -3, "seed": 1}}, InvalidRequest, FREQUENCY),
+        ({"sampling": {"logit_bias": {9999: 1}, "seed": 1}}, InvalidRequest, BIAS),
+        ({"sampling": {"logit_bias": {5: 101}, "seed": 1}}, InvalidRequest, BIAS),
         (
-            {"sampling": {"repetition_penalty": 1.5, "seed": 1}},
-            FeatureUnsupported,
-            "sampling.repetition_penalty",
+            {"sampling": {"logit_bias": dict.fromkeys(range(301), 1), "seed": 1}},
+            InvalidRequest,
+            BIAS,
         ),
         ({"guided": {"regex": "a"}}, FeatureUnsupported, "guided"),
     ],

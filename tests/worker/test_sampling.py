@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from lorry.kernels.adjustments import Adjustments, adjust_reference
 from lorry.kernels.logprobs import MAX_TOP, logprobs_reference, unpacked
 from lorry.kernels.sampling import sample_reference
 from lorry.kernels.truncation import truncation_reference
 from lorry.worker.messages import RowLogprobs
+from lorry.worker.sequence_adjustments import SequenceAdjustments
 from lorry.worker.step_arrays import HeadKind
 from lorry.worker.step_buffers import FIELDS, PADDING
 from lorry.worker.step_head import StepHead
@@ -156,7 +158,7 @@ class Vocabulary:
 
 
 def test_the_captured_heads_draw_and_report_like_the_references() -> None:
-    """Both heads on the buffers of a padded step, in the kernels' interpreter."""
+    """Each head on the buffers of a padded step, in the kernels' interpreter."""
     samples, padded, vocabulary = 10, 16, 500
     torch.manual_seed(0)
     hidden = torch.randn(40, vocabulary) * 3
@@ -172,26 +174,56 @@ def test_the_captured_heads_draw_and_report_like_the_references() -> None:
     buffers["state_row"].fill_(padded)
     for name, values in filled.items():
         buffers[name][:samples] = values
-    raw = hidden[filled["sample_row"]]
-    best = raw[:5].argmax(dim=1)  # of rows whose stop token must not come yet
-    logits = raw.clone()
-    logits[range(5), best] = -torch.inf
-    threshold = truncation_reference(logits, *rows)
-    for kind, least in ((HeadKind.PLAIN, None), (HeadKind.FULL, threshold)):
-        head = StepHead(Vocabulary(), buffers, hidden, max_samples=padded)
-        head._banned_NX[: len(best), 0] = best
+    adjustments = SequenceAdjustments(padded, vocabulary, hidden.device)
+    applied = mixed_adjustments(adjustments, samples)
+    logits = hidden[filled["sample_row"]]
+    adjusted = adjust_reference(logits, adjustments.tables, applied)
+    for kind, drawn_from, is_cut in (
+        (HeadKind.PLAIN, logits, False),
+        (HeadKind.FULL, logits, True),
+        (HeadKind.ADJUSTED, adjusted, True),
+    ):
+        counts = adjustments.tables.count_RV.clone()
+        head = StepHead(Vocabulary(), buffers, hidden, adjustments, max_samples=padded)
         head.run(padded, kind)
+        least = truncation_reference(drawn_from, *rows) if is_cut else None
         expected = sample_reference(
-            logits, rows.temperature_T, filled["seed"], torch.zeros(samples), least
+            drawn_from, rows.temperature_T, filled["seed"], torch.zeros(samples), least
         )
         assert torch.equal(head.token_N[:samples], expected)
         assert torch.equal(head.last_token_R[:samples], expected)
-    reported, wanted = (
-        unpacked(head.logprobs_NY[:samples]),
-        logprobs_reference(raw, expected, num_top),
-    )
-    torch.testing.assert_close(reported.chosen_T, wanted.chosen_T)
-    places = torch.arange(MAX_TOP) < num_top[:, None]
+        if kind is not HeadKind.PLAIN:
+            check_report(head, logits, expected, num_top)
+        if kind is HeadKind.ADJUSTED:
+            counts[range(samples), expected] += 2 * applied.counts_T.int()
+        assert torch.equal(adjustments.tables.count_RV, counts)
+
+
+def mixed_adjustments(adjustments: SequenceAdjustments, samples: int) -> Adjustments:
+    """Put penalties, biases and bans, each in some rows, where the heads find them."""
+    rows = torch.arange(samples)
+    tables = adjustments.tables
+    tables.count_RV[:samples] = torch.randint(0, 4, (samples, tables.count_RV.shape[1])).int()
+    tables.bias_id_RB[:samples, :5] = torch.arange(5).int() * 7
+    tables.bias_RB[:samples, :5] = torch.randn(samples, 5) * 5
+    tables.banned_id_RX[:samples, :40] = torch.arange(40).int() * 3
+    adjustments._fields[0] = torch.ones(adjustments._fields.shape[1]).view(torch.int32)
+    applied = adjustments.of(rows)
+    applied.repetition_T[::2] = 1.5
+    applied.presence_T[::3] = 0.75
+    applied.frequency_T[1::4] = -0.25
+    applied.num_biases_T[::2] = 5
+    applied.num_banned_T[1::3] = 40
+    return applied
+
+
+def check_report(
+    head: StepHead, logits: torch.Tensor, token: torch.Tensor, num_top: torch.Tensor
+) -> None:
+    reported = unpacked(head.logprobs_NY[: len(logits)])
+    wanted = logprobs_reference(logits, token, num_top)
+    asked, places = num_top >= 0, torch.arange(MAX_TOP) < num_top[:, None]
+    torch.testing.assert_close(reported.chosen_T[asked], wanted.chosen_T[asked])
     assert torch.equal(reported.top_id_TX[places], wanted.top_id_TX[places])
 
 

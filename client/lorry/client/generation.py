@@ -37,6 +37,7 @@ class Request:
     repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # by token id
     seed: int | None = None
     stop_strings: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -66,6 +67,7 @@ class Request:
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
             seed=self.seed,
         )
 

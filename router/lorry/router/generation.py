@@ -47,6 +47,10 @@ class Generation:
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # by token id
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 0

@@ -71,6 +71,12 @@ class SpecReader:
             top_k=sampling.top_k,
             top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
             min_p=sampling.min_p,
+            repetition_penalty=(
+                sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
+            ),
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=self._logit_bias(sampling),
             seed=sampling.seed if sampling.HasField("seed") else None,
             max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
             min_tokens=stopping.min_tokens,
@@ -94,6 +100,10 @@ class SpecReader:
         if kind == "chat":
             return _chat(spec.chat)
         raise InvalidRequest.of("prompt", "one of prompt, token_ids and chat is required")
+
+    def _logit_bias(self, sampling: common_pb2.SamplingParams) -> dict[int, float]:
+        self._check_token_ids("sampling.logit_bias", sampling.logit_bias)
+        return dict(sampling.logit_bias)
 
     def _stop_token_ids(self, stopping: common_pb2.StoppingOptions) -> frozenset[int]:
         self._check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids)

@@ -12,11 +12,13 @@ from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch
 from lorry.worker.rope_table import rope_table
 from lorry.worker.runner import ReadTokens, RunCounts
+from lorry.worker.sequence_adjustments import SequenceAdjustments
 from lorry.worker.sequence_pages import SequencePages
 from lorry.worker.sequences import SequenceTable
-from lorry.worker.step_arrays import banned_tokens, head_kind, step_arrays
+from lorry.worker.step_arrays import head_kind, step_arrays
 from lorry.worker.step_buffers import StepBuffers
 from lorry.worker.step_graphs import StepGraphs
+from lorry.worker.transfers import to_host
 from lorry.worker.triton_operations import allocate_device_state
 
 MAX_NEW_PAGES = 16384  # that travel with a step's other fields
@@ -43,6 +45,7 @@ class CudaRunner:
         self._pages = SequencePages(
             max_running, -(-max_context_tokens // pool.layout.page_tokens), device
         )
+        self._adjustments = SequenceAdjustments(max_running, base_model.vocab_size, device)
         self.padded_rows = 0
         self._buffers = StepBuffers(
             max_rows=max_rows,
@@ -62,6 +65,7 @@ class CudaRunner:
             model,
             state,
             self._buffers,
+            self._adjustments,
             max_rows=max_rows,
             max_samples=max_running,
             hidden=base_model.geometry.hidden,
@@ -86,17 +90,17 @@ class CudaRunner:
         values |= {"page_place": place_U[first], "new_page": page_U[first]}
         self._buffers.fill(values, padded_rows=rows, padded_samples=samples)
         self._pages.write(self._buffers.device, len(page_U[first]))
-        self.graphs.head.set_banned(banned_tokens(batch, table))
+        is_adjusted = self._adjustments.prepare(batch, table)
         groups = self.adapters.groups_of(batch.slot_S)
-        self.graphs.replay(rows, samples, groups, head_kind(values))
+        self.graphs.replay(rows, samples, groups, head_kind(values, is_adjusted=is_adjusted))
         self.padded_rows += rows - batch.num_tokens
         return self._reader(values["num_top"])
 
     def _reader(self, num_top_N: np.ndarray) -> ReadTokens:
         head, samples = self.graphs.head, len(num_top_N)
-        tokens = _host_copy(head.token_N[:samples])
+        tokens = to_host(head.token_N[:samples])
         asked = (num_top_N >= 0).any()
-        logprobs = _host_copy(head.logprobs_NY[:samples]) if asked else None
+        logprobs = to_host(head.logprobs_NY[:samples]) if asked else None
         copied = torch.cuda.Event()
         copied.record()
 
@@ -109,9 +113,3 @@ class CudaRunner:
             return Drawn(token_N, DrawnLogprobs(num_top_N, *reported))
 
         return read
-
-
-def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Pinned memory that the current stream will have filled."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return copy.copy_(tensor, non_blocking=True)

@@ -7,6 +7,7 @@ from lorry.rpc.base_model import BaseModel
 from lorry.worker.adapter_tables import slot_bytes
 from lorry.worker.buckets import bucket_sizes
 from lorry.worker.lora_groups import LoraGroups
+from lorry.worker.sequence_adjustments import table_bytes
 from lorry.worker.step_arrays import HeadKind
 from lorry.worker.weights import num_weights
 
@@ -17,7 +18,7 @@ MOST_DEFAULT_PAGES = 1 << 18
 # Upper bounds; what capture took is logged beside their sum.
 FIXED_BYTES = 1 << 30  # code of kernels, workspaces of matrix products, work lists
 GRAPH_BYTES = 8 << 20  # of a graph's nodes in the driver
-LOGIT_BYTES = 8  # of a logit and what the sampler makes of it
+LOGIT_BYTES = 6  # of what the sampler makes of a logit
 ACTIVATION_COPIES = 2  # of the run before a capture, and in the graphs' own memory
 
 
@@ -71,7 +72,7 @@ def _steps_bytes(base_model: BaseModel, layout: PageLayout, steps: StepLimits) -
     geometry, itemsize = base_model.geometry, layout.dtype.itemsize
     attention = (geometry.heads + geometry.kv_heads) * geometry.head_dim
     row_bytes = (6 * geometry.hidden + 2 * attention + 4 * geometry.intermediate) * itemsize
-    sample_bytes = base_model.vocab_size * LOGIT_BYTES
+    sample_bytes = base_model.vocab_size * (itemsize + LOGIT_BYTES)
     activations = steps.max_rows * row_bytes + steps.max_samples * sample_bytes
     block_table = -(-steps.max_context_tokens // layout.page_tokens) * steps.max_samples * 4
     rope_table = base_model.max_context_tokens * 2 * geometry.head_dim * itemsize
@@ -83,6 +84,7 @@ def _steps_bytes(base_model: BaseModel, layout: PageLayout, steps: StepLimits) -
         + ACTIVATION_COPIES * activations
         + block_table
         + rope_table
+        + table_bytes(steps.max_samples, base_model.vocab_size)
     )
 
 

@@ -47,6 +47,10 @@ class Submit(Message, frozen=True):
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}  # by token id
     top_logprobs: int | None = None  # alternatives of each token; None: no logprobs at all
     computes_prompt: bool = False  # all of it: no page of the prefix cache takes its place
 

@@ -1,15 +1,17 @@
 """The running sequences as arrays, so that a step's bookkeeping has no loop over requests.
 
 Each running request has a stable row. Shape suffixes: R = rows, C = context, P = pages of a
-sequence, X = stop tokens.
+sequence, X = stop tokens, B = biases.
 """
 
 import numpy as np
 
-from lorry.worker.messages import NOT_ASKED
+from lorry.worker.messages import NOT_ASKED, Submit
 from lorry.worker.request import NO_ROW, Request
 
 NO_TOKEN = -1
+MAX_STOP_IDS = 128  # of a request: 64 of the client, and the model's
+MAX_LOGIT_BIASES = 300  # of a request
 
 
 class SequenceTable:
@@ -23,6 +25,7 @@ class SequenceTable:
             (num_rows, -(-max_context_tokens // page_tokens)), dtype=np.int32
         )
         self.stop_ids_RX = np.full((num_rows, 4), NO_TOKEN, dtype=np.int32)
+        self.num_stop_ids_R = np.zeros(num_rows, dtype=np.int32)
         self.num_pages_R = np.zeros(num_rows, dtype=np.int32)
         self.num_prompt_R = np.zeros(num_rows, dtype=np.int32)
         # Tokens whose id is in token_ids_RC.
@@ -44,6 +47,14 @@ class SequenceTable:
         self.min_p_R = np.zeros(num_rows, dtype=np.float32)
         self.top_logprobs_R = np.full(num_rows, NOT_ASKED, dtype=np.int32)
         self.seed_R = np.zeros(num_rows, dtype=np.int64)  # the bits of an unsigned seed
+        self.repetition_R = np.ones(num_rows, dtype=np.float32)
+        self.presence_R = np.zeros(num_rows, dtype=np.float32)
+        self.frequency_R = np.zeros(num_rows, dtype=np.float32)
+        self.bias_id_RB = np.zeros((num_rows, MAX_LOGIT_BIASES), dtype=np.int32)
+        self.bias_RB = np.zeros((num_rows, MAX_LOGIT_BIASES), dtype=np.float32)
+        self.num_biases_R = np.zeros(num_rows, dtype=np.int32)
+        self.is_penalized_R = np.zeros(num_rows, dtype=np.bool_)
+        self.is_adjusted_R = np.zeros(num_rows, dtype=np.bool_)  # penalized or biased
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._admissions = 0
 
@@ -72,6 +83,7 @@ class SequenceTable:
         self.min_p_R[row] = submit.min_p
         self.top_logprobs_R[row] = NOT_ASKED if submit.top_logprobs is None else submit.top_logprobs
         self.seed_R[row] = np.uint64(submit.seed).astype(np.int64)
+        self._set_adjustments(row, submit)
 
     def remove(self, request: Request) -> list[int]:
         """Take `request`'s row, keep the tokens that were read, and return its pages.
@@ -107,6 +119,19 @@ class SequenceTable:
         stopped: np.ndarray = (self.stop_ids_RX[rows] == token_ids[:, None]).any(axis=1)
         return stopped
 
+    def _set_adjustments(self, row: int, submit: Submit) -> None:
+        self.repetition_R[row] = submit.repetition_penalty
+        self.presence_R[row] = submit.presence_penalty
+        self.frequency_R[row] = submit.frequency_penalty
+        count = self.num_biases_R[row] = len(submit.logit_bias)
+        self.bias_id_RB[row, :count] = list(submit.logit_bias.keys())
+        self.bias_RB[row, :count] = list(submit.logit_bias.values())
+        is_penalized = submit.repetition_penalty != 1 or bool(
+            submit.presence_penalty or submit.frequency_penalty
+        )
+        self.is_penalized_R[row] = is_penalized
+        self.is_adjusted_R[row] = is_penalized or count > 0
+
     def _set_stop_ids(self, row: int, stop_ids: list[int]) -> None:
         width = self.stop_ids_RX.shape[1]
         if len(stop_ids) > width:
@@ -117,3 +142,4 @@ class SequenceTable:
             )
         self.stop_ids_RX[row] = NO_TOKEN
         self.stop_ids_RX[row, : len(stop_ids)] = stop_ids
+        self.num_stop_ids_R[row] = len(stop_ids)

@@ -1,7 +1,6 @@
 """A step's rows and samples as arrays, made from its batch and the sequence table.
 
-Shape suffixes: T = rows of the step, S = sequences of the step, N = rows that sample,
-X = stop tokens.
+Shape suffixes: T = rows of the step, S = sequences of the step, N = rows that sample.
 """
 
 import enum
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lorry.worker.plan import Batch
-from lorry.worker.sequences import NO_TOKEN, SequenceTable
+from lorry.worker.sequences import SequenceTable
 
 
 class HeadKind(enum.Enum):
@@ -18,6 +17,7 @@ class HeadKind(enum.Enum):
 
     PLAIN = enum.auto()  # temperature
     FULL = enum.auto()  # also top-k, top-p, min-p and logprobs
+    ADJUSTED = enum.auto()  # also penalties, biases, and stop tokens that must not come yet
 
 
 def step_arrays(batch: Batch, table: SequenceTable) -> dict[str, np.ndarray]:
@@ -51,20 +51,11 @@ def step_arrays(batch: Batch, table: SequenceTable) -> dict[str, np.ndarray]:
     }
 
 
-def head_kind(arrays: Mapping[str, np.ndarray]) -> HeadKind:
+def head_kind(arrays: Mapping[str, np.ndarray], *, is_adjusted: bool) -> HeadKind:
     """The least of heads that does what the step's samples ask for."""
+    if is_adjusted:
+        return HeadKind.ADJUSTED
     is_cut_N = (arrays["top_k"] > 0) | (arrays["top_p"] < 1) | (arrays["min_p"] > 0)
     is_cut_N &= arrays["temperature"] > 0
     is_plain = not (is_cut_N.any() or (arrays["num_top"] >= 0).any())
     return HeadKind.PLAIN if is_plain else HeadKind.FULL
-
-
-def banned_tokens(batch: Batch, table: SequenceTable) -> np.ndarray | None:
-    """Stop tokens of the samples that have not drawn their least number of tokens yet."""
-    row_N = batch.row_S[batch.samples_S]
-    tokens_N = table.num_prompt_R[row_N] + batch.output_position_S[batch.samples_S]
-    early_N = tokens_N < table.min_tokens_R[row_N]
-    if not early_N.any():
-        return None
-    banned_NX: np.ndarray = np.where(early_N[:, None], table.stop_ids_RX[row_N], NO_TOKEN)
-    return banned_NX

@@ -19,6 +19,7 @@ from lorry.worker.graph_capture import capture_graphs
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.model import LlamaModel
 from lorry.worker.progress import counted
+from lorry.worker.sequence_adjustments import SequenceAdjustments
 from lorry.worker.step_arrays import HeadKind
 from lorry.worker.step_buffers import StepBuffers
 from lorry.worker.step_head import StepHead
@@ -37,6 +38,7 @@ class StepGraphs:
         model: LlamaModel,
         state: DeviceState,
         buffers: StepBuffers,
+        adjustments: SequenceAdjustments,
         *,
         max_rows: int,
         max_samples: int,
@@ -51,7 +53,9 @@ class StepGraphs:
         self._state = state
         self._buffers = buffers.device
         self._hidden_TH = torch.zeros(max_rows, hidden, dtype=dtype, device=device)
-        self.head = StepHead(model, buffers.device, self._hidden_TH, max_samples=max_samples)
+        self.head = StepHead(
+            model, buffers.device, self._hidden_TH, adjustments, max_samples=max_samples
+        )
         self._graphs: dict[tuple[int, LoraGroups | HeadKind], torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:

@@ -13,7 +13,7 @@ from lorry.kernels.page_layout import BASE_MODEL
 from lorry.kernels.tiles import RowTiles, cut_tiles
 from lorry.worker.plan import Batch
 from lorry.worker.sequences import SequenceTable
-from lorry.worker.step_arrays import HeadKind, banned_tokens, head_kind, step_arrays
+from lorry.worker.step_arrays import step_arrays
 
 PROMPT_TILE_ROWS = 16
 LORA_TILE_ROWS = 16
@@ -23,7 +23,6 @@ LORA_TILE_ROWS = 16
 class SamplingInput:
     """How the rows that sample draw, and what of it is reported."""
 
-    kind: HeadKind
     temperature_N: torch.Tensor
     seed_N: torch.Tensor  # int64, the bits of an unsigned seed
     output_position_N: torch.Tensor
@@ -31,7 +30,6 @@ class SamplingInput:
     top_p_N: torch.Tensor
     min_p_N: torch.Tensor
     num_top_N: torch.Tensor  # alternatives to report, or NOT_ASKED
-    banned_NX: torch.Tensor | None  # token ids that must not be drawn yet, padded with -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,6 @@ def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -
     arrays = step_arrays(batch, table)
     tensors = {name: _tensor(array, device) for name, array in arrays.items()}
     most_pages = -(-int((batch.start_S + batch.length_S).max()) // table.page_tokens)
-    banned_NX = banned_tokens(batch, table)
     return StepInput(
         token_id_T=tensors["token_id"],
         position_T=tensors["position"],
@@ -69,7 +66,6 @@ def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -
         sample_row_N=tensors["sample_row"],
         state_row_N=tensors["state_row"],
         sampling=SamplingInput(
-            kind=head_kind(arrays),
             temperature_N=tensors["temperature"],
             seed_N=tensors["seed"],
             output_position_N=tensors["output_position"],
@@ -77,7 +73,6 @@ def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -
             top_p_N=tensors["top_p"],
             min_p_N=tensors["min_p"],
             num_top_N=tensors["num_top"],
-            banned_NX=None if banned_NX is None else _tensor(banned_NX, device),
         ),
     )
 

@@ -13,11 +13,14 @@ from lorry.rpc.names import check_sha256
 from lorry.rpc.unsupported import refuse_unsupported
 from lorry.v1 import common_pb2, worker_service_pb2
 from lorry.worker.messages import Submit
+from lorry.worker.sequences import MAX_LOGIT_BIASES, MAX_STOP_IDS
 
 MAX_TEMPERATURE = 10.0
 MIN_TEMPERATURE = 1e-6  # below it is greedy, before logits / temperature leaves the range of fp32
+MAX_REPETITION_PENALTY = 10.0
+MAX_PENALTY = 2.0  # of presence and of frequency
+MAX_LOGIT_BIAS = 100.0
 MAX_TOP_LOGPROBS = 20
-MAX_STOP_TOKEN_IDS = 128  # 64 of the client and the model's; the engine has a column for each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,8 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
     _check_tokens(message, limits)
     _check_stop_token_ids(message, limits)
     _check_sampling(message.sampling)
+    _check_penalties(message.sampling)
+    _check_logit_bias(message.sampling, limits)
     _check_response(message.response)
     sampling, temperature = message.sampling, _temperature(message.sampling)
     return Submit(
@@ -50,6 +55,10 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
         top_p=_top_p(sampling),
         min_p=sampling.min_p,
         top_logprobs=_top_logprobs(message.response, limits),
+        repetition_penalty=_repetition_penalty(sampling),
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
     )
 
 
@@ -77,10 +86,9 @@ def _check_tokens(message: worker_service_pb2.Submit, limits: RequestLimits) -> 
 
 
 def _check_stop_token_ids(message: worker_service_pb2.Submit, limits: RequestLimits) -> None:
-    if len(message.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+    if len(message.stop_token_ids) > MAX_STOP_IDS:
         raise InvalidRequest.of(
-            "stop_token_ids",
-            f"must be at most {MAX_STOP_TOKEN_IDS}, got {len(message.stop_token_ids)}",
+            "stop_token_ids", f"must be at most {MAX_STOP_IDS}, got {len(message.stop_token_ids)}"
         )
     largest = max(message.stop_token_ids, default=0)
     if largest >= limits.vocab_size:
@@ -102,6 +110,40 @@ def _check_sampling(sampling: common_pb2.SamplingParams) -> None:
         raise InvalidSampling.of("sampling.min_p", f"must be in [0, 1], got {sampling.min_p}")
 
 
+def _check_penalties(sampling: common_pb2.SamplingParams) -> None:
+    if not 0.0 < _repetition_penalty(sampling) <= MAX_REPETITION_PENALTY:
+        raise InvalidSampling.of(
+            "sampling.repetition_penalty",
+            f"must be in (0, {MAX_REPETITION_PENALTY}], got {sampling.repetition_penalty}",
+        )
+    for field in ("presence_penalty", "frequency_penalty"):
+        value = getattr(sampling, field)
+        if not -MAX_PENALTY <= value <= MAX_PENALTY:
+            raise InvalidSampling.of(
+                f"sampling.{field}", f"must be in [{-MAX_PENALTY}, {MAX_PENALTY}], got {value}"
+            )
+
+
+def _check_logit_bias(sampling: common_pb2.SamplingParams, limits: RequestLimits) -> None:
+    biases = sampling.logit_bias
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise InvalidSampling.of(
+            "sampling.logit_bias",
+            f"must hold at most {MAX_LOGIT_BIASES} entries, got {len(biases)}",
+        )
+    if (largest := max(biases, default=0)) >= limits.vocab_size:
+        raise InvalidSampling.of(
+            "sampling.logit_bias",
+            f"token ids must be below {limits.vocab_size}, got {largest}",
+        )
+    for value in biases.values():
+        if not -MAX_LOGIT_BIAS <= value <= MAX_LOGIT_BIAS:
+            raise InvalidSampling.of(
+                "sampling.logit_bias",
+                f"must be in [{-MAX_LOGIT_BIAS}, {MAX_LOGIT_BIAS}], got {value}",
+            )
+
+
 def _check_response(response: common_pb2.ResponseOptions) -> None:
     if response.top_logprobs > MAX_TOP_LOGPROBS:
         raise InvalidRequest.of(
@@ -112,6 +154,10 @@ def _check_response(response: common_pb2.ResponseOptions) -> None:
 
 def _temperature(sampling: common_pb2.SamplingParams) -> float:
     return sampling.temperature if sampling.HasField("temperature") else 1.0
+
+
+def _repetition_penalty(sampling: common_pb2.SamplingParams) -> float:
+    return sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
 
 
 def _top_p(sampling: common_pb2.SamplingParams) -> float:

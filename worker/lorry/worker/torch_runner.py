@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from lorry.kernels.adjustments import adjust_reference, count_drawn
 from lorry.kernels.logprobs import logprobs_reference
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.kernels.sampling import sample_reference
@@ -14,8 +15,8 @@ from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch
 from lorry.worker.rope_table import rope_table
 from lorry.worker.runner import ReadTokens, RunCounts
+from lorry.worker.sequence_adjustments import SequenceAdjustments
 from lorry.worker.sequences import SequenceTable
-from lorry.worker.step_arrays import HeadKind
 from lorry.worker.step_input import SamplingInput, build_step_input
 from lorry.worker.torch_operations import TorchOperations
 
@@ -46,6 +47,7 @@ class TorchRunner:
         self._cos_sin_L2D = rope_table(base_model).to(dtype=dtype, device=device)
         self._options = base_model.options
         self._last_token_R = torch.zeros(max_running, dtype=torch.int64, device=device)
+        self._adjustments = SequenceAdjustments(max_running, base_model.vocab_size, device)
 
     @property
     def counts(self) -> RunCounts:
@@ -68,28 +70,25 @@ class TorchRunner:
         if not len(step.sample_row_N):
             return Drawn(np.empty(0, dtype=np.int32))
         logits_NV = self._model.logits(x_TH[step.sample_row_N])
-        token_N = draw(logits_NV, step.sampling)
+        if self._adjustments.prepare(batch, table):
+            tables, rows = self._adjustments.tables, self._adjustments.of(step.state_row_N)
+            token_N = draw(adjust_reference(logits_NV, tables, rows), step.sampling)
+            count_drawn(tables, rows, token_N)
+        else:
+            token_N = draw(logits_NV, step.sampling)
         self._last_token_R[step.state_row_N] = token_N
         return Drawn(token_N.int().cpu().numpy(), report(logits_NV, token_N, step.sampling))
 
 
 def draw(logits_NV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
-    """Draw a token for each row, none of those that must not come yet."""
-    if sampling.banned_NX is not None:
-        logits_NV = logits_NV.clone()
-        row_N1 = torch.arange(len(logits_NV), device=logits_NV.device)[:, None]
-        banned = sampling.banned_NX >= 0
-        row_NX = row_N1.expand_as(sampling.banned_NX)
-        logits_NV[row_NX[banned], sampling.banned_NX[banned]] = -torch.inf
-    threshold_N = None
-    if sampling.kind is HeadKind.FULL:
-        threshold_N = truncation_reference(
-            logits_NV,
-            sampling.temperature_N,
-            sampling.top_k_N,
-            sampling.top_p_N,
-            sampling.min_p_N,
-        )
+    """Draw a token for each row."""
+    threshold_N = truncation_reference(
+        logits_NV,
+        sampling.temperature_N,
+        sampling.top_k_N,
+        sampling.top_p_N,
+        sampling.min_p_N,
+    )
     return sample_reference(
         logits_NV,
         sampling.temperature_N,

@@ -22,8 +22,15 @@ async def generate(
     top_p: float | None = None,
     top_k: int = 0,
     min_p: float = 0.0,
+    repetition_penalty: float | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    min_tokens: int = 0,
     seed: int | None = None,
     stop: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    stop_token_id: Annotated[tuple[int, ...], Parameter(negative="")] = (),
+    ignore_eos: Annotated[bool, Parameter(negative="")] = False,
     chat: Annotated[bool, Parameter(negative="")] = False,
     logprobs: int | None = None,
     stats: Annotated[bool, Parameter(negative="")] = False,
@@ -49,10 +56,24 @@ async def generate(
         Draw from this many most likely tokens only; 0 is all.
     min_p
         Draw from tokens of at least this share of the most likely one's probability only.
+    repetition_penalty
+        Makes tokens of prompt and answer less likely, above 0 to 10; default: 1, no change.
+    presence_penalty
+        Makes tokens less likely once they are in the answer, -2 to 2.
+    frequency_penalty
+        Makes tokens less likely each time that they are in the answer, -2 to 2.
+    logit_bias
+        ID=BIAS: add -100 to 100 to a token's logit. May be given up to 300 times.
+    min_tokens
+        Neither a stop token nor a stop string ends the answer before this many tokens.
     seed
         Makes random answers repeatable; default: another one each time.
     stop
         The text ends before this string. May be given up to 16 times.
+    stop_token_id
+        The answer ends with this token. May be given up to 64 times.
+    ignore_eos
+        Go on after the model's end-of-sequence tokens.
     chat
         Send the prompt as a user's chat message, through the model's chat template.
     logprobs
@@ -71,8 +92,15 @@ async def generate(
         top_p=top_p,
         top_k=top_k,
         min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_parse_biases(logit_bias),
+        min_tokens=min_tokens,
         seed=seed,
         stop_strings=stop,
+        stop_token_ids=stop_token_id,
+        ignore_eos=ignore_eos,
         top_logprobs=logprobs,
     )
     reported: list[TokenLogprobs] = []
@@ -85,6 +113,17 @@ async def generate(
         make_console(stderr=True).print(_logprob_table(reported))
     if stats and stream.completion is not None:
         make_console(stderr=True).print(_summary(stream.completion), style="dim")
+
+
+def _parse_biases(texts: Sequence[str]) -> dict[int, float]:
+    biases = {}
+    for text in texts:
+        token_id, _, bias = text.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError as error:
+            raise ValueError(f"logit_bias must be ID=BIAS, got {text!r}") from error
+    return biases
 
 
 def _logprob_table(reported: Sequence[TokenLogprobs]) -> Table:
