@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test check proto test-gpu figures baseline clean
+.PHONY: help demo test check proto test-gpu figures docs baseline clean
 
 PYTHON ?= python3
 # Where pip finds a CPU build of torch, if the default index has only CUDA builds,
@@ -56,6 +56,9 @@ proto: $(READY) ## regenerate proto/python/lorry/v1
 
 figures: $(READY) ## write README's measurements from benchmarks/results
 	$(BIN)/python -m benchmarks.figures
+
+docs: $(READY) ## write docs/metrics.md from the services' tables of metrics
+	$(BIN)/python -m deploy.metrics_page
 
 baseline: .cache/third_party/google/rpc/status.proto ## at a release only: what buf breaking compares with
 	$(BIN)/buf build proto -o proto/baseline.binpb

@@ -20,7 +20,8 @@ from lorry.rpc.identity import Role, read_tokens
 from tests.support.command import REPO, child_environment
 
 COMPOSE: Mapping[str, Any] = YAML(typ="safe").load(REPO / "docker-compose.yml")
-SERVICES: Mapping[str, Any] = COMPOSE["services"]
+ALL: Mapping[str, Any] = COMPOSE["services"]
+SERVICES = {name: service for name, service in ALL.items() if "build" in service}
 ADAPTER = REPO / "demo" / "adapters" / "reverse"
 
 
@@ -52,9 +53,9 @@ def test_every_secret_is_one_that_is_made(secrets: Path) -> None:
     assert files <= {path.name for path in secrets.iterdir()}
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_service_runs_with_no_more_than_it_needs(name: str) -> None:
-    service = SERVICES[name]
+    service = ALL[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -97,6 +98,18 @@ def test_the_images_are_built_from_everything_that_the_distribution_needs() -> N
     assert roots | {"README.md", "pyproject.toml", "constraints-cpu.txt"} <= let_through
 
 
+def test_prometheus_scrapes_every_service_where_it_listens() -> None:
+    jobs = YAML(typ="safe").load(REPO / "deploy" / "prometheus.yml")["scrape_configs"]
+    scraped = {job["job_name"]: job["static_configs"][0]["targets"] for job in jobs}
+    ports = {
+        name: service["environment"][f"{variable_prefix(name)}METRICS_ADDRESS"].rpartition(":")[2]
+        for name, service in SERVICES.items()
+    }
+    assert scraped == {name: [f"{name}:{port}"] for name, port in ports.items()}
+    mounted = ALL["prometheus"]["volumes"][0]
+    assert mounted == "./deploy/prometheus.yml:/etc/prometheus/prometheus.yml:ro"
+
+
 def variable_prefix(name: str) -> str:
     return f"LORRY_{name.upper().replace('-', '_')}_"
 
@@ -128,8 +141,9 @@ def running(name: str, secrets: Path, replacements: Mapping[str, str]) -> Iterat
         }
     for old, new in sorted(replacements.items(), reverse=True):  # longer names first
         variables = {key: value.replace(old, new) for key, value in variables.items()}
+    addresses = ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", package_of(name), "--address", "127.0.0.1:0"],
+        [sys.executable, "-m", package_of(name), *addresses],
         env=child_environment(**variables),
         stdout=subprocess.PIPE,
         text=True,

@@ -21,27 +21,26 @@ log = logging.getLogger(__name__)
 
 
 class MetricsPort:
-    """Answers ``GET /metrics``, one request for each connection."""
+    """Answers ``GET /metrics``, one request for each connection; drops those beyond its limit."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self._connections = 0
+        self.num_connections = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections += 1
+        self.num_connections += 1
         try:
             async with asyncio.timeout(REQUEST_S):
-                writer.write(await self._answer(reader))
-                await writer.drain()
+                if self.num_connections <= MAX_CONNECTIONS:
+                    writer.write(await self._answer(reader))
+                    await writer.drain()
         except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError) as error:
             log.debug("a scrape ended early: %r", error)
         finally:
-            self._connections -= 1
+            self.num_connections -= 1
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader) -> bytes:
-        if self._connections > MAX_CONNECTIONS:
-            return _response(HTTPStatus.SERVICE_UNAVAILABLE)
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, _, target = lines[0].partition(" ")
         if method != "GET":
