@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
-from lorry.kernels.page_layout import PageLayout
+from lorry.kernels.page_layout import PAGE_TOKENS, PageLayout
 from tests.support.kernel_cases import DTYPES, geometry, store_sequences
-from tests.support.kernel_checks import check_attention
+from tests.support.kernel_checks import attend, check_attention
 
 SETTING = AttentionSetting(
     block_rows=16,
@@ -56,6 +56,49 @@ def test_attention_in_half_precision_matches_the_reference(device, heads):
 def test_a_tile_that_is_not_full_reads_what_its_own_rows_see(device):
     sequences = store_sequences([(40, 20), (300, 1)], layout(2, 2, torch.float32), device)
     check_attention(sequences, 2, SETTING)
+
+
+# Of one token, within a block, of whole blocks, over pages, and larger than any context here.
+WINDOWS = [1, 5, 16, 33, 1000]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_attention_in_a_window_matches_the_reference(device, lengths, window):
+    sequences = store_sequences(LENGTHS[lengths], layout(4, 2, torch.float32), device, padding=2)
+    check_attention(sequences, 4, SETTING, window)
+
+
+def test_attention_in_a_window_as_large_as_the_context_is_that_without(device):
+    sequences = store_sequences(LENGTHS["ragged decodes"], layout(4, 2, torch.float32), device)
+    q_TQD = torch.randn(len(sequences.sequence_T), 4, 32)
+    whole = attend(sequences, q_TQD, SETTING)
+    assert torch.equal(attend(sequences, q_TQD, SETTING, 150), whole)
+    assert not torch.equal(attend(sequences, q_TQD, SETTING, 149), whole)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_blocks_below_the_window_are_neither_read_nor_paid_for(device, chunk):
+    """Their pages hold NaN, and a plan for any context costs what one for the window does."""
+    window, tokens = 30, 400
+    sequences = store_sequences([(tokens, chunk)], layout(4, 2, torch.float32), device)
+    kv = sequences.pool.slices.view(-1, 2, *sequences.pool.kv_shape)
+    first_seen = tokens - chunk - window + 1
+    for page in sequences.block_table_SP[0, : first_seen // PAGE_TOKENS].tolist():
+        kv[page] = torch.nan
+    check_attention(sequences, 4, SETTING, window)
+    assert planned_cost(400, chunk, window) == planned_cost(400 + 160, chunk, window)
+    assert planned_cost(400, chunk, None) < planned_cost(400 + 160, chunk, None)
+
+
+def planned_cost(tokens: int, chunk: int, window: int | None) -> int:
+    device = torch.device("cpu")
+    work = allocate_attention_work(
+        SETTING, max_rows=64, heads=4, kv_heads=2, head_dim=32, device=device, window=window
+    )
+    position = torch.arange(tokens - chunk, tokens, dtype=torch.int32)
+    plan_attention(torch.zeros(chunk, dtype=torch.int32), position, work)
+    return int(work.program_P4[:, 3].sum())
 
 
 @pytest.mark.parametrize("unit_cost", [0, 3])

@@ -5,9 +5,9 @@ import torch
 
 from lorry.kernels.activation import swiglu, swiglu_reference
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from lorry.kernels.rope import cos_sin_table, rope_write_kv, rope_write_kv_reference
 from lorry.kernels.sampling import sample, sample_reference
-from tests.support.kernel_cases import TOLERANCE, layout_of, poisoned_pool, relative_error
+from tests.support.kernel_cases import TOLERANCE, layout_of, relative_error
+from tests.support.kernel_checks import check_rotation
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]
@@ -43,25 +43,11 @@ def test_swiglu_matches_the_reference(device, dtype, width):
     assert relative_error(out, swiglu_reference(gate, up)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("has_norm", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["tiny", "qwen2.5-0.5b"])
-def test_rotation_writes_only_the_rows_keys_and_values(device, dtype, name):
-    torch.manual_seed(0)
-    layout = layout_of(name, dtype)
-    shape = layout.geometry
-    heads = shape.heads + 2 * shape.kv_heads
-    qkv = torch.randn(4, heads, shape.head_dim).to(dtype)
-    q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-    table = cos_sin_table(100, shape.head_dim, 1e4)
-    position, page = torch.tensor([3, 40, 99, 0]), torch.tensor([3, 4, 6, 0])
-    actual, expected = (poisoned_pool(8, layout, device) for _ in range(2))
-    rotated = rope_write_kv_reference(q, k, v, table, position, page, expected, 1)
-    rope_write_kv(q, k, v, table, position, page, actual, 1)
-    assert relative_error(q, rotated) < TOLERANCE[dtype]
-    written = ~expected.slices.isnan()
-    assert torch.equal(~actual.slices.isnan(), written)
-    error = relative_error(actual.slices[written], expected.slices[written])
-    assert error < TOLERANCE[dtype]
+@pytest.mark.parametrize("name", ["tiny", "qwen2.5-0.5b", "qwen3-0.6b"])
+def test_rotation_writes_only_the_rows_keys_and_values(device, dtype, name, has_norm):
+    check_rotation(layout_of(name, dtype), device, rows=4, has_norm=has_norm)
 
 
 @pytest.mark.parametrize("vocabulary", [100, 5000])

@@ -40,6 +40,7 @@ GEOMETRIES = {
     "tiny": geometry(192, 6, 2, 32, 320),
     "demo": geometry(128, 4, 2, 32, 384),
     "qwen2.5-0.5b": geometry(896, 14, 2, 64, 4864),
+    "qwen3-0.6b": geometry(1024, 16, 8, 128, 3072),
     "llama-2-7b": geometry(4096, 32, 32, 128, 11008),
     "llama-3-8b": geometry(4096, 32, 8, 128, 14336),
     "llama-13b": geometry(5120, 40, 40, 128, 13824),

@@ -9,13 +9,15 @@ from lorry.kernels.lora import AdapterTables, lora_reference
 from lorry.kernels.lora_expand import lora_expand_add
 from lorry.kernels.lora_plan import LoraSetting, LoraWork, allocate_lora_work, plan_lora
 from lorry.kernels.lora_shrink import lora_shrink
-from lorry.kernels.page_layout import GROUPS
+from lorry.kernels.page_layout import GROUPS, PageLayout
 from lorry.kernels.paged_attention import paged_attention, paged_attention_reference
-from lorry.kernels.pool_view import PoolView
+from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
+from lorry.kernels.rope import QkNorm, cos_sin_table, rope_write_kv, rope_write_kv_reference
 from tests.support.kernel_cases import (
     LAYER,
     TOLERANCE,
     Sequences,
+    poisoned_pool,
     precise_pool,
     relative_error,
     row_tiles,
@@ -23,7 +25,12 @@ from tests.support.kernel_cases import (
 )
 
 
-def attend(sequences: Sequences, q_TQD: torch.Tensor, setting: AttentionSetting) -> torch.Tensor:
+def attend(
+    sequences: Sequences,
+    q_TQD: torch.Tensor,
+    setting: AttentionSetting,
+    window: int | None = None,
+) -> torch.Tensor:
     """The kernel's output, NaN where it writes nothing."""
     layout = sequences.pool.layout
     _, heads, head_dim = q_TQD.shape
@@ -34,6 +41,7 @@ def attend(sequences: Sequences, q_TQD: torch.Tensor, setting: AttentionSetting)
         kv_heads=layout.local_kv_heads,
         head_dim=head_dim,
         device=q_TQD.device,
+        window=window,
     )
     work.partial_o.fill_(torch.nan)
     work.partial_ml.fill_(torch.nan)
@@ -44,11 +52,13 @@ def attend(sequences: Sequences, q_TQD: torch.Tensor, setting: AttentionSetting)
     return out_TQD
 
 
-def check_attention(sequences: Sequences, heads: int, setting: AttentionSetting) -> None:
+def check_attention(
+    sequences: Sequences, heads: int, setting: AttentionSetting, window: int | None = None
+) -> None:
     pool = sequences.pool
     rows = sequences.sequence_T.shape[0]
     q_TQD = torch.randn(rows, heads, pool.layout.geometry.head_dim).to(pool.slices)
-    out_TQD = attend(sequences, q_TQD, setting)
+    out_TQD = attend(sequences, q_TQD, setting, window)
     expected = paged_attention_reference(
         q_TQD.float(),
         precise_pool(pool),
@@ -56,10 +66,35 @@ def check_attention(sequences: Sequences, heads: int, setting: AttentionSetting)
         sequences.position_T.long(),
         sequences.block_table_SP.long(),
         sequences.tiles(),
+        window,
     )
     is_row = sequences.sequence_T >= 0
     assert relative_error(out_TQD[is_row], expected[is_row]) < TOLERANCE[pool.slices.dtype]
     assert out_TQD[~is_row].isnan().all(), "padded rows are written"
+
+
+def check_rotation(
+    layout: PageLayout, device: torch.device, *, rows: int, has_norm: bool = False
+) -> None:
+    """Rotated queries, and that a pool's pages get the rows' keys and values and nothing else."""
+    torch.manual_seed(0)
+    shape, dtype = layout.geometry, TORCH_DTYPES[layout.dtype]
+    tp_heads = -(-shape.heads // layout.tp_size)
+    kv_heads, positions = layout.local_kv_heads, 5000
+    qkv = torch.randn(rows, tp_heads + 2 * kv_heads, shape.head_dim).to(device, dtype)
+    q, k, v = qkv.split([tp_heads, kv_heads, kv_heads], dim=1)
+    norm = QkNorm(*(torch.randn(2, shape.head_dim) + 1).to(device, dtype), 1e-6)
+    table = cos_sin_table(positions, shape.head_dim, 5e5).to(device)
+    position = torch.randint(0, positions, (rows,)).to(device)
+    page = torch.randperm(rows + 29)[:rows].to(device)
+    actual, expected = (poisoned_pool(rows + 30, layout, device) for _ in range(2))
+    step = (table, position, page)
+    rotated = rope_write_kv_reference(q, k, v, *step, expected, LAYER, norm if has_norm else None)
+    rope_write_kv(q, k, v, *step, actual, LAYER, norm if has_norm else None)
+    assert relative_error(q, rotated) < TOLERANCE[dtype]
+    written = ~expected.slices.isnan()
+    assert torch.equal(~actual.slices.isnan(), written)
+    assert relative_error(actual.slices[written], expected.slices[written]) < TOLERANCE[dtype]
 
 
 def adapt(

@@ -48,7 +48,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 def test_the_options_of_the_tests_change_the_tokens(name: str, tmp_path: Path) -> None:
     """So that answers without an option cannot pass for those with it."""
     prompt = torch.randint(3, 320, (257,), generator=torch.Generator().manual_seed(0)).tolist()
-    answers = []
+    answers: list[list[int]] = []
     for fields in (FAMILIES[name], FAMILIES[name] | PLAIN[name]):
         model = make_model(tmp_path / str(len(answers)), **fields)
         answers.append(Reference(model).greedy(prompt, None, 24, eos=None).token_ids)
@@ -60,7 +60,7 @@ def test_weights_in_many_files_are_those_of_one(family: str, tmp_path: Path) -> 
     one = make_model(tmp_path / "one", model_type=family, head_dim=32)
     many = make_model(tmp_path / "many", model_type=family, head_dim=32, max_shard_bytes=100_000)
     assert len(list(many.glob("model-*.safetensors"))) > 2
-    answers = []
+    answers: list[list[int]] = []
     for model in (one, many):
         harness = EngineHarness(model, tmp_path)
         number = harness.submit(list(range(3, 40)), None, 24, stop_token_ids=[])

@@ -214,6 +214,8 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """Maximum, sum and weighted values of the scores of a unit's blocks, in base 2."""
+    if WINDOW:
+        position = tl.minimum(position, num_tokens - 1)  # missing rows, too, see some token
     d = tl.arange(0, HEAD_DIM)
     m = tl.full((BLOCK_ROWS,), NOTHING_SEEN, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
