@@ -3,7 +3,7 @@
 import asyncio
 import re
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -42,6 +42,16 @@ def metrics_url(log: str | Iterable[str]) -> str:
     found = re.findall(r"metrics at (http://\S+)", log if isinstance(log, str) else "".join(log))
     assert found, f"no metrics in the log: {log}"
     return str(found[-1])
+
+
+async def scrape_until(url: str, holds: Callable[[Scrape], object]) -> Scrape:
+    """The first answer for which `holds` is true; the bound only guards against hanging."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            found = await scrape(url)
+            if holds(found):
+                return found
+            await asyncio.sleep(0.02)
 
 
 async def scrape(url: str) -> Scrape:
