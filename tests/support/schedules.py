@@ -24,12 +24,13 @@ class Driver:
         pages: int = 64,
         adapter_pages: dict[bytes, int] | None = None,
         instant_fetch: bool = True,
+        prefix_cache: bool = False,
         **limits: int,
     ) -> None:
         defaults = {"step_tokens": 16, "max_running": 8, "max_context_tokens": 128}
         merged = defaults | limits
         self.scheduler = Scheduler(
-            SchedulerLimits(**merged),
+            SchedulerLimits(**merged, prefix_cache=prefix_cache),
             PagePool(pages + 1),
             SequenceTable(merged["max_running"], merged["max_context_tokens"], PAGE_TOKENS),
         )

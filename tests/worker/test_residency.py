@@ -63,20 +63,19 @@ def test_adapter_in_use_or_pinned_is_not_idle() -> None:
     used, pinned, idle = (resident(residency, version) for version in (b"a", b"b", b"c"))
     residency.acquire(used)
     residency.set_pinned(pinned, True)
-    assert residency.idle() == [idle]
-    assert residency.idle(protected={b"c"}) == []
+    assert list(residency.spare()) == [idle]
     assert residency.pinned_pages == 2
     with pytest.raises(AssertionError, match="is in use"):
         residency.evict(used)
 
 
-def test_cheapest_to_lose_goes_first() -> None:
+def test_longest_idle_comes_first() -> None:
     residency = Residency(PagePool(10))
-    without_image, recent, old = (resident(residency, version) for version in (b"a", b"b", b"c"))
-    residency.drop_image(without_image)
+    recent, old = (resident(residency, version) for version in (b"a", b"b"))
     residency.acquire(recent)
-    residency.release(recent)
-    assert residency.idle() == [old, recent, without_image]
+    residency.release(recent, now_s=3.0)
+    assert list(residency.spare()) == [old, recent]
+    assert [old.last_used_s, recent.last_used_s] == [1.0, 3.0]
 
 
 def test_changes_are_told_once() -> None:

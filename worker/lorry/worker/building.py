@@ -41,6 +41,7 @@ def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
         step_tokens=max(config.step_tokens, config.max_running),
         max_running=config.max_running,
         max_context_tokens=config.max_context_tokens or base_model.max_context_tokens,
+        prefix_cache=config.prefix_cache,
     )
     pool_pages = _pool_pages(config, base_model, layout, limits)
     with logged(log, "loaded the weights"):

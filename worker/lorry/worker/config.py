@@ -39,6 +39,7 @@ class EngineConfig:
     max_rank: int = MAX_RANK
     max_context_tokens: int | None = None  # None: the model's
     threads: int = 1
+    prefix_cache: bool = True
 
     @property
     def page_dtype(self) -> Dtype:
@@ -111,6 +112,10 @@ class Config(ServiceConfig):
     threads: int | None = None
     """CPU threads of the engine; by default half of the cores, since the others serve."""
 
+    prefix_cache: bool = True
+    """Whether a request takes KV pages of earlier ones of its tenant and adapter version that
+    begin with the same tokens, instead of computing them again."""
+
     max_fetches: int = 8
     """Page images that are fetched from the adapter store at the same time."""
 
@@ -178,6 +183,7 @@ class Config(ServiceConfig):
             max_rank=self.max_rank,
             max_context_tokens=context,
             threads=self.threads or max(1, (os.cpu_count() or 1) // 2),
+            prefix_cache=self.prefix_cache,
         )
 
     def _pool_pages(self, base_model: BaseModel) -> int | None:

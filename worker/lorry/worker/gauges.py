@@ -59,7 +59,7 @@ class Gauges:
         self.adapter_load_bytes_per_s = _average(self.adapter_load_bytes_per_s, rate)
 
     def status(self, scheduler: Scheduler, runs: RunCounts) -> Status:
-        pool, table = scheduler.pool, scheduler.table
+        pool, table, prefixes = scheduler.pool, scheduler.table, scheduler.prefixes
         queued = sum(
             len(request.token_ids)
             if request.state is RequestState.WAITING
@@ -73,8 +73,9 @@ class Gauges:
             queued_prompt_tokens=queued,
             pages_total=pool.total,
             pages_free=pool.free,
-            pages_kv=pool.kv,
+            pages_kv=pool.kv + pool.prefix - len(prefixes.idle),
             pages_adapter=pool.adapter,
+            pages_cached=len(prefixes.idle),
             prefill_tokens_per_s=self.prefill_tokens_per_s,
             step_times_ms=dict(sorted(self.step_times_ms.items())),
             adapter_load_bytes_per_s=self.adapter_load_bytes_per_s,
@@ -89,6 +90,9 @@ class Gauges:
             padded_rows=runs.padded_rows,
             step_statistics=deepcopy(self.steps),
             loads=deepcopy(self.loads),
+            prefix_query_tokens=prefixes.query_tokens,
+            prefix_hit_tokens=prefixes.hit_tokens,
+            prefix_evictions=prefixes.evictions,
         )
 
 

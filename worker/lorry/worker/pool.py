@@ -5,7 +5,7 @@ Pure bookkeeping: page numbers only. Page 0 is a dummy that padded rows may writ
 
 import enum
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -14,9 +14,10 @@ DUMMY_PAGE = 0
 
 class PageUse(enum.IntEnum):
     FREE = 0
-    KV = 1
-    ADAPTER = 2
-    DUMMY = 3
+    KV = 1  # of one sequence
+    PREFIX = 2  # of the prefix cache, which lends it to sequences
+    ADAPTER = 3
+    DUMMY = 4
 
 
 class PagePool:
@@ -44,6 +45,10 @@ class PagePool:
     @property
     def kv(self) -> int:
         return self._count[PageUse.KV]
+
+    @property
+    def prefix(self) -> int:
+        return self._count[PageUse.PREFIX]
 
     @property
     def adapter(self) -> int:
@@ -75,26 +80,35 @@ class PagePool:
         self._count[PageUse.ADAPTER] += count
         return [int(page) for page in pages]
 
-    def release(self, pages: Iterable[int]) -> None:
-        """Free pages of either use."""
-        for page in pages:
-            use = PageUse(int(self._use[page]))
-            assert use in (PageUse.KV, PageUse.ADAPTER), f"page {page} is {use.name}"
-            self._use[page] = PageUse.FREE
-            self._count[use] -= 1
-            self._count[PageUse.FREE] += 1
-            if not self._in_low[page]:
-                heapq.heappush(self._low, page)
-                self._in_low[page] = True
+    def turn_into_prefix(self, pages: list[int]) -> None:
+        """Sequences' pages become the prefix cache's, content and numbers unchanged."""
+        assert (self._use[pages] == PageUse.KV).all(), f"not all of {pages} are KV"
+        self._use[pages] = PageUse.PREFIX
+        self._count[PageUse.KV] -= len(pages)
+        self._count[PageUse.PREFIX] += len(pages)
 
-    def check_integrity(self, kv_pages: Iterable[int], adapter_pages: Iterable[int]) -> None:
+    def release(self, pages: Iterable[int]) -> None:
+        """Free pages of any use."""
+        freed = np.fromiter(pages, dtype=np.int64)
+        counts = np.bincount(self._use[freed], minlength=len(PageUse))
+        for use in (PageUse.FREE, PageUse.DUMMY):
+            assert not counts[use], f"of {freed.tolist()} one is {use.name}"
+        for use in (PageUse.KV, PageUse.PREFIX, PageUse.ADAPTER):
+            self._count[use] -= int(counts[use])
+        self._use[freed] = PageUse.FREE
+        self._count[PageUse.FREE] += len(freed)
+        for page in freed[~self._in_low[freed]].tolist():
+            heapq.heappush(self._low, page)
+        self._in_low[freed] = True
+
+    def check_integrity(self, pages_by_use: Mapping[PageUse, Iterable[int]]) -> None:
         """Raise AssertionError unless the owners' pages are exactly those in use, each once."""
-        for use, pages in ((PageUse.KV, list(kv_pages)), (PageUse.ADAPTER, list(adapter_pages))):
-            owned = sorted(pages)
+        for use in (PageUse.KV, PageUse.PREFIX, PageUse.ADAPTER):
+            owned = sorted(pages_by_use.get(use, ()))
             assert len(set(owned)) == len(owned), f"a {use.name} page has two owners"
             in_use = np.flatnonzero(self._use == use).tolist()
             assert owned == in_use, f"{use.name} pages {in_use} in use, {owned} owned"
             assert self._count[use] == len(owned)
-        assert self.free + self.kv + self.adapter == self.total
+        assert self.free + self.kv + self.prefix + self.adapter == self.total
         free = np.flatnonzero(self._use == PageUse.FREE)
         assert bool(self._in_low[free].all()), "a free page is not in the heap"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorry.worker.messages import Failure, Finished, FinishReason, Submit
+from lorry.worker.page_keys import PageKeys
 
 NO_ROW = -1
 
@@ -46,16 +47,20 @@ class Request:
     submit: Submit
     arrival_s: float
     token_ids: np.ndarray  # int32; prompt and output as of the last time it had no row
+    page_keys: PageKeys
     state: RequestState = RequestState.WAITING
     row: int = NO_ROW  # in the sequence table
     times_passed_over: int = 0  # younger requests that were admitted before it
+    cached_pages: int | None = None  # where the last look into the prefix cache ended
+    cached_tokens: int = 0  # of the prompt, that the prefix cache had at its first admission
     adapter_load_s: float = 0.0
     prefill_started_s: float | None = None  # when its first chunk was planned
     prefill_s: float = 0.0  # until its first token was read
 
     @classmethod
     def of(cls, submit: Submit, now_s: float) -> "Request":
-        return cls(submit, now_s, np.array(submit.token_ids, dtype=np.int32))
+        token_ids = np.array(submit.token_ids, dtype=np.int32)
+        return cls(submit, now_s, token_ids, PageKeys(submit.tenant, submit.version))
 
     @property
     def number(self) -> int:
@@ -93,6 +98,7 @@ class Request:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=len(self.token_ids) - self.prompt_tokens,
             failure=failure,
+            cached_tokens=self.cached_tokens,
             adapter_load_s=self.adapter_load_s,
             prefill_s=self.prefill_s,
         )

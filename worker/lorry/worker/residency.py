@@ -10,7 +10,7 @@ begun is always finished, so pages stay owned until their copy is done.
 """
 
 import enum
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lorry.worker.messages import ImageReady, ResidencyChange
@@ -55,6 +55,7 @@ class Adapter:
     references: int = 0  # running requests
     pinned: bool = False
     resident_since_s: float = 0.0
+    last_used_s: float = 0.0  # when it became RESIDENT, or its last request left it
 
     @property
     def is_idle(self) -> bool:
@@ -75,8 +76,10 @@ class Residency:
     def __init__(self, pool: PagePool) -> None:
         self.num_fetching = 0
         self.pinned_pages = 0
-        self.idle_pages = 0
         self._idle: dict[bytes, Adapter] = {}  # longest idle first
+        self._idle_pages = 0
+        self._protected: set[bytes] = set()
+        self._protected_idle_pages = 0
         self._pool = pool
         self._adapters: dict[bytes, Adapter] = {}
         self._free_slots = list(range(pool.total - 1, -1, -1))
@@ -122,7 +125,7 @@ class Residency:
 
     def finish_load(self, adapter: Adapter, now_s: float) -> None:
         adapter.move_to(S.RESIDENT)
-        adapter.resident_since_s = now_s
+        adapter.resident_since_s = adapter.last_used_s = now_s
         self._note_idleness(adapter)
         self._changes.gpu_added.append(adapter.version)
 
@@ -132,16 +135,28 @@ class Residency:
         adapter.references += 1
         self._note_idleness(adapter)
 
-    def release(self, adapter: Adapter) -> None:
+    def release(self, adapter: Adapter, now_s: float) -> None:
         """Count one less; the last one leaves it idle."""
         adapter.references -= 1
+        adapter.last_used_s = now_s
         self._note_idleness(adapter)
+
+    def begin_step(self) -> None:
+        """Forget which adapters the last step protected."""
+        self._protected.clear()
+        self._protected_idle_pages = 0
+
+    def protect(self, version: bytes) -> None:
+        """Keep an adapter from eviction for the rest of the step."""
+        if version not in self._protected:
+            self._protected.add(version)
+            if adapter := self._idle.get(version):
+                self._protected_idle_pages += adapter.num_pages
 
     def evict(self, adapter: Adapter) -> None:
         """Free an idle adapter's pages and slot."""
         assert adapter.is_idle, f"{adapter.version.hex()} is in use"
-        del self._idle[adapter.version]
-        self.idle_pages -= adapter.num_pages
+        self._set_idle(adapter, False)
         self._pool.release(adapter.pages)
         self._free_slots.append(adapter.slot)
         adapter.pages, adapter.slot = [], NO_SLOT
@@ -160,19 +175,27 @@ class Residency:
             adapter.move_to(S.ABSENT)
             del self._adapters[adapter.version]
 
-    def idle(self, protected: Collection[bytes] = ()) -> list[Adapter]:
-        """What may be evicted, cheapest to lose first: with an image, then longest idle."""
-        idle = [a for a in self._idle.values() if a.version not in protected]
-        return sorted(idle, key=lambda adapter: adapter.image is None)
+    def spare(self) -> Iterator[Adapter]:
+        """What the step may evict, longest idle first."""
+        return (a for a in self._idle.values() if a.version not in self._protected)
+
+    @property
+    def spare_pages(self) -> int:
+        return self._idle_pages - self._protected_idle_pages
 
     def _note_idleness(self, adapter: Adapter) -> None:
         if adapter.is_idle != (adapter.version in self._idle):
-            if adapter.is_idle:
-                self._idle[adapter.version] = adapter
-                self.idle_pages += adapter.num_pages
-            else:
-                del self._idle[adapter.version]
-                self.idle_pages -= adapter.num_pages
+            self._set_idle(adapter, adapter.is_idle)
+
+    def _set_idle(self, adapter: Adapter, is_idle: bool) -> None:
+        if is_idle:
+            self._idle[adapter.version] = adapter
+        else:
+            del self._idle[adapter.version]
+        pages = adapter.num_pages if is_idle else -adapter.num_pages
+        self._idle_pages += pages
+        if adapter.version in self._protected:
+            self._protected_idle_pages += pages
 
     def take_changes(self) -> ResidencyChange | None:
         """What changed since the last call; None if nothing did."""
@@ -187,7 +210,8 @@ class Residency:
         assert len(set(slots)) == len(slots), "a slot has two adapters"
         assert not set(slots) & set(self._free_slots), "a slot in use is free"
         assert [a for a in self if a.is_idle] == [a for a in self if a.version in self._idle]
-        assert self.idle_pages == sum(adapter.num_pages for adapter in self._idle.values())
+        assert self._idle_pages == sum(adapter.num_pages for adapter in self._idle.values())
+        assert self.spare_pages == sum(adapter.num_pages for adapter in self.spare())
         for adapter in self:
             has_pages = adapter.state in (S.LOADING, S.RESIDENT)
             assert bool(adapter.pages) == has_pages, f"{adapter.state.name} with wrong pages"

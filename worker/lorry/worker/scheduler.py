@@ -17,10 +17,13 @@ from lorry.worker.adapter_loader import AdapterLoader
 from lorry.worker.drawn import Drawn
 from lorry.worker.feasibility import refusal
 from lorry.worker.messages import Failure, Finished, FinishReason, StepTokens, Submit
+from lorry.worker.page_sharing import PageSharing
 from lorry.worker.plan import Batch, BatchBuilder, Plan
-from lorry.worker.pool import PagePool
+from lorry.worker.pool import PagePool, PageUse
+from lorry.worker.prefix_cache import PrefixCache
 from lorry.worker.request import NO_ROW, Request, RequestState
 from lorry.worker.residency import Adapter, AdapterState, Residency
+from lorry.worker.room import Room
 from lorry.worker.sequences import SequenceTable
 
 
@@ -33,6 +36,7 @@ class SchedulerLimits:
     max_passed_over: int = 64  # admissions of younger requests that an older one puts up with
     max_considered: int = 256  # waiting requests looked at in a step
     max_ahead: int = 32  # of them after the step is full, to bring their adapters nearer
+    prefix_cache: bool = True
 
 
 class Scheduler:
@@ -43,6 +47,7 @@ class Scheduler:
         self.pool = pool
         self.table = table
         self.residency = Residency(pool)
+        self.prefixes = PrefixCache(pool, table.page_tokens)
         self.requests: dict[int, Request] = {}
         self.steps = 0
         self.preemptions = 0
@@ -50,6 +55,8 @@ class Scheduler:
         self._prefilling: list[Request] = []  # by number
         self._deadlines: list[tuple[float, int]] = []
         self._prefetch: list[bytes] = []
+        self._sharing = PageSharing(table, self.prefixes, is_on=limits.prefix_cache)
+        self._now_s = 0.0
 
     @property
     def num_running(self) -> int:
@@ -88,15 +95,16 @@ class Scheduler:
 
     def plan(self, now_s: float, pins: list[bytes]) -> Plan:
         """Decide the next step; `pins` are versions that operators wait for."""
-        plan = Plan()
-        loader = AdapterLoader(self.pool, self.residency, plan, max_fetches=self.limits.max_fetches)
+        plan, self._now_s = Plan(), now_s
+        room = Room(self.pool, self.residency, self.prefixes, plan, now_s)
+        loader = AdapterLoader(self.residency, room, plan, max_fetches=self.limits.max_fetches)
         self._expire(plan, now_s)
         for version in pins:
             loader.want(version, watermark=self.num_running)
         rows = BatchBuilder(self.table, self.limits.step_tokens)
-        self._decode(plan, rows, loader)
+        self._decode(plan, rows, room)
         self._continue_prompts(rows)
-        self._admit(plan, rows, loader, now_s)
+        self._admit(plan, rows, loader, room)
         self._load_ahead(loader)
         plan.batch = rows.build(self.steps + 1)
         self.steps += plan.batch is not None
@@ -104,11 +112,11 @@ class Scheduler:
 
     def commit(self, batch: Batch, drawn: Drawn, now_s: float) -> tuple[StepTokens, list[Finished]]:
         """Take what a step drew for its sampling sequences."""
-        table = self.table
-        sampled = batch.samples_S
-        alive = table.admission_R[batch.row_S[sampled]] == batch.admission_S[sampled]
-        rows, (token_ids, logprobs) = batch.row_S[sampled][alive], drawn.only(alive)
-        position = table.num_prompt_R[rows] + batch.output_position_S[sampled][alive]
+        table, self._now_s = self.table, now_s
+        alive_S = table.admission_R[batch.row_S] == batch.admission_S
+        read_S = batch.samples_S & alive_S
+        rows, (token_ids, logprobs) = batch.row_S[read_S], drawn.only(alive_S[batch.samples_S])
+        position = table.num_prompt_R[rows] + batch.output_position_S[read_S]
         table.token_ids_RC[rows, position] = token_ids
         table.num_read_R[rows] = position + 1
         tokens = StepTokens(
@@ -118,6 +126,7 @@ class Scheduler:
             logprobs.to_message() if logprobs is not None else None,
         )
         self._note_first_tokens(rows, now_s)
+        self._sharing.note_done(batch, alive_S)
         stopped = table.is_stop(rows, token_ids)
         ended = stopped | (table.num_read_R[rows] >= table.most_tokens_R[rows])
         finished = [
@@ -129,9 +138,17 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages, slots and references agree with their owners."""
         running = [r for r in self.requests.values() if r.state is not RequestState.WAITING]
-        kv_pages = [page for request in running for page in self.table.pages(request.row)]
-        adapter_pages = [page for adapter in self.residency for page in adapter.pages]
-        self.pool.check_integrity(kv_pages, adapter_pages)
+        pages = [page for request in running for page in self.table.pages(request.row)]
+        borrowed = [page for page in pages if page in self.prefixes.pages]
+        self.pool.check_integrity(
+            {
+                PageUse.KV: [page for page in pages if page not in self.prefixes.pages],
+                PageUse.PREFIX: self.prefixes.pages,
+                PageUse.ADAPTER: [page for adapter in self.residency for page in adapter.pages],
+            }
+        )
+        self.prefixes.check_integrity(borrowed)
+        self._sharing.check_integrity(running)
         self.residency.check_integrity()
         for adapter in self.residency:
             users = sum(request.version == adapter.version for request in running)
@@ -150,14 +167,15 @@ class Scheduler:
                 failure = Failure("DEADLINE_EXPIRED", "the deadline passed")
                 plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
 
-    def _decode(self, plan: Plan, rows: BatchBuilder, loader: AdapterLoader) -> None:
+    def _decode(self, plan: Plan, rows: BatchBuilder, room: Room) -> None:
         """One row for each sequence that can still draw a token."""
         table = self.table
         decoding = self._decoding_rows()
         full = table.num_computed_R[decoding] >= table.num_pages_R[decoding] * table.page_tokens
+        room.make(int(full.sum()))
         stalled = set[int]()
         for row in sorted(decoding[full].tolist(), key=table.number_R.__getitem__):
-            if table.is_decoding_R[row] and not self._grow(row, plan, loader):
+            if table.is_decoding_R[row] and not self._grow(row, plan, room):
                 stalled.add(row)
         ready = self._decoding_rows()
         rows.add_decodes(ready[~np.isin(ready, list(stalled))] if stalled else ready)
@@ -166,9 +184,9 @@ class Scheduler:
         table = self.table
         return np.flatnonzero(table.is_decoding_R & (table.num_tokens_R < table.most_tokens_R))
 
-    def _grow(self, row: int, plan: Plan, loader: AdapterLoader) -> bool:
+    def _grow(self, row: int, plan: Plan, room: Room) -> bool:
         """Give the row a page, if need be a newer sequence's; False if it must wait for one."""
-        while not loader.make_room(1):
+        while not room.make(1):
             newest = max(self._running(), key=_number)
             own = newest.row == row
             if own and any(a.state is AdapterState.LOADING for a in self.residency):
@@ -184,7 +202,7 @@ class Scheduler:
             if rows.left:
                 self._compute_chunk(request, rows)
 
-    def _admit(self, plan: Plan, rows: BatchBuilder, loader: AdapterLoader, now_s: float) -> None:
+    def _admit(self, plan: Plan, rows: BatchBuilder, loader: AdapterLoader, room: Room) -> None:
         """Start waiting requests that fit, oldest first."""
         waiting = self._waiting[: self.limits.max_considered]
         passed_over: list[Request] = []
@@ -194,8 +212,8 @@ class Scheduler:
                 return
             if failure := self._refusal(request):
                 plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
-            elif self._fits(request, loader):
-                self._start(request, rows, now_s)
+            elif (cached := self._borrow(request, loader, room)) is not None:
+                self._start(request, rows, cached)
                 for older in passed_over:
                     older.times_passed_over += 1
             elif not self._is_fetching(request):
@@ -208,13 +226,12 @@ class Scheduler:
             if request.version:
                 loader.want(request.version, watermark=self.num_running)
 
-    def _fits(self, request: Request, loader: AdapterLoader) -> bool:
-        """Whether its adapter is resident and there are pages for all its known tokens."""
+    def _borrow(self, request: Request, loader: AdapterLoader, room: Room) -> list[int] | None:
+        """Its cached pages, if its adapter is resident and there are pages for its other tokens."""
         watermark = self.num_running
         if request.version and loader.want(request.version, watermark=watermark) is None:
-            return False
-        pages = -(-len(request.token_ids) // self.table.page_tokens)
-        return loader.make_room(pages + watermark)
+            return None
+        return self._sharing.borrow(request, room, watermark=watermark)
 
     def _is_fetching(self, request: Request) -> bool:
         adapter = self.residency.find(request.version)
@@ -222,7 +239,7 @@ class Scheduler:
             adapter is None or adapter.state in (AdapterState.FETCHING, AdapterState.LOADING)
         )
 
-    def _start(self, request: Request, rows: BatchBuilder, now_s: float) -> None:
+    def _start(self, request: Request, rows: BatchBuilder, cached: list[int]) -> None:
         slot = BASE_MODEL
         if adapter := self.residency.find(request.version):
             self.residency.acquire(adapter)
@@ -230,11 +247,11 @@ class Scheduler:
             if request.prefill_started_s is None:
                 request.adapter_load_s = max(0.0, adapter.resident_since_s - request.arrival_s)
         if request.prefill_started_s is None:
-            request.prefill_started_s = now_s
+            request.prefill_started_s = self._now_s
         self._waiting.remove(request)
         request.move_to(RequestState.PREFILL)
         bisect.insort(self._prefilling, request, key=_number)
-        self.table.add(request, slot)
+        self.table.add(request, slot, cached)
         pages = self.table.pages_short(request.row, len(request.token_ids))
         self.table.append_pages(request.row, self.pool.allocate_kv(pages))
         self._compute_chunk(request, rows)
@@ -271,9 +288,9 @@ class Scheduler:
     def _leave_row(self, request: Request) -> None:
         if request.state is RequestState.PREFILL:
             self._prefilling.remove(request)
-        self.pool.release(self.table.remove(request))
+        self._sharing.leave(request, self._now_s)
         if adapter := self.residency.find(request.version):
-            self.residency.release(adapter)
+            self.residency.release(adapter, self._now_s)
 
     def _at(self, row: int) -> Request:
         request = self.table.requests[row]

@@ -34,6 +34,9 @@ class SequenceTable:
         self.num_tokens_R = np.zeros(num_rows, dtype=np.int32)
         # Tokens whose KV is in pages, or is by the end of the steps launched so far.
         self.num_computed_R = np.zeros(num_rows, dtype=np.int32)
+        # Those of them whose step's results are read.
+        self.num_done_R = np.zeros(num_rows, dtype=np.int32)
+        self.num_offered_R = np.zeros(num_rows, dtype=np.int32)  # pages, to the prefix cache
         self.most_tokens_R = np.zeros(num_rows, dtype=np.int32)
         self.min_tokens_R = np.zeros(num_rows, dtype=np.int32)  # of prompt and output
         self.number_R = np.zeros(num_rows, dtype=np.int64)  # the request's
@@ -58,8 +61,8 @@ class SequenceTable:
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._admissions = 0
 
-    def add(self, request: Request, slot: int) -> None:
-        """Give `request` a row; it has no pages and nothing computed yet."""
+    def add(self, request: Request, slot: int, pages: list[int]) -> None:
+        """Give `request` a row that begins with `pages`, full and computed by others."""
         submit, row = request.submit, self._free_rows.pop()
         assert request.row == NO_ROW
         request.row = row
@@ -67,9 +70,11 @@ class SequenceTable:
         self.token_ids_RC[row, : len(request.token_ids)] = request.token_ids
         self._set_stop_ids(row, submit.stop_token_ids)
         self.num_pages_R[row] = 0
+        self.append_pages(row, pages)
         self.num_prompt_R[row] = request.prompt_tokens
         self.num_read_R[row] = self.num_tokens_R[row] = len(request.token_ids)
-        self.num_computed_R[row] = 0
+        self.num_offered_R[row] = len(pages)
+        self.num_computed_R[row] = self.num_done_R[row] = len(pages) * self.page_tokens
         self.most_tokens_R[row] = request.most_tokens
         self.min_tokens_R[row] = request.prompt_tokens + submit.min_tokens
         self._admissions += 1
@@ -96,6 +101,7 @@ class SequenceTable:
         request.row = NO_ROW
         self.requests[row] = None
         self.num_pages_R[row] = 0
+        self.num_done_R[row] = self.num_offered_R[row] = 0
         self.is_decoding_R[row] = False
         self.admission_R[row] = 0
         self._free_rows.append(row)
