@@ -19,10 +19,11 @@ DEMO_MODEL = REPO / "demo" / "model"
 
 
 class Service:
-    """One ``python -m lorry.NAME`` and its log."""
+    """One ``python -m lorry.NAME``, or another module, and its log."""
 
-    def __init__(self, name: str, log: Path, *options: str) -> None:
+    def __init__(self, name: str, log: Path, *options: str, module: str = "") -> None:
         self.name = name
+        self.module = module or f"lorry.{name}"
         self.log = log
         self.options = options
         self.address = ""
@@ -39,7 +40,7 @@ class Service:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                f"lorry.{self.name}",
+                self.module,
                 "--address",
                 address,
                 *self.options,
