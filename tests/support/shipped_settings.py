@@ -6,6 +6,7 @@ Run as a module without TRITON_INTERPRET, whose kernels cannot be compiled.
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -39,7 +40,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=DEVICE)
 
 
-def attend(model: str, dtype: torch.dtype, setting: AttentionSetting) -> None:
+def attend(
+    model: str, dtype: torch.dtype, setting: AttentionSetting, window: int | None = None
+) -> None:
     layout = layout_of(model, dtype)
     shape = layout.geometry
     work = allocate_attention_work(
@@ -49,6 +52,7 @@ def attend(model: str, dtype: torch.dtype, setting: AttentionSetting) -> None:
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         device=DEVICE,
+        window=window,
     )
     row = empty(MAX_ROWS)
     q = empty(MAX_ROWS, shape.heads, shape.head_dim, dtype=dtype)
@@ -86,7 +90,9 @@ def rows_of_8b() -> None:
     q, k, v = empty(64, 48, 128, dtype=BF16).split([32, 8, 8], dim=1)
     table = empty(8192, 2, 128, dtype=FP32)
     pool = allocate_pool(64, layout, DEVICE)
-    rope.rope_write_kv(q, k, v, table, empty(64), empty(64), pool, 1)
+    head = empty(128, dtype=BF16)
+    for norm_of_heads in (None, rope.QkNorm(head, head, 1e-6)):
+        rope.rope_write_kv(q, k, v, table, empty(64), empty(64), pool, 1, norm_of_heads)
 
 
 def draw(dtype: torch.dtype) -> None:
@@ -111,6 +117,9 @@ def shipped() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"decode {model} {dtype}", partial(attend, model, dtype, decode_setting(dtype, group))
         prefill = prefill_setting(dtype, group)
         yield f"prefill {model} {dtype}", partial(attend, model, dtype, prefill)
+    for dtype, form in product((BF16, FP32), (decode_setting, prefill_setting)):
+        windowed = partial(attend, "llama-3-8b", dtype, form(dtype, 4), window=4096)
+        yield f"{form.__name__} {dtype} in a window", windowed
     for rows in (*[*LORA][:-1], MAX_ROWS):
         for group in (0, len(GROUPS) - 1):
             setting = lora_setting(BF16, rows)

@@ -1,6 +1,7 @@
 """The Triton kernels compute a whole step as the torch references do."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +22,27 @@ from lorry.worker.torch_runner import TorchRunner
 from lorry.worker.triton_operations import TritonOperations, allocate_device_state
 from lorry.worker.weights import CheckpointReader, load_weights
 from tests.support.engines import EngineHarness
-from tests.support.models import make_adapter, make_llama
+from tests.support.models import make_adapter, make_model
 
 PADDING = 3  # rows
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "qwen2, the upper layer in a window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    fields = MODELS[request.param]
+    return make_model(tmp_path_factory.mktemp("model"), num_hidden_layers=2, **fields)
 
 
 def tensors(batch: Batch, table: SequenceTable) -> dict[str, torch.Tensor]:

@@ -231,10 +231,8 @@ def _attend(
         v = tl.load(v_ptr, mask=is_cached[:, None], other=0.0)
 
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        score = tl.where(token[None, :] <= position[:, None], score, -float("inf"))
-        if WINDOW:
-            is_near = token[None, :] > position[:, None] - WINDOW
-            score = tl.where(is_near, score, -float("inf"))
+        is_seen = _is_seen(token[None, :], position[:, None], WINDOW)
+        score = tl.where(is_seen, score, -float("inf"))
         new_m = tl.maximum(m, tl.max(score, 1))
         weight = tl.exp2(score - new_m[:, None])
         keep = tl.exp2(m - new_m)
@@ -242,6 +240,14 @@ def _attend(
         acc = tl.dot(weight.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         m = new_m
     return m, total, acc
+
+
+@triton.jit
+def _is_seen(token, position, WINDOW: tl.constexpr):
+    """Whether a row at `position` attends to `token`, which is one comparison in a window, too."""
+    if WINDOW:
+        return (position - token).to(tl.uint32) < WINDOW
+    return token <= position
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from lorry.kernels.page_layout import GROUPS, ModelGeometry
 from lorry.rpc.model_config import ModelConfig, UnsupportedModel
 from lorry.rpc.rope_options import Rope, read_rope
 
-HEAD_DIMS = (16, 32, 64, 128, 256)  # that the attention kernels take
+HEAD_DIMS = (16, 32, 64, 128)  # powers of two that the attention kernels take without spills
 QKV, OUTPUT, GATE_UP, DOWN = GROUPS
 ATTENTION, MLP = QKV + OUTPUT, GATE_UP + DOWN
 
