@@ -34,10 +34,15 @@ class Target(NamedTuple):
 
 
 async def resolve_host(host: str, port: int) -> set[str]:
-    """All addresses of a host, by the system's resolver; raises OSError."""
+    """All addresses of a host, by the system's resolver; raises OSError.
+
+    Of one family only: a worker with an address of each must not be taken for two.
+    """
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return {_address(str(info[4][0]), port) for info in found}
+    hosts = {str(info[4][0]) for info in found}
+    hosts_v4 = {host for host in hosts if ":" not in host}
+    return {_address(host, port) for host in hosts_v4 or hosts}
 
 
 class Discovery:
