@@ -77,10 +77,13 @@ def test_attention_in_a_window_as_large_as_the_context_is_that_without(device):
     assert not torch.equal(attend(sequences, q_TQD, SETTING, 149), whole)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 40])
-def test_blocks_below_the_window_are_neither_read_nor_paid_for(device, chunk):
-    """Their pages hold NaN, and a plan for any context costs what one for the window does."""
-    window, tokens = 30, 400
+@pytest.mark.parametrize(("chunk", "window"), [(1, 32), (17, 16), (7, 30), (40, 30)])
+def test_blocks_below_the_window_are_neither_read_nor_paid_for(device, chunk, window):
+    """Their pages hold NaN, and a plan for any context costs what one for the window does.
+
+    The first two windows begin where a block does.
+    """
+    tokens = 400
     sequences = store_sequences([(tokens, chunk)], layout(4, 2, torch.float32), device)
     kv = sequences.pool.slices.view(-1, 2, *sequences.pool.kv_shape)
     first_seen = tokens - chunk - window + 1
