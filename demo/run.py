@@ -131,6 +131,7 @@ def summary_of(scoreboard: Scoreboard, status: WorkerStatus, newcomer: Newcomer)
             "pages_free": status.pages_free,
             "pages_kv": status.pages_kv,
             "pages_adapter": status.pages_adapter,
+            "pages_cached": status.pages_cached,
         },
         "ninth_save_to_first_token_s": round(newcomer.total_s, 3),
     }

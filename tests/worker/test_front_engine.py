@@ -107,7 +107,29 @@ async def test_a_cancelled_crowd_leaves_every_page_free(model, adapters, tmp_pat
         await router.until(lambda: router.last_status.running + router.last_status.waiting == 0)
         status = router.last_status
         assert status.pages_kv == 0
-        assert status.pages_free + status.pages_adapter == status.pages_total == 500
+        unused = status.pages_free + status.pages_cached
+        assert unused + status.pages_adapter == status.pages_total == 500
+
+
+async def test_a_prompt_that_came_before_is_taken_from_the_prefix_cache(model, adapters, tmp_path):
+    prompt = [5 + place % 50 for place in range(40)]
+    async with serving_worker(model, adapters, tmp_path) as (router, versions, _):
+        cached = [
+            (await router.generate(prompt, version=version)).usage.cached_tokens
+            for version in (versions[0], versions[1], versions[0])
+        ]
+        assert cached == [0, 0, 32]
+        assert router.tokens[3] == router.tokens[1]
+        await router.until(lambda: router.last_status.prefix_hit_tokens == 32)
+        assert router.last_status.prefix_query_tokens == 120
+        assert router.last_status.pages_cached > 0
+
+
+async def test_the_prefix_cache_can_be_switched_off(model, adapters, tmp_path):
+    async with serving_worker(model, adapters, tmp_path, "--prefix-cache=false") as (router, *_):
+        for _ in range(2):
+            finished = await router.generate([5] * 40)
+            assert finished.usage.cached_tokens == 0
 
 
 async def test_the_stores_memory_is_given_back_and_the_adapter_still_answers(

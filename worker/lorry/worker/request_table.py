@@ -104,6 +104,7 @@ def _end(event: Finished, seq: int) -> RequestEnd:
         error=to_error(event.failure) if event.failure else None,
         prompt_tokens=event.prompt_tokens,
         completion_tokens=event.completion_tokens,
+        cached_tokens=event.cached_tokens,
         adapter_load_s=event.adapter_load_s,
         prefill_s=event.prefill_s,
     )

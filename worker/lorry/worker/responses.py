@@ -43,7 +43,9 @@ def to_finished(end: RequestEnd) -> pb.Finished:
         seq=end.seq,
         reason=end.reason.value,  # type: ignore[arg-type]  # the numbers are the protocol's
         usage=common_pb2.Usage(
-            prompt_tokens=end.prompt_tokens, completion_tokens=end.completion_tokens
+            prompt_tokens=end.prompt_tokens,
+            completion_tokens=end.completion_tokens,
+            cached_tokens=end.cached_tokens,
         ),
         error=to_status(end.error) if end.error is not None else None,
         adapter_load=to_duration(end.adapter_load_s),
@@ -67,6 +69,9 @@ def to_worker_status(state: WorkerState) -> pb.WorkerStatus:
         draining=state.draining,
         max_adapters_in_step=engine.max_adapters_in_step,
         max_adapters_beside_base_in_step=engine.max_adapters_beside_base_in_step,
+        pages_cached=engine.pages_cached,
+        prefix_query_tokens=engine.prefix_query_tokens,
+        prefix_hit_tokens=engine.prefix_hit_tokens,
     )
 
 

@@ -31,6 +31,7 @@ class RequestEnd:
     error: LorryError | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
     adapter_load_s: float = 0.0
     prefill_s: float = 0.0
 

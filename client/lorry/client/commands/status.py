@@ -70,13 +70,19 @@ async def _worker_details(address: str, token: str | None, timeout_s: float) -> 
 def _worker_table(response: GetWorkerStatusResponse) -> Table:
     status, residency = response.status, response.residency
     table = make_table(f"worker {response.worker_id}", "")
-    used = f"{status.pages_kv} KV, {status.pages_adapter} adapters, {status.pages_free} free"
+    used = (
+        f"{status.pages_kv} KV, {status.pages_adapter} adapters, "
+        f"{status.pages_cached} kept prefixes, {status.pages_free} free"
+    )
     table.add_row("requests", f"{status.running} running, {status.waiting} waiting")
     table.add_row("pages", f"{status.pages_total}: {used}")
     table.add_row(
         "adapters", f"{len(residency.gpu_added)} in the pool, {len(residency.host_added)} in memory"
     )
     table.add_row("most adapters in one step", str(status.max_adapters_in_step))
+    if queried := status.prefix_query_tokens:
+        share = status.prefix_hit_tokens / queried
+        table.add_row("prefix cache", f"{share:.0%} of {queried} tokens found")
     table.add_row("prefill", f"{status.prefill_tokens_per_s:.0f} tokens/s")
     if status.draining:
         table.add_row("draining", "takes no new requests")

@@ -502,6 +502,9 @@ class WorkerStatus(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     MAX_ADAPTERS_IN_STEP_FIELD_NUMBER: _builtins.int
     MAX_ADAPTERS_BESIDE_BASE_IN_STEP_FIELD_NUMBER: _builtins.int
+    PAGES_CACHED_FIELD_NUMBER: _builtins.int
+    PREFIX_QUERY_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Requests with pages."""
     waiting: _builtins.int
@@ -509,10 +512,12 @@ class WorkerStatus(_message.Message):
     queued_prompt_tokens: _builtins.int
     """Prompt tokens not yet computed, of running and waiting requests."""
     pages_total: _builtins.int
-    """A page is 16 tokens of KV, all layers. total = free + kv + adapter; the dummy page is not counted."""
+    """A page is 16 tokens of KV, all layers. total = free + kv + adapter + cached; the dummy page is
+    not counted.
+    """
     pages_free: _builtins.int
     pages_kv: _builtins.int
-    """Prefix cache included."""
+    """Of running requests, pages of the prefix cache that they use included."""
     pages_adapter: _builtins.int
     prefill_tokens_per_s: _builtins.float
     """Measured, a moving average of prompt tokens per second; 0 = not measured yet."""
@@ -524,6 +529,12 @@ class WorkerStatus(_message.Message):
     """Most distinct adapters that one step of this epoch has batched; the base model is not counted."""
     max_adapters_beside_base_in_step: _builtins.int
     """The same, over the steps that also held rows of the base model."""
+    pages_cached: _builtins.int
+    """Pages of the prefix cache that no running request uses: kept until their memory is needed."""
+    prefix_query_tokens: _builtins.int
+    """Tokens of this epoch's requests that were looked up in the prefix cache, each request once."""
+    prefix_hit_tokens: _builtins.int
+    """Of those, the tokens that it had: they were not computed again."""
     @_builtins.property
     def step_times(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]: ...
     def __init__(
@@ -542,10 +553,13 @@ class WorkerStatus(_message.Message):
         draining: _builtins.bool = ...,
         max_adapters_in_step: _builtins.int = ...,
         max_adapters_beside_base_in_step: _builtins.int = ...,
+        pages_cached: _builtins.int = ...,
+        prefix_query_tokens: _builtins.int = ...,
+        prefix_hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_load_bytes_per_s", b"adapter_load_bytes_per_s", "draining", b"draining", "max_adapters_beside_base_in_step", b"max_adapters_beside_base_in_step", "max_adapters_in_step", b"max_adapters_in_step", "pages_adapter", b"pages_adapter", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_total", b"pages_total", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_prompt_tokens", b"queued_prompt_tokens", "running", b"running", "step_times", b"step_times", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_load_bytes_per_s", b"adapter_load_bytes_per_s", "draining", b"draining", "max_adapters_beside_base_in_step", b"max_adapters_beside_base_in_step", "max_adapters_in_step", b"max_adapters_in_step", "pages_adapter", b"pages_adapter", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_total", b"pages_total", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_query_tokens", b"prefix_query_tokens", "queued_prompt_tokens", b"queued_prompt_tokens", "running", b"running", "step_times", b"step_times", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
