@@ -1,6 +1,7 @@
 """The same configs go to peft itself and to `resolve`; both must select the same."""
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,7 +11,13 @@ from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorry.adapter_store.lora import module_path
-from lorry.adapter_store.peft_config import MAX_CONFIG_BYTES, parse_config, resolve
+from lorry.adapter_store.peft_config import (
+    IGNORED,
+    MAX_CONFIG_BYTES,
+    UNDERSTOOD,
+    parse_config,
+    resolve,
+)
 from lorry.kernels.page_layout import MODULES
 from lorry.rpc.errors import AdapterInvalid
 from tests.support.adapters import TINY, lora_config
@@ -130,6 +137,24 @@ def test_an_unsupported_value_is_refused_naming_its_field(field: str) -> None:
     with pytest.raises(AdapterInvalid) as caught:
         resolve(lora_config(**REFUSED[field]), TINY)
     assert [violation.field for violation in caught.value.violations] == [field]
+
+
+@pytest.mark.parametrize(
+    "field", sorted({field.name for field in fields(LoraConfig)} - UNDERSTOOD - IGNORED)
+)
+def test_every_other_field_of_peft_is_refused_by_name_where_it_is_on(field: str) -> None:
+    with pytest.raises(AdapterInvalid) as caught:
+        resolve(lora_config(**{field: {"on": 1}}), TINY)
+    named = [violation.field for violation in caught.value.violations]
+    assert named == [field]
+
+
+def test_only_fields_without_a_part_in_inference_are_ignored() -> None:
+    """By name, so that no other joins them unseen."""
+    adapted = {"base_model_name_or_path", "inference_mode", "lora_dropout", "revision"}
+    kept = {"auto_mapping", "megatron_core", "peft_version", "qalora_group_size", "runtime_config"}
+    initialisers = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+    assert adapted | kept | initialisers == IGNORED
 
 
 @pytest.mark.parametrize(

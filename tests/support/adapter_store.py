@@ -152,9 +152,10 @@ async def running_store(
     tokens: Mapping[bytes, Caller] | None = None,
     now_ns: Callable[[], int] = time.time_ns,
     shm_dir: Path | None = None,
+    model: Path | None = None,
 ) -> AsyncIterator[RunningStore]:
     """A store that keeps its adapters in `directory`, and a client of this machine."""
-    base_model = read_base_model(write_base_model(directory / "model"))
+    base_model = read_base_model(model or write_base_model(directory / "model"))
     shm_dir, backend_dir = shm_dir or directory / "shm", directory / "adapters"
     async with (
         opened(

@@ -54,7 +54,8 @@ def make_adapter(
 ) -> Path:
     """Save a random LoRA adapter of `model`, with weights in both A and B that `dtype` can hold."""
     torch.manual_seed(seed)
-    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **fields)
+    defaults: dict[str, Any] = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
+    config = LoraConfig(**(defaults | fields))
     adapted = get_peft_model(_base(model), config)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
