@@ -29,7 +29,7 @@ def test_a_worker_is_an_address_or_a_name_of_many(text: str, target: Target) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "w1", "w1:http", ":1", "dns://8.8.8.8/w:1", "dns:///w", "w:²"]
+    "text", ["", "w1", "w1:http", ":1", "dns://8.8.8.8/w:1", "dns:///w", "w:²", "x" * 64 + ":1"]
 )
 def test_what_is_neither_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="worker must be HOST:PORT") as refusal:

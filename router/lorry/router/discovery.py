@@ -28,7 +28,7 @@ class Target(NamedTuple):
         """Raises ValueError that names the text."""
         by_dns = text.startswith(DNS_PREFIX)
         host, _, port = text.removeprefix(DNS_PREFIX).rpartition(":")
-        if not host or "/" in host or not (port.isascii() and port.isdigit()):
+        if not _is_name(host) or not (port.isascii() and port.isdigit()):
             raise ValueError(f"worker must be HOST:PORT or {DNS_PREFIX}NAME:PORT, got {text!r}")
         return cls(host, int(port), by_dns)
 
@@ -72,6 +72,14 @@ class Discovery:
         if found != self._found.get(name):
             log.info("%s has %d addresses", name.host, len(found))
         self._found[name] = found
+
+
+def _is_name(host: str) -> bool:
+    """Whether the resolver can be asked for it at all."""
+    try:
+        return bool(host.encode("idna")) and "/" not in host
+    except UnicodeError:
+        return False
 
 
 def _address(host: str, port: int) -> str:
