@@ -144,7 +144,7 @@ def test_an_unsupported_value_is_refused_naming_its_field(field: str) -> None:
 )
 def test_every_other_field_of_peft_is_refused_by_name_where_it_is_on(field: str) -> None:
     with pytest.raises(AdapterInvalid) as caught:
-        resolve(lora_config(**{field: {"on": 1}}), TINY)
+        resolve(lora_config() | {field: {"on": 1}}, TINY)
     named = [violation.field for violation in caught.value.violations]
     assert named == [field]
 

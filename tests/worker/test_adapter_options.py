@@ -163,15 +163,17 @@ async def test_every_accepted_option_has_pefts_tokens_all_in_one_batch(
     requests = world.requests * 2
     numbers = [harness.submit(prompt, adapter, MAX_TOKENS) for prompt, adapter, _ in requests]
     harness.run()
-    for number, (_, adapter, expected) in zip(numbers, requests, strict=True):
-        assert first_difference(expected, harness.tokens[number]) is None, adapter
+    for number, (_, path, expected) in zip(numbers, requests, strict=True):
+        assert first_difference(expected, harness.tokens[number]) is None, path
     assert harness.engine.gauges.max_adapters_beside_base_in_step == len(OPTIONS)
 
 
 def test_every_adapter_of_the_options_changes_the_tokens(world: World) -> None:
     base = Reference(world.model)
-    for prompt, adapter, expected in world.requests[1:]:
-        assert base.greedy(prompt, None, MAX_TOKENS).token_ids != expected.token_ids, adapter
+    adapted = [request for request in world.requests if request[1]]
+    assert len(adapted) == len(OPTIONS)
+    for prompt, path, expected in adapted:
+        assert base.greedy(prompt, None, MAX_TOKENS).token_ids != expected.token_ids, path
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -180,7 +182,7 @@ async def test_what_peft_saves_with_any_other_option_is_refused_by_name(
 ) -> None:
     async with running_store(tmp_path / "store", model=world.model) as store:
         for field, options in REFUSED.items():
-            fields = {"r": 4, "target_modules": ["q_proj", "v_proj"]} | options
+            fields: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]} | options
             adapter = make_adapter(tmp_path / field, world.model, seed=0, **fields)
             with pytest.raises(AdapterInvalid) as caught:
                 await push(store, adapter)
