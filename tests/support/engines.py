@@ -27,6 +27,7 @@ class EngineHarness:
         self.engine = build_engine(self.config, self._base_model)
         self.tokens: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[m.RowLogprobs]] = {}  # of requests that ask
+        self.prompt_logprobs: dict[int, list[m.RowLogprobs]] = {}  # of requests that ask
         self.finished: dict[int, m.Finished] = {}
         self.events: list[m.Event] = []
         self._images = image_directory
@@ -54,7 +55,7 @@ class EngineHarness:
             "seed": number,
             "remaining_s": None,
         }
-        self.tokens[number], self.logprobs[number] = [], []
+        self.tokens[number], self.logprobs[number], self.prompt_logprobs[number] = [], [], []
         self.engine.handle(
             [
                 m.Submit(
@@ -112,11 +113,19 @@ class EngineHarness:
             for number, token_id in zip(event.requests, event.token_ids, strict=True):
                 self.tokens[number].append(token_id)
             self._note_logprobs(event)
+        elif isinstance(event, m.PromptLogprobs):
+            self._note_prompt_logprobs(event)
         elif isinstance(event, m.Finished):
             assert event.request not in self.finished, "a request finished twice"
             self.finished[event.request] = event
         elif isinstance(event, m.FetchImage):
             self.engine.handle([self.image(event.version)])
+
+    def _note_prompt_logprobs(self, event: m.PromptLogprobs) -> None:
+        rows = self.prompt_logprobs[event.request]
+        assert not self.tokens[event.request], "logprobs of a prompt after a token"
+        assert event.first_index == len(rows) + 1
+        rows += [row for row in event.logprobs.rows() if row is not None]
 
     def _note_logprobs(self, event: m.StepTokens) -> None:
         if event.logprobs is not None:

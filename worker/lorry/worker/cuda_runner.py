@@ -10,6 +10,7 @@ from lorry.worker.cuda_adapter_memory import CudaAdapterMemory
 from lorry.worker.drawn import Drawn, DrawnLogprobs
 from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch
+from lorry.worker.prompt_rows import PromptTargets, prompt_targets
 from lorry.worker.rope_table import rope_table
 from lorry.worker.runner import ReadTokens, RunCounts
 from lorry.worker.sequence_adjustments import SequenceAdjustments
@@ -94,22 +95,28 @@ class CudaRunner:
         groups = self.adapters.groups_of(batch.slot_S)
         self.graphs.replay(rows, samples, groups, head_kind(values, is_adjusted=is_adjusted))
         self.padded_rows += rows - batch.num_tokens
-        return self._reader(values["num_top"])
+        targets = prompt_targets(batch.prompt, table) if batch.prompt is not None else None
+        return self._reader(values["num_top"], targets)
 
-    def _reader(self, num_top_N: np.ndarray) -> ReadTokens:
+    def _reader(self, num_top_N: np.ndarray, targets: PromptTargets | None) -> ReadTokens:
         head, samples = self.graphs.head, len(num_top_N)
         tokens = to_host(head.token_N[:samples])
         asked = (num_top_N >= 0).any()
         logprobs = to_host(head.logprobs_NY[:samples]) if asked else None
+        prompt = self.graphs.report_prompt(targets) if targets is not None else None
         copied = torch.cuda.Event()
         copied.record()
 
         def read() -> Drawn:
             copied.synchronize()
-            token_N = tokens.numpy().astype(np.int32)
-            if logprobs is None:
-                return Drawn(token_N)
-            reported = (values.numpy() for values in unpacked(logprobs))
-            return Drawn(token_N, DrawnLogprobs(num_top_N, *reported))
+            return Drawn(
+                tokens.numpy().astype(np.int32),
+                _reported(num_top_N, logprobs) if logprobs is not None else None,
+                _reported(targets.num_top_P, prompt) if targets and prompt is not None else None,
+            )
 
         return read
+
+
+def _reported(num_top_N: np.ndarray, logprobs_NY: torch.Tensor) -> DrawnLogprobs:
+    return DrawnLogprobs(num_top_N, *(values.numpy() for values in unpacked(logprobs_NY)))

@@ -7,6 +7,7 @@ from lorry.rpc.base_model import BaseModel
 from lorry.worker.adapter_tables import slot_bytes
 from lorry.worker.buckets import bucket_sizes
 from lorry.worker.lora_groups import LoraGroups
+from lorry.worker.prompt_head import piece_rows
 from lorry.worker.sequence_adjustments import table_bytes
 from lorry.worker.step_arrays import HeadKind
 from lorry.worker.weights import num_weights
@@ -73,11 +74,12 @@ def _steps_bytes(base_model: BaseModel, layout: PageLayout, steps: StepLimits) -
     attention = (geometry.heads + geometry.kv_heads) * geometry.head_dim
     row_bytes = (6 * geometry.hidden + 2 * attention + 4 * geometry.intermediate) * itemsize
     sample_bytes = base_model.vocab_size * (itemsize + LOGIT_BYTES)
-    activations = steps.max_rows * row_bytes + steps.max_samples * sample_bytes
+    most_samples = max(steps.max_samples, piece_rows(steps.max_rows))
+    activations = steps.max_rows * row_bytes + most_samples * sample_bytes
     block_table = -(-steps.max_context_tokens // layout.page_tokens) * steps.max_samples * 4
     rope_table = base_model.max_context_tokens * 2 * geometry.head_dim * itemsize
     graphs = len(bucket_sizes(steps.max_rows)) * len(LoraGroups)
-    graphs += len(bucket_sizes(steps.max_samples)) * len(HeadKind)
+    graphs += len(bucket_sizes(steps.max_samples)) * len(HeadKind) + 1  # of prompts' logprobs
     return (
         FIXED_BYTES
         + graphs * GRAPH_BYTES

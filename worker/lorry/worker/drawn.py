@@ -18,6 +18,9 @@ class DrawnLogprobs(NamedTuple):
     top_id_NX: np.ndarray  # most likely first
     top_logprob_NX: np.ndarray  # float32
 
+    def part(self, rows: np.ndarray | slice) -> "DrawnLogprobs":
+        return DrawnLogprobs(*(values[rows] for values in self))
+
     def to_message(self) -> TokenLogprobs | None:
         """None if no row asked."""
         asked_N = self.num_top_N >= 0
@@ -37,10 +40,9 @@ class Drawn(NamedTuple):
 
     token_id_N: np.ndarray  # int32
     logprobs: DrawnLogprobs | None = None  # None where no row asked for any
+    prompt: DrawnLogprobs | None = None  # of prompt rows, for which nothing is drawn
 
-    def only(self, is_kept_N: np.ndarray) -> "Drawn":
-        """Some of the rows."""
+    def only(self, is_kept_N: np.ndarray) -> tuple[np.ndarray, DrawnLogprobs | None]:
+        """Tokens and logprobs of some of the rows that sample."""
         logprobs = self.logprobs
-        if logprobs is not None:
-            logprobs = DrawnLogprobs(*(values[is_kept_N] for values in logprobs))
-        return Drawn(self.token_id_N[is_kept_N], logprobs)
+        return self.token_id_N[is_kept_N], logprobs and logprobs.part(is_kept_N)

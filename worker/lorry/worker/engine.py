@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lorry.worker import messages as m
 from lorry.worker.gauges import Gauges
 from lorry.worker.plan import Batch, Plan
+from lorry.worker.prompt_rows import prompt_messages
 from lorry.worker.residency import Adapter, AdapterState
 from lorry.worker.runner import ReadTokens, Runner
 from lorry.worker.scheduler import Scheduler
@@ -117,6 +118,10 @@ class Engine:
     def _read(self, launched: "_Launched") -> None:
         drawn = launched.read()
         now_s = self._clock()
+        if launched.batch.prompt is not None and drawn.prompt is not None:
+            self._events += prompt_messages(
+                launched.batch.prompt, drawn.prompt, self.scheduler.table
+            )
         tokens, finished = self.scheduler.commit(launched.batch, drawn, now_s)
         self.host_time.commit_s += self._clock() - now_s
         # Steps overlap: a step's time is what passed since the one before was read.

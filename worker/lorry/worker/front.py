@@ -26,6 +26,7 @@ from lorry.worker.messages import (
     FinishReason,
     PinAdapter,
     Prefetch,
+    PromptLogprobs,
     ReleaseImage,
     ResidencyChange,
     Started,
@@ -37,6 +38,7 @@ from lorry.worker.messages import (
 from lorry.worker.request_table import Place, RequestTable, StepOutputs
 from lorry.worker.streams import (
     MAX_WANTED,
+    PromptReport,
     RequestEnd,
     ResidencyUpdate,
     RouterStream,
@@ -200,6 +202,10 @@ class Front:
                     self._step = step
                     self.counts.output_tokens += len(event.token_ids)
                     self._requests.distribute(event, outputs)
+                case PromptLogprobs(number, first_index, logprobs):
+                    if place := self._requests.place(number):
+                        report = PromptReport(place.seq, first_index, logprobs)
+                        self._send(place.stream, report)
                 case Finished():
                     self.counts.end(event)
                     self._requests.finish(event, outputs)

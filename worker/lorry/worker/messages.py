@@ -50,6 +50,7 @@ class Submit(Message, frozen=True):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    prompt_logprobs: int | None = None  # the same as top_logprobs, of the prompt's tokens
     logit_bias: dict[int, float] = {}  # by token id
     top_logprobs: int | None = None  # alternatives of each token; None: no logprobs at all
     computes_prompt: bool = False  # all of it: no page of the prefix cache takes its place
@@ -183,6 +184,14 @@ class StepTokens(Message, frozen=True):
     logprobs: TokenLogprobs | None = None  # None: no request asked for any
 
 
+class PromptLogprobs(Message, frozen=True):
+    """Of a request's prompt tokens, in order, each once, before its first token."""
+
+    request: int
+    first_index: int  # in the prompt; at least 1
+    logprobs: TokenLogprobs
+
+
 class FinishReason(enum.IntEnum):
     """As in the protocol."""
 
@@ -263,6 +272,7 @@ Event = (
     Started
     | Failed
     | StepTokens
+    | PromptLogprobs
     | Finished
     | FetchImage
     | ReleaseImage

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lorry.worker.messages import Finished
+from lorry.worker.prompt_rows import PromptRows, prompt_rows
 from lorry.worker.residency import Adapter
 from lorry.worker.sequences import SequenceTable
 
@@ -24,6 +25,7 @@ class Batch:
     slot_S: np.ndarray
     samples_S: np.ndarray  # bool; false for prompt chunks but the last
     output_position_S: np.ndarray  # of the token to draw, from 0
+    prompt: PromptRows | None = None  # whose logits are reported
 
     @property
     def num_tokens(self) -> int:
@@ -93,6 +95,7 @@ class BatchBuilder:
             slot_S=table.slot_R[row],
             samples_S=samples,
             output_position_S=known - table.num_prompt_R[row],
+            prompt=prompt_rows(table, row, start, length),
         )
         table.num_computed_R[row] += length
         table.num_tokens_R[row] += samples

@@ -56,6 +56,7 @@ class Request:
     adapter_load_s: float = 0.0
     prefill_started_s: float | None = None  # when its first chunk was planned
     prefill_s: float = 0.0  # until its first token was read
+    num_prompt_reported: int = 0  # prompt rows whose logprobs were sent
 
     @classmethod
     def of(cls, submit: Submit, now_s: float) -> "Request":

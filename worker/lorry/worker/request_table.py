@@ -89,6 +89,10 @@ class RequestTable:
                 if row is not None:
                     output.add_logprobs(row)
 
+    def place(self, number: int) -> Place | None:
+        """Whose the request is; None if no router waits for it."""
+        return self._places.get(number)
+
     def finish(self, event: Finished, outputs: StepOutputs) -> None:
         place = self._places.pop(event.request, None)
         if place is not None:

@@ -5,6 +5,7 @@ from lorry.rpc.status import to_status
 from lorry.v1 import common_pb2
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.worker.streams import (
+    PromptReport,
     RequestEnd,
     ResidencyUpdate,
     StepOutput,
@@ -17,6 +18,8 @@ def to_response(event: StreamEvent) -> pb.AttachResponse:
     match event:
         case StepOutput():
             return pb.AttachResponse(step=to_step(event))
+        case PromptReport():
+            return pb.AttachResponse(prompt_logprobs=to_prompt_chunk(event))
         case WorkerState():
             return pb.AttachResponse(status=to_worker_status(event))
         case ResidencyUpdate():
@@ -35,6 +38,20 @@ def to_step(output: StepOutput) -> pb.StepOutput:
         top_logprobs=output.top_logprobs,
         finished=[to_finished(end) for end in output.finished],
         submit_limit=output.submit_limit,
+    )
+
+
+def to_prompt_chunk(report: PromptReport) -> pb.PromptLogprobChunk:
+    rows = report.logprobs
+    return pb.PromptLogprobChunk(
+        seq=report.seq,
+        first_index=report.first_index,
+        logprobs=common_pb2.Logprobs(
+            logprobs=rows.logprobs,
+            top_counts=rows.top_counts if rows.top_token_ids else [],
+            top_token_ids=rows.top_token_ids,
+            top_logprobs=rows.top_logprobs,
+        ),
     )
 
 

@@ -49,6 +49,8 @@ class SequenceTable:
         self.top_p_R = np.ones(num_rows, dtype=np.float32)
         self.min_p_R = np.zeros(num_rows, dtype=np.float32)
         self.top_logprobs_R = np.full(num_rows, NOT_ASKED, dtype=np.int32)
+        self.prompt_logprobs_R = np.full(num_rows, NOT_ASKED, dtype=np.int32)
+        self.num_prompt_reported_R = np.zeros(num_rows, dtype=np.int32)  # by launched steps
         self.seed_R = np.zeros(num_rows, dtype=np.int64)  # the bits of an unsigned seed
         self.repetition_R = np.ones(num_rows, dtype=np.float32)
         self.presence_R = np.zeros(num_rows, dtype=np.float32)
@@ -87,6 +89,9 @@ class SequenceTable:
         self.top_p_R[row] = submit.top_p
         self.min_p_R[row] = submit.min_p
         self.top_logprobs_R[row] = NOT_ASKED if submit.top_logprobs is None else submit.top_logprobs
+        asked = submit.prompt_logprobs
+        self.prompt_logprobs_R[row] = NOT_ASKED if asked is None else asked
+        self.num_prompt_reported_R[row] = request.num_prompt_reported
         self.seed_R[row] = np.uint64(submit.seed).astype(np.int64)
         self._set_adjustments(row, submit)
 

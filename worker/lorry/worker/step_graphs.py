@@ -19,6 +19,8 @@ from lorry.worker.graph_capture import capture_graphs
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.model import LlamaModel
 from lorry.worker.progress import counted
+from lorry.worker.prompt_head import PromptHead
+from lorry.worker.prompt_rows import PromptTargets
 from lorry.worker.sequence_adjustments import SequenceAdjustments
 from lorry.worker.step_arrays import HeadKind
 from lorry.worker.step_buffers import StepBuffers
@@ -26,6 +28,9 @@ from lorry.worker.step_head import StepHead
 from lorry.worker.triton_operations import DeviceState, TritonOperations
 
 MAX_COMPILERS = 32  # threads, each with an assembler's process: a container may limit both
+
+PROMPT_PIECE = "piece of a prompt's logprobs"
+Key = tuple[int, LoraGroups | HeadKind] | str
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +61,8 @@ class StepGraphs:
         self.head = StepHead(
             model, buffers.device, self._hidden_TH, adjustments, max_samples=max_samples
         )
-        self._graphs: dict[tuple[int, LoraGroups | HeadKind], torch.cuda.CUDAGraph] = {}
+        self._prompt_head = PromptHead(model, self._hidden_TH)
+        self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:
         """Compile, warm up and capture everything, largest first so that memory is shared best."""
@@ -65,11 +71,12 @@ class StepGraphs:
                 log, compile_ahead(self._launch_all, threads), "compiled kernels"
             ):
                 kernel.result()
-        runs: dict[tuple[int, LoraGroups | HeadKind], Callable[[], None]] = {}
+        runs: dict[Key, Callable[[], None]] = {}
         for rows, groups in product(reversed(self.row_buckets), LoraGroups):
             runs[rows, groups] = partial(self._body, rows, groups, self._model)
         for samples, kind in product(reversed(self.sample_buckets), HeadKind):
             runs[samples, kind] = partial(self.head.run, samples, kind)
+        runs[PROMPT_PIECE] = self._prompt_head.run
         self._graphs = capture_graphs(runs)
 
     def _launch_all(self) -> None:
@@ -79,6 +86,7 @@ class StepGraphs:
             self._body(rows, groups, first_layer)
         for samples, kind in product(self.sample_buckets, HeadKind):
             self.head.run(samples, kind)
+        self._prompt_head.run()
 
     def padded(self, rows: int, samples: int) -> tuple[int, int]:
         """The buckets of a step."""
@@ -93,6 +101,10 @@ class StepGraphs:
         if samples:
             self._graphs[samples, head].replay()
         self.replays += 1
+
+    def report_prompt(self, targets: PromptTargets) -> torch.Tensor:
+        """Packed logprobs of prompt tokens, of the step that was just replayed; see PromptHead."""
+        return self._prompt_head.launch(targets, self._graphs[PROMPT_PIECE].replay)
 
     def _body(self, rows: int, groups: LoraGroups, model: LlamaModel) -> None:
         """The rows through the layers, into the hidden states."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from lorry.rpc.errors import InvalidRequest, LorryError, QueueFull, SlowReader
-from lorry.worker.messages import FinishReason, RowLogprobs, Status
+from lorry.worker.messages import FinishReason, RowLogprobs, Status, TokenLogprobs
 
 MAX_UNREAD_BYTES = 16 << 20  # of the protocol
 MAX_WANTED = 1024  # versions of one Prefetch that are looked at
@@ -90,7 +90,21 @@ class ResidencyUpdate:
         return VERSION_BYTES * (1 + sum(map(len, lists)))
 
 
-StreamEvent = StepOutput | WorkerState | ResidencyUpdate
+@dataclass(frozen=True, slots=True)
+class PromptReport:
+    """Logprobs of prompt tokens of one request."""
+
+    seq: int
+    first_index: int
+    logprobs: TokenLogprobs
+
+    @property
+    def num_bytes(self) -> int:
+        rows = self.logprobs
+        return ROW_BYTES + LOGPROB_BYTES * (len(rows.logprobs) + len(rows.top_token_ids))
+
+
+StreamEvent = StepOutput | PromptReport | WorkerState | ResidencyUpdate
 
 
 class RouterStream:

@@ -1,6 +1,7 @@
 """A Submit as the router sends it, checked and made the engine's. Nothing is ignored silently."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lorry.rpc.durations import to_seconds
 from lorry.rpc.errors import (
@@ -21,6 +22,8 @@ MAX_REPETITION_PENALTY = 10.0
 MAX_PENALTY = 2.0  # of presence and of frequency
 MAX_LOGIT_BIAS = 100.0
 MAX_TOP_LOGPROBS = 20
+TopField = Literal["top_logprobs", "prompt_logprobs"]
+TOP_FIELDS: tuple[TopField, ...] = ("top_logprobs", "prompt_logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,9 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
         top_k=sampling.top_k if sampling.top_k < limits.vocab_size else 0,
         top_p=_top_p(sampling),
         min_p=sampling.min_p,
-        top_logprobs=_top_logprobs(message.response, limits),
+        top_logprobs=_num_top("top_logprobs", message.response, limits),
+        prompt_logprobs=_num_top("prompt_logprobs", message.response, limits),
+        computes_prompt=message.response.HasField("prompt_logprobs"),
         repetition_penalty=_repetition_penalty(sampling),
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
@@ -145,11 +150,12 @@ def _check_logit_bias(sampling: common_pb2.SamplingParams, limits: RequestLimits
 
 
 def _check_response(response: common_pb2.ResponseOptions) -> None:
-    if response.top_logprobs > MAX_TOP_LOGPROBS:
-        raise InvalidRequest.of(
-            "response.top_logprobs",
-            f"must be in [0, {MAX_TOP_LOGPROBS}], got {response.top_logprobs}",
-        )
+    for field in TOP_FIELDS:
+        value = getattr(response, field)
+        if value > MAX_TOP_LOGPROBS:
+            raise InvalidRequest.of(
+                f"response.{field}", f"must be in [0, {MAX_TOP_LOGPROBS}], got {value}"
+            )
 
 
 def _temperature(sampling: common_pb2.SamplingParams) -> float:
@@ -164,7 +170,10 @@ def _top_p(sampling: common_pb2.SamplingParams) -> float:
     return sampling.top_p if sampling.HasField("top_p") else 1.0
 
 
-def _top_logprobs(response: common_pb2.ResponseOptions, limits: RequestLimits) -> int | None:
-    if not response.HasField("top_logprobs"):
+def _num_top(
+    field: TopField, response: common_pb2.ResponseOptions, limits: RequestLimits
+) -> int | None:
+    if not response.HasField(field):
         return None
-    return min(response.top_logprobs, limits.vocab_size)
+    asked: int = getattr(response, field)
+    return min(asked, limits.vocab_size)

@@ -13,6 +13,8 @@ from lorry.worker.adapter_memory import DirectAdapterMemory
 from lorry.worker.drawn import Drawn, DrawnLogprobs
 from lorry.worker.model import LlamaModel
 from lorry.worker.plan import Batch
+from lorry.worker.prompt_head import PIECE_ROWS
+from lorry.worker.prompt_rows import PromptTargets, prompt_targets
 from lorry.worker.rope_table import rope_table
 from lorry.worker.runner import ReadTokens, RunCounts
 from lorry.worker.sequence_adjustments import SequenceAdjustments
@@ -67,8 +69,11 @@ class TorchRunner:
         drawn_T = self._last_token_R[(-1 - step.token_id_T).clamp(min=0)]
         token_id_T = torch.where(step.token_id_T >= 0, step.token_id_T, drawn_T)
         x_TH = self._model.forward(token_id_T, operations)
+        prompt = None
+        if batch.prompt is not None:
+            prompt = self._report_prompt(x_TH, prompt_targets(batch.prompt, table))
         if not len(step.sample_row_N):
-            return Drawn(np.empty(0, dtype=np.int32))
+            return Drawn(np.empty(0, dtype=np.int32), prompt=prompt)
         logits_NV = self._model.logits(x_TH[step.sample_row_N])
         if self._adjustments.prepare(batch, table):
             tables, rows = self._adjustments.tables, self._adjustments.of(step.state_row_N)
@@ -77,7 +82,17 @@ class TorchRunner:
         else:
             token_N = draw(logits_NV, step.sampling)
         self._last_token_R[step.state_row_N] = token_N
-        return Drawn(token_N.int().cpu().numpy(), report(logits_NV, token_N, step.sampling))
+        logprobs = report(logits_NV, token_N, step.sampling.num_top_N)
+        return Drawn(token_N.int().cpu().numpy(), logprobs, prompt)
+
+    def _report_prompt(self, x_TH: torch.Tensor, targets: PromptTargets) -> DrawnLogprobs:
+        """Logprobs of prompt tokens, a piece at a time, so that the logits stay few."""
+        tensors = [torch.from_numpy(part.astype(np.int64)).to(x_TH.device) for part in targets]
+        pieces = []
+        for row_P, token_P, num_top_P in zip(*(t.split(PIECE_ROWS) for t in tensors), strict=True):
+            pieces.append(report(self._model.logits(x_TH[row_P]), token_P, num_top_P))
+        parts = zip(*(piece for piece in pieces if piece is not None), strict=True)
+        return DrawnLogprobs(*(np.concatenate(part) for part in parts))
 
 
 def draw(logits_NV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
@@ -99,10 +114,10 @@ def draw(logits_NV: torch.Tensor, sampling: SamplingInput) -> torch.Tensor:
 
 
 def report(
-    logits_NV: torch.Tensor, token_N: torch.Tensor, sampling: SamplingInput
+    logits_NV: torch.Tensor, token_N: torch.Tensor, num_top_N: torch.Tensor
 ) -> DrawnLogprobs | None:
     """Logprobs of the model's own logits, if a row asks for any."""
-    if not (sampling.num_top_N >= 0).any():
+    if not (num_top_N >= 0).any():
         return None
-    logprobs = logprobs_reference(logits_NV, token_N, sampling.num_top_N)
-    return DrawnLogprobs(*(values.cpu().numpy() for values in (sampling.num_top_N, *logprobs)))
+    logprobs = logprobs_reference(logits_NV, token_N, num_top_N)
+    return DrawnLogprobs(*(values.cpu().numpy() for values in (num_top_N, *logprobs)))
