@@ -92,6 +92,13 @@ async def test_generate_shows_logprobs_on_stderr(services: Services) -> None:
     assert services.inference.specs[0].sampling.min_p == 0.5
 
 
+async def test_generate_shows_logprobs_of_the_prompt_on_stderr(services: Services) -> None:
+    result = await services.lorry("generate", "a b c", "--prompt-logprobs", "1")
+    assert result.stdout == "abc\n"
+    rows = [line.split() for line in result.stderr.splitlines()[1:]]
+    assert rows == [["9", "-0.500", "70", "-0.250"]] * 2
+
+
 async def test_generate_sends_what_changes_the_odds_and_the_end(services: Services) -> None:
     options = "--repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 0.5"
     options += " --logit-bias 7=-100 --logit-bias 8=0.5 --min-tokens 2 --stop-token-id 9"

@@ -117,6 +117,19 @@ async def test_logprobs_come_with_their_tokens(
     assert streamed == expected
 
 
+@pytest.mark.parametrize("asked", [None, 0, 2])
+async def test_logprobs_of_the_prompt_come_before_the_first_chunk(asked: int | None) -> None:
+    inference = ScriptedInference()
+    request = Request(prompt="a b c", prompt_logprobs=asked)
+    row = TokenLogprobs(9, -0.5, ALTERNATIVES if asked else ())
+    expected = [] if asked is None else [row, row]
+    async with client_of(inference) as client:
+        assert list((await client.generate(request)).prompt_logprobs) == expected
+        async with client.stream(request) as stream:
+            assert (await anext(stream)).text == "a"
+            assert stream.prompt_logprobs == expected
+
+
 def test_options_that_are_not_given_are_left_to_the_router() -> None:
     spec = Request(prompt="a").to_proto()
     assert not spec.adapter
@@ -124,6 +137,7 @@ def test_options_that_are_not_given_are_left_to_the_router() -> None:
         assert not spec.sampling.HasField(field)
     assert not spec.stopping.HasField("max_tokens")
     assert not spec.response.HasField("top_logprobs")
+    assert not spec.response.HasField("prompt_logprobs")
 
 
 def test_a_chat_is_sent_as_messages() -> None:

@@ -66,7 +66,7 @@ def test_every_served_field_is_read(reader: SpecReader) -> None:
                 "frequency_penalty": -0.5,
                 "logit_bias": {5: 1.5, NUM_TOKENS - 1: -100},
             },
-            response={"top_logprobs": 0},
+            response={"top_logprobs": 0, "prompt_logprobs": 3},
             stopping={"max_tokens": 9, "min_tokens": 9, "stop_strings": ["é" * 64, "b"]},
             labels={"team": "x" * 63},
         ),
@@ -79,7 +79,7 @@ def test_every_served_field_is_read(reader: SpecReader) -> None:
     assert (read.repetition_penalty, read.presence_penalty) == (1.25, 2)
     assert read.frequency_penalty == -0.5
     assert read.logit_bias == {5: 1.5, NUM_TOKENS - 1: -100}
-    assert read.top_logprobs == 0
+    assert (read.top_logprobs, read.prompt_logprobs) == (0, 3)
     assert (read.max_tokens, read.min_tokens) == (9, 9)
     assert read.stop_strings == ("é" * 64, "b")
     assert read.labels == {"team": "x" * 63}
@@ -203,7 +203,6 @@ def test_an_input_is_required(reader: SpecReader) -> None:
 
 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({"response": {"prompt_logprobs": 0}}, "response.prompt_logprobs"),
     ({"guided": {"regex": "a+"}}, "guided"),
 ]
 

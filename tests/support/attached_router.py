@@ -27,6 +27,7 @@ class AttachedRouter:
         self.steps: list[pb.StepOutput] = []
         self.statuses: list[pb.WorkerStatus] = []
         self.residencies: list[pb.Residency] = []
+        self.prompt_chunks: list[pb.PromptLogprobChunk] = []
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.finished: dict[int, pb.Finished] = {}
         self.submit_limit = 0
@@ -101,6 +102,9 @@ class AttachedRouter:
                 self.statuses.append(response.status)
             case "residency":
                 self.residencies.append(response.residency)
+            case "prompt_logprobs":
+                assert not self.tokens[response.prompt_logprobs.seq], "after a token"
+                self.prompt_chunks.append(response.prompt_logprobs)
             case "step":
                 self._note_step(response.step)
 

@@ -129,6 +129,17 @@ class FakeWorker(WorkerServiceServicer):
         """One step that draws tokens of one request."""
         self.step(seqs=[seq] * len(token_ids), token_ids=token_ids, **step)
 
+    def report_prompt(self, seq: int, first_index: int, *logprobs: float) -> None:
+        """Logprobs of prompt tokens; the one alternative of each is token 9."""
+        rows = common_pb2.Logprobs(
+            logprobs=logprobs,
+            top_counts=[1] * len(logprobs),
+            top_token_ids=[9] * len(logprobs),
+            top_logprobs=[-0.5] * len(logprobs),
+        )
+        chunk = pb.PromptLogprobChunk(seq=seq, first_index=first_index, logprobs=rows)
+        self.send(pb.AttachResponse(prompt_logprobs=chunk))
+
     def step(self, **fields: Any) -> None:
         self._num_steps += 1
         self.send(pb.AttachResponse(step=pb.StepOutput(step=self._num_steps, **fields)))

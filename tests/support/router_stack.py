@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Answer:
 
     chunks: list[pb.TokenChunk]
     completed: pb.Completed | None = None
+    prompt_logprobs: list[pb.PromptLogprobs] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -106,6 +107,9 @@ async def read_answer(call: Any) -> Answer:
         async for response in call:
             if response.HasField("chunk"):
                 answer.chunks.append(response.chunk)
+            elif response.HasField("prompt_logprobs"):
+                assert not answer.chunks, "logprobs of a prompt after a chunk"
+                answer.prompt_logprobs.append(response.prompt_logprobs)
             else:
                 answer.completed = response.completed
     except grpc.aio.AioRpcError as failure:

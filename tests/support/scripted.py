@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 import grpc.aio
 from crc32c import crc32c
@@ -101,7 +101,8 @@ class ScriptedInference(InferenceServiceServicer):
         return inference_service_pb2.GenerateResponse(
             text="".join(words),
             token_ids=range(len(words)),
-            logprobs=_logprobs(request.spec, len(words)),
+            logprobs=_logprobs(request.spec.response, "top_logprobs", len(words)),
+            prompt_logprobs=_prompt_logprobs(request.spec),
             completed=_completed(request.spec),
         )
 
@@ -111,13 +112,17 @@ class ScriptedInference(InferenceServiceServicer):
         self.specs.append(request.spec)
         context.add_done_callback(lambda _: self.ended.set())
         self.script.step()
+        if (prompt := _prompt_logprobs(request.spec)) is not None:
+            yield inference_service_pb2.StreamGenerateResponse(prompt_logprobs=prompt)
         for index, word in enumerate(request.spec.prompt.split()):
             if index == self._break_after:
                 raise _Broken("the connection broke")
             if index == self._pause_after:
                 await asyncio.Event().wait()
             chunk = inference_service_pb2.TokenChunk(
-                token_ids=[index], text=word, logprobs=_logprobs(request.spec, 1)
+                token_ids=[index],
+                text=word,
+                logprobs=_logprobs(request.spec.response, "top_logprobs", 1),
             )
             yield inference_service_pb2.StreamGenerateResponse(chunk=chunk)
             await asyncio.sleep(0)
@@ -125,13 +130,28 @@ class ScriptedInference(InferenceServiceServicer):
         yield inference_service_pb2.StreamGenerateResponse(completed=completed)
 
 
+def _prompt_logprobs(
+    spec: inference_service_pb2.GenerationSpec,
+) -> inference_service_pb2.PromptLogprobs | None:
+    """Each word of the prompt is token 9."""
+    num_tokens = len(spec.prompt.split()) - 1
+    logprobs = _logprobs(spec.response, "prompt_logprobs", num_tokens)
+    if logprobs is None:
+        return None
+    return inference_service_pb2.PromptLogprobs(
+        first_index=1, token_ids=[9] * num_tokens, logprobs=logprobs
+    )
+
+
 def _logprobs(
-    spec: inference_service_pb2.GenerationSpec, num_tokens: int
+    response: common_pb2.ResponseOptions,
+    field: Literal["top_logprobs", "prompt_logprobs"],
+    num_tokens: int,
 ) -> common_pb2.Logprobs | None:
     """Where asked for; the alternatives of every token are 70, 71, ..."""
-    if not spec.response.HasField("top_logprobs"):
+    if not response.HasField(field):
         return None
-    count = spec.response.top_logprobs
+    count: int = getattr(response, field)
     return common_pb2.Logprobs(
         logprobs=[-0.5] * num_tokens,
         top_counts=[count] * num_tokens if count else [],

@@ -112,6 +112,15 @@ class ScriptedEngine:
                 self.events.append(m.StepTokens(1, [submit.request], []))
         if submit.version:
             self._want(submit.version)
+        if submit.prompt_logprobs is not None:
+            self._report_prompt(submit, submit.prompt_logprobs)
+
+    def _report_prompt(self, submit: m.Submit, num_top: int) -> None:
+        """One token a message; alternatives are 0, 1, 2, ..."""
+        for index in range(1, len(submit.token_ids)):
+            top = list(range(num_top)), [-1.0] * num_top
+            logprobs = m.TokenLogprobs([-float(index)], [num_top], *top)
+            self.events.append(m.PromptLogprobs(submit.request, index, logprobs))
 
     def _is_ready(self, submit: m.Submit) -> bool:
         has_image = not submit.version or self._images.get(submit.version) is not None

@@ -152,7 +152,7 @@ MANY_BIASES = dict.fromkeys(range(301), 1)
         ({"sampling": {"top_p": 0, "seed": 1}}, InvalidRequest, "sampling.top_p"),
         ({"sampling": {"min_p": -0.5, "seed": 1}}, InvalidRequest, "sampling.min_p"),
         ({"response": {"top_logprobs": 21}}, InvalidRequest, "response.top_logprobs"),
-        ({"response": {"prompt_logprobs": 0}}, FeatureUnsupported, "response.prompt_logprobs"),
+        ({"response": {"prompt_logprobs": 21}}, InvalidRequest, "response.prompt_logprobs"),
         ({"sampling": {"repetition_penalty": 0, "seed": 1}}, InvalidRequest, REPETITION),
         ({"sampling": {"repetition_penalty": nan, "seed": 1}}, InvalidRequest, REPETITION),
         ({"sampling": {"presence_penalty": 3, "seed": 1}}, InvalidRequest, PRESENCE),
@@ -173,6 +173,23 @@ async def test_a_bad_submit_is_refused_by_field_and_harms_no_other(router, field
     assert isinstance(error, expected)
     assert named in [v.field for v in error.violations] + [error.metadata.get("field")]
     assert (await router.generate([ECHO])).reason == common_pb2.FINISH_REASON_LENGTH
+
+
+@pytest.mark.parametrize("num_top", [0, 2])
+async def test_logprobs_of_a_prompt_reach_the_router_before_its_tokens(router, num_top):
+    response = {"prompt_logprobs": num_top}
+    asking = await router.submit([ECHO, 30, 31], response=response)
+    other = await router.submit([ECHO, 30, 31])
+    await router.until(lambda: {asking, other} <= router.finished.keys())
+    assert [(chunk.seq, chunk.first_index) for chunk in router.prompt_chunks] == [
+        (asking, 1),
+        (asking, 2),
+    ]
+    rows = [chunk.logprobs for chunk in router.prompt_chunks]
+    assert [list(row.logprobs) for row in rows] == [[-1], [-2]]
+    assert [list(row.top_counts) for row in rows] == [[num_top] if num_top else []] * 2
+    assert [list(row.top_token_ids) for row in rows] == [list(range(num_top))] * 2
+    assert len(router.tokens[asking]) == 3
 
 
 async def test_a_version_that_no_store_can_deliver_fails_its_request_only(router):

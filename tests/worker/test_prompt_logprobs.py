@@ -93,7 +93,7 @@ def test_asking_for_them_changes_no_token(world: World, tmp_path: Path) -> None:
 def test_preempted_requests_report_each_prompt_token_once(
     world: World, tmp_path: Path, max_in_flight: int
 ) -> None:
-    """The newest has a long prompt, of which little is computed in a step; others grow meanwhile."""
+    """The newest has a long prompt, of which little is computed in a step, while others grow."""
     harness = EngineHarness(world.model, tmp_path, step_tokens=8, max_running=8, pool_pages=45)
     runner: Any = harness.engine.runner
     runner.max_in_flight = max_in_flight

@@ -9,7 +9,14 @@ import grpc
 import grpc.aio
 
 from lorry.client.adapters import Adapters
-from lorry.client.generation import Chunk, Completion, Generation, Request
+from lorry.client.generation import (
+    Chunk,
+    Completion,
+    Generation,
+    Request,
+    TokenLogprobs,
+    read_prompt_logprobs,
+)
 from lorry.client.retry import RetryPolicy, retrying, typed
 from lorry.rpc.channel import bearer, open_channel
 from lorry.v1 import inference_service_pb2 as pb
@@ -103,11 +110,15 @@ class Client:
 
 
 class GenerationStream:
-    """Chunks of one generation; `completion` is set when they have all come."""
+    """Chunks of one generation; `completion` is set when they have all come.
+
+    `prompt_logprobs` are those of the prompt's second token on, complete before the first chunk.
+    """
 
     def __init__(self, call: StreamCall) -> None:
         self._call = call
         self._first: pb.StreamGenerateResponse | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.completion: Completion | None = None
 
     async def begin(self) -> None:
@@ -129,6 +140,7 @@ class GenerationStream:
             while (message := await self._next()) is not None:
                 if message.HasField("chunk"):
                     return Chunk.from_proto(message.chunk)
+                self.prompt_logprobs += read_prompt_logprobs(message.prompt_logprobs)
                 if message.HasField("completed"):
                     self.completion = Completion.from_proto(message.completed)
         except grpc.RpcError as error:

@@ -43,6 +43,7 @@ class Request:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     top_logprobs: int | None = None  # alternatives of each token, 0 to 20; None = no logprobs
+    prompt_logprobs: int | None = None  # the same, of the prompt's tokens but the first
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def to_proto(self) -> inference_service_pb2.GenerationSpec:
@@ -52,7 +53,9 @@ class Request:
             adapter=adapter_name(self.adapter) if self.adapter else "",
             sampling=self._sampling(),
             stopping=self._stopping(),
-            response=common_pb2.ResponseOptions(top_logprobs=self.top_logprobs),
+            response=common_pb2.ResponseOptions(
+                top_logprobs=self.top_logprobs, prompt_logprobs=self.prompt_logprobs
+            ),
             labels=self.labels,
         )
         _set_prompt(spec, self.prompt)
@@ -83,7 +86,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Of one output token, in nats, before temperature and all else that changes the odds."""
+    """Of one token, in nats, before temperature and all else that changes the odds."""
 
     token_id: int
     logprob: float
@@ -150,6 +153,7 @@ class Generation:
     token_ids: tuple[int, ...]  # with an end-of-sequence or stop token, which text leaves out
     completion: Completion
     logprobs: tuple[TokenLogprobs, ...] = ()  # of token_ids, where asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the second token on, where asked for
 
     @classmethod
     def from_proto(cls, message: inference_service_pb2.GenerateResponse) -> "Generation":
@@ -158,12 +162,19 @@ class Generation:
             token_ids=tuple(message.token_ids),
             completion=Completion.from_proto(message.completed),
             logprobs=_logprobs(message.token_ids, message.logprobs),
+            prompt_logprobs=read_prompt_logprobs(message.prompt_logprobs),
         )
 
 
 def adapter_name(text: str) -> str:
     """The resource name that an adapter's id, or name, stands for."""
     return text if "/" in text else f"adapters/{text}"
+
+
+def read_prompt_logprobs(
+    message: inference_service_pb2.PromptLogprobs,
+) -> tuple[TokenLogprobs, ...]:
+    return _logprobs(message.token_ids, message.logprobs)
 
 
 def _logprobs(token_ids: Sequence[int], message: common_pb2.Logprobs) -> tuple[TokenLogprobs, ...]:

@@ -97,7 +97,7 @@ class ActiveRequests:
         self, request: Request, error: LorryError, cls: type[WorkerLost | Interrupted]
     ) -> None:
         """End with `error`, which lets the client try again, only if it has received nothing."""
-        if self.output(request).num_sent:
+        if self.output(request).has_sent:
             self.cut_off(request, cls)
         else:
             self.fail(request, error)

@@ -29,18 +29,27 @@ def resolve_max_tokens(
     return generation.max_tokens or rest
 
 
-def check_answer_size(generation: Generation, max_tokens: int) -> None:
-    """Raises InvalidRequest if the logprobs of `max_tokens` could be too large for one message."""
-    if generation.top_logprobs is None:
-        return
-    token_bytes = TOKEN_BYTES + ALTERNATIVE_BYTES * generation.top_logprobs
-    if max_tokens * token_bytes > MAX_ANSWER_BYTES:
+def check_answer_size(generation: Generation, max_tokens: int, num_prompt_tokens: int) -> None:
+    """Raises InvalidRequest if the answer's logprobs could be too large for one message."""
+    left = MAX_ANSWER_BYTES - num_prompt_tokens * _token_bytes(generation.prompt_logprobs)
+    if left < 0:
+        raise InvalidRequest.of(
+            "response.prompt_logprobs",
+            f"the logprobs of {num_prompt_tokens} prompt tokens could exceed one message of "
+            f"{MAX_ANSWER_BYTES} bytes; stream them",
+        )
+    token_bytes = _token_bytes(generation.top_logprobs)
+    if max_tokens * token_bytes > left:
         raise InvalidRequest.of(
             "response.top_logprobs",
             f"the logprobs of {max_tokens} tokens could exceed one message of "
             f"{MAX_ANSWER_BYTES} bytes; stream them, or set stopping.max_tokens to at most "
-            f"{MAX_ANSWER_BYTES // token_bytes}",
+            f"{left // token_bytes}",
         )
+
+
+def _token_bytes(num_top: int | None) -> int:
+    return 0 if num_top is None else TOKEN_BYTES + ALTERNATIVE_BYTES * num_top
 
 
 def context_exceeded(

@@ -11,6 +11,7 @@ from lorry.router.active import ActiveRequests
 from lorry.router.config import Config
 from lorry.router.dispatcher import Dispatcher, Place, Prefetch, Submit, no_worker
 from lorry.router.generation import TokenLogprobs
+from lorry.router.output import Output
 from lorry.router.request import Request, RequestState
 from lorry.router.worker import Worker
 from lorry.router.worker_link import Ended
@@ -96,6 +97,24 @@ class Fleet:
             if request is not None and request.state is not S.STOPPING:
                 self._draw(request, token_id, row, now_s)
 
+    def prompt_logprobs_read(
+        self, worker: Worker, seq: int, first_index: int, rows: Sequence[TokenLogprobs]
+    ) -> None:
+        request = worker.active.get(seq)
+        if request is None or not request.awaits_prompt_logprobs:
+            return
+        next_index = request.num_prompt_logprobs + 1
+        if first_index > next_index:
+            message = f"the worker left out logprobs of prompt tokens {next_index} to {first_index}"
+            self._active.fail(request, LorryError(message))
+            return
+        rows = rows[next_index - first_index :]  # a worker that was lost may have sent the others
+        token_ids = request.prompt_ids[next_index:][: len(rows)]
+        request.num_prompt_logprobs += len(rows)
+        output = self._active.output(request)
+        output.push_prompt(next_index, token_ids, rows)
+        self._check_unsent(request, output)
+
     def requests_ended(self, worker: Worker, ended: Sequence[Ended]) -> None:
         for last_word in ended:
             request = worker.active.get(last_word.seq)
@@ -112,6 +131,10 @@ class Fleet:
             self._active.fail(request, LorryError("the worker sent a token without its logprobs"))
             return
         if request.state is S.SUBMITTED:
+            if request.awaits_prompt_logprobs:
+                message = "the worker sent a token before the logprobs of its prompt"
+                self._active.fail(request, LorryError(message))
+                return
             request.move_to(S.STREAMING)
         self._counts.draw(request, now_s)
         request.output_ids.append(token_id)
@@ -120,7 +143,11 @@ class Fleet:
         if output.matched_stop is not None:
             request.move_to(S.STOPPING)
             self._links[request.worker_name].cancel(Place(request.worker_name, request.seq))
-        elif output.num_unsent > self._config.max_unsent_tokens:
+        else:
+            self._check_unsent(request, output)
+
+    def _check_unsent(self, request: Request, output: Output) -> None:
+        if output.num_unsent > self._config.max_unsent_tokens:
             message = f"the client has left {output.num_unsent} tokens unread"
             self._active.fail(request, SlowReader(message))
 
@@ -145,7 +172,7 @@ class Fleet:
         if isinstance(error, Draining):
             return False
         unavailable = error.code is grpc.StatusCode.UNAVAILABLE
-        return not (unavailable and self._active.output(request).num_sent)
+        return not (unavailable and self._active.output(request).has_sent)
 
     def _end_without_worker(self, request: Request) -> None:
         if request.state is S.STOPPING or request.output_complete:

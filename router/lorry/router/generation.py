@@ -57,6 +57,7 @@ class Generation:
     stop_strings: Sequence[str] = ()
     stop_token_ids: frozenset[int] = frozenset()  # with the model's end-of-sequence tokens
     top_logprobs: int | None = None  # alternatives of each token; None: no logprobs at all
+    prompt_logprobs: int | None = None  # the same, of the prompt's tokens
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -66,11 +67,19 @@ class FinishReason(enum.Enum):
 
 
 class TokenLogprobs(NamedTuple):
-    """Raw logprobs of one output token."""
+    """Raw logprobs of one token."""
 
     logprob: float
     top_ids: Sequence[int] = ()  # most likely first
     top_logprobs: Sequence[float] = ()
+
+
+class PromptLogprobs(NamedTuple):
+    """Raw logprobs of consecutive tokens of the prompt."""
+
+    first_index: int  # in the prompt; at least 1
+    token_ids: Sequence[int]
+    rows: Sequence[TokenLogprobs]
 
 
 class Chunk(NamedTuple):
@@ -79,6 +88,7 @@ class Chunk(NamedTuple):
     token_ids: list[int]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()  # of token_ids, where asked for
+    prompt: PromptLogprobs | None = None  # comes alone, or with a whole answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

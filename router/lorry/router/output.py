@@ -5,8 +5,9 @@ a slow client gets fewer, larger messages. The router bounds how much and how lo
 """
 
 import asyncio
+from collections.abc import Sequence
 
-from lorry.router.generation import Chunk, Completion, TokenLogprobs
+from lorry.router.generation import Chunk, Completion, PromptLogprobs, TokenLogprobs
 from lorry.router.text_stream import TextStream
 from lorry.rpc.errors import LorryError
 
@@ -28,8 +29,10 @@ class Output:
         "_text",
         "_unsent_ids",
         "_unsent_logprobs",
+        "_unsent_prompt",
         "_unsent_text",
         "_waiter",
+        "has_sent",
         "num_sent",
         "taken_s",
     )
@@ -42,10 +45,12 @@ class Output:
         self._unsent_ids: list[int] = []
         self._unsent_logprobs: list[TokenLogprobs] = []  # as many, or none
         self._unsent_text = ""
+        self._unsent_prompt: PromptLogprobs | None = None
         self._ended = False
         self._error: LorryError | None = None
         self._completion: Completion | None = None
         self.num_sent = 0  # tokens that the client has taken
+        self.has_sent = False  # whether it has taken anything, a token or not
         self.taken_s: float | None = None  # when it took the chunk that is still being sent to it
 
     @property
@@ -55,8 +60,11 @@ class Output:
 
     @property
     def num_unsent(self) -> int:
-        """Tokens that wait for a client that takes them as they come."""
-        return len(self._unsent_ids) if self._streaming else 0
+        """Tokens of prompt and output that wait for a client that takes them as they come."""
+        if not self._streaming:
+            return 0
+        prompt = self._unsent_prompt
+        return len(self._unsent_ids) + (len(prompt.rows) if prompt is not None else 0)
 
     @property
     def completed(self) -> Completion:
@@ -76,6 +84,17 @@ class Output:
         if self._waiter is not None and self._streaming:
             self._wake()
 
+    def push_prompt(
+        self, first_index: int, token_ids: Sequence[int], rows: Sequence[TokenLogprobs]
+    ) -> None:
+        """Add logprobs of tokens of the prompt, which follow those of the last call."""
+        unsent = self._unsent_prompt or PromptLogprobs(first_index, (), ())
+        self._unsent_prompt = PromptLogprobs(
+            unsent.first_index, [*unsent.token_ids, *token_ids], [*unsent.rows, *rows]
+        )
+        if self._waiter is not None and self._streaming:
+            self._wake()
+
     def flush(self) -> None:
         """No token follows: let out what was held back. It can still match a stop string."""
         self._unsent_text += self._text.flush()
@@ -92,7 +111,7 @@ class Output:
     async def next_chunk(self) -> Chunk | None:
         """Wait for what is new; None after the last chunk. Raises the error that ended it."""
         self.taken_s = None
-        while not (self._ended or (self._unsent_ids and self._streaming)):
+        while not (self._ended or (self._streaming and self._has_news)):
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
@@ -100,24 +119,40 @@ class Output:
                 self._waiter = None
         if self._error is not None:
             raise self._error
-        if not self._unsent_ids and not self._unsent_text:
+        if not (self._has_news or self._unsent_text):
             return None
         chunk = self._take()
         self.num_sent += len(chunk.token_ids)
+        self.has_sent = True
         self.taken_s = self._loop.time()
         return chunk
 
+    @property
+    def _has_news(self) -> bool:
+        return bool(self._unsent_ids) or self._unsent_prompt is not None
+
     def _take(self) -> Chunk:
         """All that is unsent, or the first tokens of what would be too large a message."""
+        if self._streaming and self._unsent_prompt is not None:
+            return Chunk([], "", prompt=self._take_prompt(self._unsent_prompt))
         if self._streaming and len(self._unsent_logprobs) > MAX_CHUNK_LOGPROBS:
             first, rest = slice(MAX_CHUNK_LOGPROBS), slice(MAX_CHUNK_LOGPROBS, None)
             chunk = Chunk(self._unsent_ids[first], "", tuple(self._unsent_logprobs[first]))
             self._unsent_ids = self._unsent_ids[rest]
             self._unsent_logprobs = self._unsent_logprobs[rest]
             return chunk
-        chunk = Chunk(self._unsent_ids, self._unsent_text, tuple(self._unsent_logprobs))
+        logprobs = tuple(self._unsent_logprobs)
+        chunk = Chunk(self._unsent_ids, self._unsent_text, logprobs, self._unsent_prompt)
         self._unsent_ids, self._unsent_text, self._unsent_logprobs = [], "", []
+        self._unsent_prompt = None
         return chunk
+
+    def _take_prompt(self, unsent: PromptLogprobs) -> PromptLogprobs:
+        first_index, token_ids, rows = unsent
+        end = MAX_CHUNK_LOGPROBS
+        rest = PromptLogprobs(first_index + end, token_ids[end:], rows[end:])
+        self._unsent_prompt = rest if rest.rows else None
+        return PromptLogprobs(first_index, token_ids[:end], rows[:end])
 
     def _end(self) -> None:
         self._ended = True

@@ -71,6 +71,7 @@ class Request:
     num_losses: int = 0
     # Filled by the router as the worker's messages arrive.
     output_ids: list[int] = field(default_factory=list)
+    num_prompt_logprobs: int = 0
     submitted_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
@@ -97,6 +98,12 @@ class Request:
     def num_context_tokens(self) -> int:
         """Tokens of prompt and output at most."""
         return len(self.prompt_ids) + self.max_tokens
+
+    @property
+    def awaits_prompt_logprobs(self) -> bool:
+        """Whether some were asked for and have not come; the first token has none."""
+        asked = self.generation.prompt_logprobs is not None
+        return asked and self.num_prompt_logprobs < len(self.prompt_ids) - 1
 
     @property
     def output_complete(self) -> bool:

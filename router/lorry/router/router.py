@@ -148,6 +148,6 @@ class Router:
             max_context_tokens=min(limit for limit in limits if limit is not None),
         )
         if not streaming:
-            check_answer_size(generation, request.max_tokens)
+            check_answer_size(generation, request.max_tokens, len(prompt_ids))
         self._dispatcher.enqueue(request)
         self._fleet.plan_soon()

@@ -13,6 +13,7 @@ from lorry.router.generation import (
     FinishReason,
     Generation,
     Prompt,
+    PromptLogprobs,
     TokenLogprobs,
 )
 from lorry.router.spec_limits import (
@@ -83,6 +84,9 @@ class SpecReader:
             stop_strings=tuple(stopping.stop_strings),
             stop_token_ids=self._stop_token_ids(stopping),
             top_logprobs=response.top_logprobs if response.HasField("top_logprobs") else None,
+            prompt_logprobs=(
+                response.prompt_logprobs if response.HasField("prompt_logprobs") else None
+            ),
             labels=dict(spec.labels),
         )
 
@@ -116,6 +120,8 @@ class SpecReader:
 
 
 def to_chunk(chunk: Chunk) -> pb.StreamGenerateResponse:
+    if chunk.prompt is not None:
+        return pb.StreamGenerateResponse(prompt_logprobs=_prompt_logprobs(chunk.prompt))
     return pb.StreamGenerateResponse(
         chunk=pb.TokenChunk(
             token_ids=chunk.token_ids, text=chunk.text, logprobs=_logprobs(chunk.logprobs)
@@ -124,11 +130,12 @@ def to_chunk(chunk: Chunk) -> pb.StreamGenerateResponse:
 
 
 def to_response(chunk: Chunk | None, completion: Completion) -> pb.GenerateResponse:
-    token_ids, text, logprobs = chunk or Chunk([], "")
+    token_ids, text, logprobs, prompt = chunk or Chunk([], "")
     return pb.GenerateResponse(
         text=text,
         token_ids=token_ids,
         logprobs=_logprobs(logprobs),
+        prompt_logprobs=_prompt_logprobs(prompt) if prompt is not None else None,
         completed=to_completed(completion),
     )
 
@@ -156,6 +163,14 @@ def to_completed(completion: Completion) -> pb.Completed:
     elif completion.stop_token_id is not None:
         completed.stop_token_id = completion.stop_token_id
     return completed
+
+
+def _prompt_logprobs(prompt: PromptLogprobs) -> pb.PromptLogprobs:
+    return pb.PromptLogprobs(
+        first_index=prompt.first_index,
+        token_ids=prompt.token_ids,
+        logprobs=_logprobs(prompt.rows),
+    )
 
 
 def _logprobs(rows: Sequence[TokenLogprobs]) -> common_pb2.Logprobs | None:

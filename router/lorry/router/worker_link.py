@@ -60,6 +60,9 @@ class WorkerEvents(Protocol):
         token_ids: Sequence[int],
         logprobs: Sequence[TokenLogprobs] | None,
     ) -> None: ...
+    def prompt_logprobs_read(
+        self, worker: Worker, seq: int, first_index: int, rows: Sequence[TokenLogprobs]
+    ) -> None: ...
     def requests_ended(self, worker: Worker, ended: Sequence[Ended]) -> None: ...
     def submit_limit_raised(self, worker: Worker) -> None: ...
 
@@ -189,6 +192,10 @@ class WorkerLink:
         event = response.WhichOneof("event")
         if event == "step":
             self._receive_step(worker, response.step)
+        elif event == "prompt_logprobs":
+            chunk = response.prompt_logprobs
+            rows = _logprobs(chunk.logprobs) or []
+            self._events.prompt_logprobs_read(worker, chunk.seq, chunk.first_index, rows)
         elif event == "residency":
             residency = response.residency
             worker.update_residency(
@@ -244,7 +251,12 @@ class WorkerLink:
                 logit_bias=generation.logit_bias,
                 seed=request.seed,
             ),
-            response=common_pb2.ResponseOptions(top_logprobs=generation.top_logprobs),
+            response=common_pb2.ResponseOptions(
+                top_logprobs=generation.top_logprobs,
+                prompt_logprobs=(
+                    generation.prompt_logprobs if request.awaits_prompt_logprobs else None
+                ),
+            ),
             max_tokens=request.max_tokens,
             min_tokens=generation.min_tokens,
             stop_token_ids=sorted(generation.stop_token_ids),
@@ -252,7 +264,7 @@ class WorkerLink:
         )
 
 
-def _logprobs(step: pb.StepOutput) -> list[TokenLogprobs] | None:
+def _logprobs(step: pb.StepOutput | common_pb2.Logprobs) -> list[TokenLogprobs] | None:
     """Of each row; None if no row has any."""
     if not step.logprobs:
         return None

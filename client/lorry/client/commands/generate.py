@@ -33,6 +33,7 @@ async def generate(
     ignore_eos: Annotated[bool, Parameter(negative="")] = False,
     chat: Annotated[bool, Parameter(negative="")] = False,
     logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
     stats: Annotated[bool, Parameter(negative="")] = False,
     connection: Connection = DEFAULT,
 ) -> None:
@@ -79,6 +80,8 @@ async def generate(
     logprobs
         Print the logprob of each token, in nats, and those of this many most likely tokens, 0 to
         20, to standard error at the end; default: none.
+    prompt_logprobs
+        The same for each token of the prompt but the first.
     stats
         Print token counts and times to standard error at the end.
     """
@@ -102,6 +105,7 @@ async def generate(
         stop_token_ids=stop_token_id,
         ignore_eos=ignore_eos,
         top_logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
     reported: list[TokenLogprobs] = []
     async with connection.client() as client, client.stream(request) as stream:
@@ -109,8 +113,9 @@ async def generate(
             print(chunk.text, end="", flush=True)
             reported += chunk.logprobs
     print()
-    if reported:
-        make_console(stderr=True).print(_logprob_table(reported))
+    for title, rows in (("prompt", stream.prompt_logprobs), ("token", reported)):
+        if rows:
+            make_console(stderr=True).print(_logprob_table(title, rows))
     if stats and stream.completion is not None:
         make_console(stderr=True).print(_summary(stream.completion), style="dim")
 
@@ -126,9 +131,9 @@ def _parse_biases(texts: Sequence[str]) -> dict[int, float]:
     return biases
 
 
-def _logprob_table(reported: Sequence[TokenLogprobs]) -> Table:
+def _logprob_table(title: str, reported: Sequence[TokenLogprobs]) -> Table:
     """Tokens are shown by their ids: the client has no tokenizer."""
-    table = make_table("token", "logprob", "most likely")
+    table = make_table(title, "logprob", "most likely")
     for token in reported:
         top = ", ".join(f"{token_id} {logprob:.3f}" for token_id, logprob in token.top)
         table.add_row(str(token.token_id), f"{token.logprob:.3f}", top)

@@ -9,7 +9,6 @@ def refuse_unsupported(
 ) -> None:
     """Raise FeatureUnsupported for what is asked for; a value that changes nothing is not."""
     asked = {
-        "response.prompt_logprobs": message.response.HasField("prompt_logprobs"),
         "guided": message.HasField("guided"),
         "slo": isinstance(message, inference_service_pb2.GenerationSpec)
         and message.HasField("slo"),
