@@ -129,6 +129,22 @@ def test_a_request_that_resumes_reports_its_prompt_and_not_its_output(
     world.check(harness.prompt_logprobs[resumed], prompt, None, 2)
 
 
+def test_a_prompt_that_the_prefix_cache_holds_is_computed_for_them(
+    world: World, tmp_path: Path
+) -> None:
+    harness = EngineHarness(world.model, tmp_path)
+    prompt = world.prompts[-1]
+    plain = harness.submit(prompt, None, 4, stop_token_ids=[])
+    harness.run()
+    asking = harness.submit(prompt, None, 4, stop_token_ids=[], prompt_logprobs=1)
+    again = harness.submit(prompt, None, 4, stop_token_ids=[])
+    harness.run()
+    world.check(harness.prompt_logprobs[asking], prompt, None, 1)
+    assert harness.finished[asking].cached_tokens == 0
+    assert harness.finished[again].cached_tokens > 0, "others share it"
+    assert harness.tokens[asking] == harness.tokens[plain] == harness.tokens[again]
+
+
 def test_a_cancelled_request_reports_nothing_more(world: World, tmp_path: Path) -> None:
     harness = EngineHarness(world.model, tmp_path, step_tokens=16, max_running=8)
     number = harness.submit(world.prompts[-1], None, 4, prompt_logprobs=1)

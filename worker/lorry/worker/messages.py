@@ -53,7 +53,6 @@ class Submit(Message, frozen=True):
     prompt_logprobs: int | None = None  # the same as top_logprobs, of the prompt's tokens
     logit_bias: dict[int, float] = {}  # by token id
     top_logprobs: int | None = None  # alternatives of each token; None: no logprobs at all
-    computes_prompt: bool = False  # all of it: no page of the prefix cache takes its place
 
 
 class Cancel(Message, frozen=True):

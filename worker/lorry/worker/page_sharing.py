@@ -72,7 +72,7 @@ class PageSharing:
                     assert is_own, f"page {page} is another prefix's"
 
     def _is_looked_up(self, request: Request) -> bool:
-        return self._is_on and not request.submit.computes_prompt
+        return self._is_on and request.submit.prompt_logprobs is None  # for which all is computed
 
     def _most_cached(self, request: Request) -> int:
         """Cached pages that `request` may begin with, at most; quicker to know than which.

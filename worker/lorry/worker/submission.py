@@ -59,7 +59,6 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
         min_p=sampling.min_p,
         top_logprobs=_num_top("top_logprobs", message.response, limits),
         prompt_logprobs=_num_top("prompt_logprobs", message.response, limits),
-        computes_prompt=message.response.HasField("prompt_logprobs"),
         repetition_penalty=_repetition_penalty(sampling),
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
