@@ -126,6 +126,17 @@ async def test_a_refused_request_is_received_and_ended(
         await asyncio.gather(waiting, return_exceptions=True)
 
 
+async def test_a_request_whose_adapter_is_looked_for_is_in_progress(
+    model: Path, log: pytest.LogCaptureFixture
+) -> None:
+    async with router_stack(model) as stack:
+        url, stack.store.hanging = metrics_url(log.text), True
+        call = stack.open(pb.GenerationSpec(prompt="p", adapter="adapters/unknown"))
+        await scrape_until(url, lambda s: s.value(IN_PROGRESS, state="received") == 1)
+        call.cancel()
+        check_reconciled(await scrape_until(url, lambda s: not s.value(IN_PROGRESS)))
+
+
 async def test_a_lost_worker_leaves_its_counts_and_its_requests_are_resumed(
     model: Path, log: pytest.LogCaptureFixture
 ) -> None:

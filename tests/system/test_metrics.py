@@ -3,7 +3,7 @@
 import asyncio
 import re
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import pytest_asyncio
@@ -58,7 +58,7 @@ def check_reconciled(found: Scrape, prefix: str) -> None:
     assert found.value(f"{prefix}_requests_received_total") == ended + in_progress
 
 
-def idle(prefix: str) -> object:
+def idle(prefix: str) -> Callable[[Scrape], bool]:
     return lambda found: not found.value(f"{prefix}_requests_in_progress")
 
 
