@@ -187,12 +187,19 @@ def test_metrics_are_by_default_on_loopback_beside_the_service(tmp_path, address
 
 
 def test_metrics_on_other_machines_need_insecure(tmp_path):
-    config = {"model": tmp_path, "address": "127.0.0.1:0", "metrics_address": "0.0.0.0:9000"}
+    def config(metrics_address, *, insecure=False):
+        return ServiceConfig(
+            model=tmp_path,
+            address="127.0.0.1:0",
+            metrics_address=metrics_address,
+            insecure=insecure,
+        )
+
     with pytest.raises(ValueError, match=r"metrics_address '0\.0\.0\.0:9000' is reachable"):
-        ServiceConfig(**config)
-    assert ServiceConfig(**config, insecure=True).scraped_address == "0.0.0.0:9000"
+        config("0.0.0.0:9000")
+    assert config("0.0.0.0:9000", insecure=True).scraped_address == "0.0.0.0:9000"
     with pytest.raises(ValueError, match="metrics_address must be HOST:PORT, got '9000'"):
-        ServiceConfig(**config | {"metrics_address": "9000"})
+        config("9000")
 
 
 def test_a_service_elsewhere_still_has_its_metrics_on_loopback(tmp_path):
