@@ -27,6 +27,7 @@ def engine_parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--step-tokens", type=int, default=1024)
     result.add_argument("--max-running", type=int, default=512)
     result.add_argument("--max-context-tokens", type=int, default=4096)
+    result.add_argument("--prefix-cache", action="store_true", help="switch it on")
     result.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     result.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
     result.add_argument("--directory", type=Path, default=RESULTS, help="for the result files")
@@ -47,6 +48,7 @@ def build(
         step_tokens=arguments.step_tokens,
         max_rank=max(64, *arguments.ranks),
         max_context_tokens=arguments.max_context_tokens,
+        prefix_cache=arguments.prefix_cache,
     )
     started_s = time.perf_counter()
     engine = build_engine(config, base_model)

@@ -1,6 +1,8 @@
 """A scheduler driven without a model."""
 
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,10 @@ STOP = 99
 
 
 class Driver:
-    """Carries out plans without a model: every token is 1 until told otherwise."""
+    """Carries out plans without a model: every token is 1 until told otherwise.
+
+    With `max_in_flight` 2, a step's results are read once the next one is launched.
+    """
 
     def __init__(
         self,
@@ -25,6 +30,7 @@ class Driver:
         adapter_pages: dict[bytes, int] | None = None,
         instant_fetch: bool = True,
         prefix_cache: bool = False,
+        max_in_flight: int = 1,
         **limits: int,
     ) -> None:
         defaults = {"step_tokens": 16, "max_running": 8, "max_context_tokens": 128}
@@ -42,6 +48,9 @@ class Driver:
         self.finished: dict[int, m.Finished] = {}
         self.plans: list[Plan] = []
         self.on_batch: Callable[[Batch], object] = lambda batch: None
+        self.on_load: Callable[[list[int]], object] = lambda pages: None
+        self._max_in_flight = max_in_flight
+        self._in_flight = deque[tuple[Batch, np.ndarray]]()
 
     def submit(self, number: int, prompt: int, max_tokens: int, version: bytes = b"") -> None:
         self.send(number, prompt, max_tokens, version=version)
@@ -49,24 +58,26 @@ class Driver:
     def send(
         self,
         number: int,
-        prompt: int,
+        prompt: int | list[int],
         max_tokens: int,
         *,
         version: bytes = b"",
         remaining_s: float | None = None,
+        **fields: Any,
     ) -> None:
+        """A number of tokens stands for a prompt of as many equal ones."""
+        defaults: dict[str, Any] = {"tenant": "default", "generated_tokens": 0}
         submit = m.Submit(
             request=number,
-            tenant="default",
             version=version,
-            token_ids=[3] * prompt,
-            generated_tokens=0,
+            token_ids=[3] * prompt if isinstance(prompt, int) else prompt,
             max_tokens=max_tokens,
             min_tokens=0,
             stop_token_ids=[STOP],
             temperature=0.0,
             seed=0,
             remaining_s=remaining_s,
+            **(defaults | fields),
         )
         self.tokens[number] = []
         self.note(self.scheduler.submit(submit, self.now_s))
@@ -87,17 +98,24 @@ class Driver:
             for version in plan.fetches:
                 self.finish_fetch(version)
         for adapter in plan.loads:
+            self.on_load(adapter.pages)
             scheduler.residency.finish_load(adapter, self.now_s)
         if plan.batch is not None:
+            drawn = np.full(int(plan.batch.samples_S.sum()), self.next_token, dtype=np.int32)
             self.on_batch(plan.batch)
-            token_ids = np.full(int(plan.batch.samples_S.sum()), self.next_token, dtype=np.int32)
-            tokens, finished = scheduler.commit(plan.batch, Drawn(token_ids), self.now_s)
-            for number, token_id in zip(tokens.requests, tokens.token_ids, strict=True):
-                self.tokens[number].append(token_id)
-            self.note(*finished)
-        scheduler.check_integrity()
+            self._in_flight.append((plan.batch, drawn))
+        keep = self._max_in_flight - 1 if plan.batch is not None else 0
+        while len(self._in_flight) > keep:
+            self._read(*self._in_flight.popleft())
+            scheduler.check_integrity()
         self.now_s += 1.0
         return plan
+
+    def _read(self, batch: Batch, drawn: np.ndarray) -> None:
+        tokens, finished = self.scheduler.commit(batch, Drawn(drawn), self.now_s)
+        for number, token_id in zip(tokens.requests, tokens.token_ids, strict=True):
+            self.tokens[number].append(token_id)
+        self.note(*finished)
 
     def finish_fetch(self, version: bytes) -> None:
         adapter = self.scheduler.residency.find(version)

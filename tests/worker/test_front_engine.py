@@ -126,7 +126,7 @@ async def test_a_prompt_that_came_before_is_taken_from_the_prefix_cache(model, a
 
 
 async def test_the_prefix_cache_can_be_switched_off(model, adapters, tmp_path):
-    async with serving_worker(model, adapters, tmp_path, "--prefix-cache=false") as (router, *_):
+    async with serving_worker(model, adapters, tmp_path, "--no-prefix-cache") as (router, *_):
         for _ in range(2):
             finished = await router.generate([5] * 40)
             assert finished.usage.cached_tokens == 0

@@ -20,11 +20,11 @@ def apply(pages: SequencePages, batch: Batch, table: SequenceTable) -> int:
 
 
 @settings(max_examples=60, deadline=None)
-@given(REQUESTS, st.integers(18, 40))
+@given(REQUESTS, st.integers(18, 40), st.booleans())
 def test_device_knows_every_page_that_a_step_reads(
-    requests: list[tuple[int, int]], num_pages: int
+    requests: list[tuple[int, int]], num_pages: int, prefix_cache: bool
 ) -> None:
-    driver = Driver(pages=num_pages)
+    driver = Driver(pages=num_pages, prefix_cache=prefix_cache)
     table = driver.scheduler.table
     pages = SequencePages(*table.block_table_RP.shape, torch.device("cpu"))
     for number, (prompt, max_tokens) in enumerate(requests, start=1):

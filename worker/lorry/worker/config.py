@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import cyclopts
 
@@ -112,7 +112,7 @@ class Config(ServiceConfig):
     threads: int | None = None
     """CPU threads of the engine; by default half of the cores, since the others serve."""
 
-    prefix_cache: bool = True
+    prefix_cache: Annotated[bool, cyclopts.Parameter(negative="--no-prefix-cache")] = True
     """Whether a request takes KV pages of earlier ones of its tenant and adapter version that
     begin with the same tokens, instead of computing them again."""
 
