@@ -109,8 +109,9 @@ class World:
             self.requests.append((prompt, adapter, reference.greedy(prompt, adapter, MAX_TOKENS)))
 
     def _saved(self, name: str, seed: int, fields: dict[str, Any]) -> Path:
-        directory, alpha = self.directory / name.replace(" ", "-"), {"lora_alpha": 30}
-        return make_adapter(directory, self.model, seed=seed, **(alpha | fields))
+        directory = self.directory / name.replace(" ", "-")
+        defaults: dict[str, Any] = {"lora_alpha": 30}
+        return make_adapter(directory, self.model, seed=seed, **(defaults | fields))
 
 
 class StoreHarness(EngineHarness):
