@@ -16,6 +16,7 @@ from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, pr
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference
 from lorry.kernels.rope import cos_sin_table, rope_write_kv
 from lorry.kernels.sampling import sample
+from tests.support.adjustment_cases import check_adjustments, mixed_adjustments, mixed_tables
 from tests.support.kernel_cases import (
     LAYER,
     MIXED_ADAPTERS,
@@ -74,6 +75,8 @@ def draws(device: torch.device, dtype: torch.dtype) -> None:
     logits = mixed_logits(len(rows), 5000, dtype, device)
     truncation = mixed_truncation(len(rows), device)
     threshold = check_truncation(logits, truncation)
+    tables = mixed_tables(len(rows), logits.shape[1], device)
+    check_adjustments(logits, tables, mixed_adjustments(len(rows), device))
     token = torch.full_like(rows, -1)
     sample(logits, truncation.temperature_T, rows, rows, token, threshold)
     assert ((token >= 0) & (token < 5000)).all()

@@ -13,6 +13,7 @@ from lorry.kernels.logprobs import packed_logprobs, rank, unpacked, write_logpro
 from lorry.kernels.sampling import sample, sample_reference
 from lorry.kernels.truncation import truncate
 from lorry.rpc.service_config import DtypeName
+from tests.support.adjustment_cases import check_adjustments, mixed_adjustments, mixed_tables
 from tests.support.engines import EngineHarness
 from tests.support.sampling_cases import (
     Truncation,
@@ -61,6 +62,14 @@ def test_top_k_keeps_exactly_k_distinct_logits(device, top_k):
         torch.zeros(1, device=device),
     )
     assert int((logits >= truncate(logits, *row)).sum()) == top_k
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), SHAPES)
+def test_adjustments_match_the_reference(device, dtype, rows, vocabulary):
+    logits = mixed_logits(rows, vocabulary, dtype, device)
+    tables = mixed_tables(rows, vocabulary, device)
+    check_adjustments(logits, tables, mixed_adjustments(rows, device, seed=rows))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,6 +128,29 @@ def test_a_captured_draw_follows_its_parameters_and_repeats_bit_for_bit(gpu):
             assert all(map(torch.equal, outputs, first))
 
 
+ADJUSTED: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.5, "temperature": 1.0},
+    {"frequency_penalty": 0.8, "top_logprobs": 2},
+    {"logit_bias": {token_id: (token_id % 7 - 3) / 2 for token_id in range(3, 50)}},
+    {
+        "repetition_penalty": 0.8,
+        "presence_penalty": -0.4,
+        "frequency_penalty": 0.3,
+        "logit_bias": {3: 2.5, 17: -100.0},
+        "temperature": 1.4,
+        "top_k": 20,
+        "top_p": 0.95,
+        "min_p": 0.01,
+    },
+    {"stop_token_ids": list(range(3, 13)), "min_tokens": 20, "temperature": 1.0},
+    {"prompt_logprobs": 20},
+    {"prompt_logprobs": 0, "repetition_penalty": 1.3, "top_logprobs": 0},
+    {"temperature": 1.0},
+    {},
+]
+
+
 def demo_engine(
     device: torch.device, directory: Path, dtype: DtypeName = "fp32", **config: Any
 ) -> EngineHarness:
@@ -126,13 +158,15 @@ def demo_engine(
     return EngineHarness(DEMO / "model", directory, device=device.type, dtype=dtype, **config)
 
 
-def submit_all(harness: EngineHarness, num_requests: int = 48) -> list[int]:
+def submit_all(
+    harness: EngineHarness, num_requests: int = 48, sampling: list[dict[str, Any]] = SAMPLING
+) -> list[int]:
     numbers = []
     for index, request in enumerate(REQUESTS[:num_requests]):
         adapter = DEMO / "adapters" / request["adapter"] if request["adapter"] else None
         prompt = TOKENIZER.encode(request["prompt"]).ids
-        fields = SAMPLING[index % len(SAMPLING)]
-        numbers.append(harness.submit(prompt, adapter, 24, stop_token_ids=[], **fields))
+        fields = {"stop_token_ids": []} | sampling[index % len(sampling)]
+        numbers.append(harness.submit(prompt, adapter, 24, **fields))
     return numbers
 
 
@@ -151,6 +185,64 @@ def test_the_engine_draws_and_reports_as_on_a_cpu(device: torch.device, tmp_path
             np.testing.assert_allclose(row.top_logprobs, wanted.top_logprobs, atol=1e-3)
             assert len(row.top_token_ids) == len(wanted.top_token_ids)
             assert row.top_token_ids[:1] == wanted.top_token_ids[:1]
+
+
+@pytest.mark.parametrize("pool_pages", [4000, 60])
+def test_the_engine_adjusts_as_on_a_cpu(
+    device: torch.device, tmp_path: Path, pool_pages: int
+) -> None:
+    on_cpu = demo_engine(torch.device("cpu"), tmp_path)
+    here = demo_engine(device, tmp_path, pool_pages=pool_pages, step_tokens=64)
+    for harness in (on_cpu, here):
+        submit_all(harness, sampling=ADJUSTED)
+        harness.run()
+    assert here.tokens == on_cpu.tokens
+    assert (here.engine.status().preemptions > 0) is (pool_pages < 4000)
+    plain = demo_engine(device, tmp_path)
+    submit_all(plain, sampling=[{}])
+    plain.run()
+    assert sum(plain.tokens[number] != tokens for number, tokens in here.tokens.items()) > 10
+
+
+def test_logprobs_of_prompts_are_those_of_a_cpu(device: torch.device, tmp_path: Path) -> None:
+    on_cpu = demo_engine(torch.device("cpu"), tmp_path)
+    here = demo_engine(device, tmp_path, step_tokens=64)
+    for harness in (on_cpu, here):
+        submit_all(harness, sampling=ADJUSTED)
+        harness.run()
+    assert sum(map(len, on_cpu.prompt_logprobs.values())) > 0
+    for number, expected in on_cpu.prompt_logprobs.items():
+        rows = here.prompt_logprobs[number]
+        chosen = [row.logprob for row in rows]
+        np.testing.assert_allclose(chosen, [row.logprob for row in expected], atol=1e-3)
+        for row, wanted in zip(rows, expected, strict=True):
+            np.testing.assert_allclose(row.top_logprobs, wanted.top_logprobs, atol=1e-3)
+            assert row.top_token_ids[:1] == wanted.top_token_ids[:1]
+
+
+def test_adjusted_requests_draw_and_report_the_same_bits(gpu, tmp_path: Path) -> None:
+    first, second = (demo_engine(gpu, tmp_path, "bf16", pool_pages=8000) for _ in range(2))
+    for harness in (first, second):
+        submit_all(harness, sampling=ADJUSTED + SAMPLING)
+        harness.run()
+    assert first.tokens == second.tokens
+    assert first.logprobs == second.logprobs
+    assert first.prompt_logprobs == second.prompt_logprobs
+
+
+def test_adjusted_samples_do_not_depend_on_the_crowd(device, tmp_path: Path) -> None:
+    prompt = TOKENIZER.encode(REQUESTS[0]["prompt"]).ids
+    drawn = []
+    for crowd in (0, 40):
+        harness = demo_engine(device, tmp_path)
+        submit_all(harness, crowd, ADJUSTED)
+        numbers = [
+            harness.submit(prompt, None, 20, seed=7, **({"stop_token_ids": []} | fields))
+            for fields in (ADJUSTED if crowd else ADJUSTED[:1])
+        ]
+        harness.run()
+        drawn.append(harness.tokens[numbers[0]])
+    assert drawn[0] == drawn[1]
 
 
 def test_the_same_requests_draw_and_report_the_same_bits(gpu, tmp_path: Path) -> None:
@@ -193,13 +285,17 @@ def test_logprobs_are_raw_where_stop_tokens_must_not_come_yet(device, tmp_path: 
     )
 
 
-def test_steps_that_truncate_and_report_never_wait_for_the_device(gpu, tmp_path: Path) -> None:
+def test_steps_that_adjust_truncate_and_report_never_wait_for_the_device(
+    gpu, tmp_path: Path
+) -> None:
     harness = demo_engine(gpu, tmp_path, "bf16", pool_pages=8000)
     prompt = TOKENIZER.encode(REQUESTS[0]["prompt"]).ids
-    for fields in SAMPLING * 4:
-        harness.submit(prompt, None, 100, stop_token_ids=[], **fields)
+    for fields in (SAMPLING + ADJUSTED) * 2:
+        harness.submit(prompt, None, 100, **({"stop_token_ids": []} | fields))
     for _ in range(20):
         harness.step()
+    for fields in ADJUSTED:  # they begin while nothing may wait
+        harness.submit(prompt, None, 20, **({"stop_token_ids": []} | fields))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(50):

@@ -20,7 +20,8 @@ class StepReplays:
         self._trace = StepTrace(harness.engine)
         self._graphs = graphs
         self._pool = graphs._state.pool
-        kept = [*vars(graphs).values(), *vars(graphs.head).values()]
+        adjustments = graphs.head._adjustments
+        kept = [*vars(graphs).values(), *vars(graphs.head).values(), *adjustments.tables]
         self._state = [self._pool.slices, *(x for x in kept if isinstance(x, torch.Tensor))]
         self._before: list[torch.Tensor] = []
         self._step: tuple[Any, ...] = ()

@@ -11,10 +11,12 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
+import torch
 from tokenizers import Tokenizer
 
 from demo import tasks
 from lorry.client import Client, Request
+from lorry.client.generation import Generation
 from lorry.rpc.errors import (
     AdapterInvalid,
     AdapterNotFound,
@@ -23,10 +25,10 @@ from lorry.rpc.errors import (
     LorryError,
     PoolTooSmall,
 )
+from tests.support.adjusted_draws import drawn_adjusted
 from tests.support.command import REPO
 from tests.support.models import Reference
 from tests.support.processes import DEMO_MODEL, Stack, ready
-from tests.support.warped_draws import drawn
 
 ADAPTERS = ["reverse", "rot13", "double-letters"]
 EXPECTED: list[dict[str, Any]] = json.loads((REPO / "demo" / "expected.json").read_text())
@@ -103,10 +105,19 @@ SAMPLING: list[dict[str, Any]] = [
     {"temperature": 2.0, "top_p": 0.9},
     {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "min_p": 0.02},
     {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.25, "prompt_logprobs": 0},
+    {
+        "temperature": 1.0,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.25,
+        "logit_bias": {5: 1.5, 9: -100.0},
+        "prompt_logprobs": 2,
+    },
+    {"temperature": 0.0, "stop_token_ids": [*range(3, 40)], "min_tokens": 16},
 ]
 
 
-async def test_truncated_draws_and_logprobs_are_those_of_transformers_and_peft(
+async def test_draws_and_logprobs_are_those_of_transformers_and_peft(
     stack: Stack,
 ) -> None:
     prompts = [tasks.make_prompt(word) for word in ("lorry", "transport")]
@@ -133,8 +144,10 @@ async def test_truncated_draws_and_logprobs_are_those_of_transformers_and_peft(
     for seed, ((prompt, adapter, sampling), answer) in enumerate(zip(cases, answers, strict=True)):
         ids, tokens = tokenizer.encode(prompt).ids, list(answer.token_ids)
         path = REPO / "demo" / "adapters" / adapter if adapter else None
-        logits = reference.logits([*ids, *tokens], path)[len(ids) - 1 : -1]
-        assert tokens == drawn(logits, sampling, seed)
+        all_logits = reference.logits([*ids, *tokens], path)[:-1]
+        logits = all_logits[len(ids) - 1 :]
+        assert tokens == drawn_adjusted(logits, sampling, ids, tokens, seed)
+        check_prompt_logprobs(answer, ids, all_logits, sampling.get("prompt_logprobs"))
         logprobs = logits.log_softmax(dim=1)
         top = logprobs.topk(3).indices.tolist()
         for place, token in enumerate(answer.logprobs):
@@ -144,6 +157,16 @@ async def test_truncated_draws_and_logprobs_are_those_of_transformers_and_peft(
             expected = {token_id: float(logprobs[place, token_id]) for token_id in reported}
             assert reported == pytest.approx(expected, abs=1e-3)
         assert len(answer.logprobs) == len(tokens) == 16
+
+
+def check_prompt_logprobs(
+    answer: Generation, ids: list[int], logits: torch.Tensor, asked: int | None
+) -> None:
+    rows = answer.prompt_logprobs
+    assert [row.token_id for row in rows] == ([] if asked is None else ids[1:])
+    for row, logprobs in zip(rows, logits.log_softmax(dim=1), strict=False):
+        assert row.logprob == pytest.approx(float(logprobs[row.token_id]), abs=1e-3)
+        assert [token_id for token_id, _ in row.top] == logprobs.topk(asked or 0).indices.tolist()
 
 
 async def test_streamed_tokens_have_logprobs_where_asked_for(stack: Stack) -> None:

@@ -148,6 +148,19 @@ def test_tokens_that_were_output_elsewhere_count_as_output(world: World, tmp_pat
             assert harness.tokens[resumed] == tokens[done:], fields
 
 
+def test_tokens_of_a_prompt_in_the_prefix_cache_count(world: World, tmp_path: Path) -> None:
+    harness = EngineHarness(world.model, tmp_path)
+    prompt = PROMPT * 8
+    harness.submit(prompt, None, 4, stop_token_ids=[])
+    harness.run()
+    for fields in FIELDS[:2]:
+        whole = {"stop_token_ids": []} | fields
+        number = harness.submit(prompt, None, MAX_TOKENS, seed=5, **whole)
+        harness.run()
+        assert harness.finished[number].cached_tokens > 0
+        check(world, harness.tokens[number], whole, None, 5, prompt)
+
+
 def test_a_row_of_the_table_forgets_whose_it_was(world: World, tmp_path: Path) -> None:
     """One sequence at a time, so that all have the same row, each with other adjustments."""
     harness = EngineHarness(world.model, tmp_path, max_running=1)

@@ -207,7 +207,6 @@ def mixed_adjustments(adjustments: SequenceAdjustments, samples: int) -> Adjustm
     tables.bias_id_RB[:samples, :5] = torch.arange(5).int() * 7
     tables.bias_RB[:samples, :5] = torch.randn(samples, 5) * 5
     tables.banned_id_RX[:samples, :40] = torch.arange(40).int() * 3
-    adjustments._fields[0] = torch.ones(adjustments._fields.shape[1]).view(torch.int32)
     applied = adjustments.of(rows)
     applied.repetition_T[::2] = 1.5
     applied.presence_T[::3] = 0.75

@@ -39,6 +39,7 @@ class SequenceAdjustments:
         self.tables = SequenceTables(count_RV, bias_id, bias.view(torch.float32), stop_id)
         self._edits_RW = edits_RW
         self._fields = torch.zeros(NUM_FIELDS, num_rows, dtype=torch.int32, device=device)
+        self._fields[0].view(torch.float32).fill_(NEUTRAL)
         self._admission_R = np.zeros(num_rows, dtype=np.int64)
 
     def prepare(self, batch: Batch, table: SequenceTable) -> bool:

@@ -60,7 +60,8 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How the next token is drawn. Order: penalties and logit_bias, temperature, top_k, top_p, min_p. Tokens of equal
+    """How the next token is drawn. Order: repetition_penalty, frequency_penalty and presence_penalty, logit_bias,
+    temperature, top_k, top_p, min_p; penalties and biases also change what is the most likely token. Tokens of equal
     logits are kept or left out together, so that more than top_k may be kept. The most likely token always is.
     """
 
@@ -106,11 +107,13 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Keeps the tokens of at least this share of the most likely token's probability. In [0, 1]; 0 = off."""
     repetition_penalty: _builtins.float
-    """Multiplicative, over prompt and output. Unset = 1.0. In (0, 10]."""
+    """Divides the logit of each token of prompt and output if it is positive, else multiplies it. Unset = 1.0.
+    In (0, 10].
+    """
     presence_penalty: _builtins.float
-    """Subtracted once from each token of the output so far. In [-2, 2]."""
+    """Subtracted once from the logit of each token of the output so far. In [-2, 2]."""
     frequency_penalty: _builtins.float
-    """Subtracted per occurrence in the output so far. In [-2, 2]."""
+    """Subtracted from a token's logit per occurrence in the output so far. In [-2, 2]."""
     seed: _builtins.int
     """Unset = drawn by the router, which always sends one to the worker."""
     @_builtins.property
@@ -167,7 +170,7 @@ class StoppingOptions(_message.Message):
     max_tokens: _builtins.int
     """Output tokens. Unset = the rest of the context."""
     min_tokens: _builtins.int
-    """No end-of-sequence token, stop token or stop string counts before this many output tokens."""
+    """No end-of-sequence token or stop token is drawn, and no stop string counts, before this many output tokens."""
     ignore_eos: _builtins.bool
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -211,7 +214,9 @@ class ResponseOptions(_message.Message):
     chosen one may be among them; of equal logprobs the smallest id comes first. Unset = no logprobs.
     """
     prompt_logprobs: _builtins.int
-    """The same for each prompt token but the first, which has none. It switches the prefix cache off."""
+    """The same for each prompt token but the first, which has none. The whole prompt is computed for it, whatever the
+    prefix cache holds.
+    """
     def __init__(
         self,
         *,
