@@ -1,7 +1,7 @@
 """Requests of several adapters, answered by transformers + peft, that an engine is to equal."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,28 @@ class World(AdaptedModel):
         lengths: Sequence[int] = LENGTHS,
     ) -> None:
         super().__init__(directory, adapters=adapters, **model_fields)
+        self._lengths = lengths
         reference = Reference(self.model)
-        random = np.random.default_rng(0)
-        self.requests: list[tuple[list[int], Path | None, Greedy]] = []
+        self.requests: list[tuple[list[int], Path | None, Greedy]] = [
+            (prompt, adapter, reference.greedy(prompt, adapter, MAX_TOKENS))
+            for prompt, adapter in self._prompts(np.random.default_rng(0))
+        ]
+
+    def _prompts(self, random: np.random.Generator) -> Iterator[tuple[list[int], Path | None]]:
         for index, adapter in enumerate(itertools.chain(self.adapters * 2)):
-            length = lengths[index % len(lengths)]
-            prompt = random.integers(3, 320, length).tolist()
-            self.requests.append((prompt, adapter, reference.greedy(prompt, adapter, MAX_TOKENS)))
+            length = self._lengths[index % len(self._lengths)]
+            yield random.integers(3, 320, length).tolist(), adapter
+
+
+class PrefixWorld(World):
+    """Prompts that begin alike, also where their adapters differ."""
+
+    def _prompts(self, random: np.random.Generator) -> Iterator[tuple[list[int], Path | None]]:
+        common = random.integers(3, 320, 70).tolist()
+        for adapter in self.adapters:
+            yield common, adapter
+            yield common[:48], adapter
+            yield common[:49] + random.integers(3, 320, 40).tolist(), adapter
 
 
 def check_answers(
