@@ -56,42 +56,41 @@ async def test_a_chunk_of_many_logprobs_is_cut() -> None:
     assert stream.num_sent == num_tokens
 
 
+PROMPT = [
+    PromptLogprobs(1, [5], [-1], [8, 9], [-0.5, -2]),
+    PromptLogprobs(2, [6, 7], [-2, -3], [8, 9, 10, 11], [-0.5, -2, -0.25, -3]),
+]
+
+
 async def test_logprobs_of_the_prompt_go_out_before_tokens() -> None:
     stream = output()
-    stream.push_prompt(1, [5], [TokenLogprobs(-1)])
-    stream.push_prompt(2, [6, 7], [TokenLogprobs(-2), TokenLogprobs(-3)])
+    for part in PROMPT:
+        stream.push_prompt(part)
     assert stream.num_unsent == 3
     push(stream, "a")
-    rows = [TokenLogprobs(-index) for index in (1, 2, 3)]
-    assert await stream.next_chunk() == Chunk([], "", prompt=PromptLogprobs(1, [5, 6, 7], rows))
+    for part in PROMPT:
+        assert await stream.next_chunk() == Chunk([], "", prompt=(part,))
     assert (stream.num_sent, stream.has_sent) == (0, True)
     assert await stream.next_chunk() == Chunk(tokens_of("a"), "a")
-
-
-async def test_many_logprobs_of_a_prompt_are_cut() -> None:
-    stream = output()
-    num_rows = MAX_CHUNK_LOGPROBS + 3
-    stream.push_prompt(1, range(num_rows), [TokenLogprobs(-n) for n in range(num_rows)])
-    for first_index, length in ((1, MAX_CHUNK_LOGPROBS), (1 + MAX_CHUNK_LOGPROBS, 3)):
-        chunk = await stream.next_chunk()
-        assert chunk is not None
-        assert chunk.prompt is not None
-        assert chunk.prompt.first_index == first_index
-        assert list(chunk.prompt.token_ids) == list(
-            range(first_index - 1, first_index - 1 + length)
-        )
-        assert len(chunk.prompt.rows) == length
     assert stream.num_unsent == 0
 
 
 async def test_a_whole_answer_holds_the_logprobs_of_its_prompt() -> None:
     stream = output(streaming=False)
-    stream.push_prompt(1, [5], [TokenLogprobs(-1)])
+    for part in PROMPT:
+        stream.push_prompt(part)
     push(stream, "a")
     stream.complete(completion())
-    prompt = PromptLogprobs(1, [5], [TokenLogprobs(-1)])
-    assert await stream.next_chunk() == Chunk(tokens_of("a"), "a", (), prompt)
+    assert await stream.next_chunk() == Chunk(tokens_of("a"), "a", (), tuple(PROMPT))
     assert await stream.next_chunk() is None
+
+
+def test_what_follows_the_first_tokens_has_its_own_alternatives() -> None:
+    whole = PromptLogprobs(2, [6, 7], [-2, -3], [8, 9, 10, 11], [-0.5, -2, -0.25, -3])
+    assert whole.after(0) == whole
+    assert whole.after(1) == PromptLogprobs(3, [7], [-3], [10, 11], [-0.25, -3])
+    assert not whole.after(2).logprobs
+    assert not whole.after(9).logprobs
 
 
 async def test_a_waiting_client_is_woken() -> None:

@@ -10,7 +10,7 @@ import grpc
 from lorry.router.active import ActiveRequests
 from lorry.router.config import Config
 from lorry.router.dispatcher import Dispatcher, Place, Prefetch, Submit, no_worker
-from lorry.router.generation import TokenLogprobs
+from lorry.router.generation import Logprobs, PromptLogprobs, TokenLogprobs
 from lorry.router.output import Output
 from lorry.router.request import Request, RequestState
 from lorry.router.worker import Worker
@@ -98,7 +98,7 @@ class Fleet:
                 self._draw(request, token_id, row, now_s)
 
     def prompt_logprobs_read(
-        self, worker: Worker, seq: int, first_index: int, rows: Sequence[TokenLogprobs]
+        self, worker: Worker, seq: int, first_index: int, logprobs: Logprobs
     ) -> None:
         request = worker.active.get(seq)
         if request is None or not request.awaits_prompt_logprobs:
@@ -108,12 +108,14 @@ class Fleet:
             message = f"the worker left out logprobs of prompt tokens {next_index} to {first_index}"
             self._active.fail(request, LorryError(message))
             return
-        rows = rows[next_index - first_index :]  # a worker that was lost may have sent the others
-        token_ids = request.prompt_ids[next_index:][: len(rows)]
-        request.num_prompt_logprobs += len(rows)
-        output = self._active.output(request)
-        output.push_prompt(next_index, token_ids, rows)
-        self._check_unsent(request, output)
+        token_ids = request.prompt_ids[first_index:][: len(logprobs.logprobs)]
+        part = PromptLogprobs(first_index, token_ids, *logprobs)
+        part = part.after(next_index - first_index)  # a worker that was lost has sent the others
+        if part.logprobs:
+            request.num_prompt_logprobs += len(part.logprobs)
+            output = self._active.output(request)
+            output.push_prompt(part)
+            self._check_unsent(request, output)
 
     def requests_ended(self, worker: Worker, ended: Sequence[Ended]) -> None:
         for last_word in ended:

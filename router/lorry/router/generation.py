@@ -74,12 +74,38 @@ class TokenLogprobs(NamedTuple):
     top_logprobs: Sequence[float] = ()
 
 
+class Logprobs(NamedTuple):
+    """Raw logprobs of tokens in flat lists."""
+
+    logprobs: Sequence[float]  # of each token
+    top_ids: Sequence[int]  # the alternatives of all tokens, equally many of each
+    top_logprobs: Sequence[float]
+
+
 class PromptLogprobs(NamedTuple):
-    """Raw logprobs of consecutive tokens of the prompt."""
+    """Raw logprobs of consecutive tokens of the prompt, in flat lists: there can be very many."""
 
     first_index: int  # in the prompt; at least 1
     token_ids: Sequence[int]
-    rows: Sequence[TokenLogprobs]
+    logprobs: Sequence[float]  # of each token
+    top_ids: Sequence[int]  # the alternatives of all tokens, equally many of each
+    top_logprobs: Sequence[float]
+
+    @property
+    def num_top(self) -> int:
+        """Alternatives of each token."""
+        return len(self.top_ids) // max(1, len(self.logprobs))
+
+    def after(self, count: int) -> "PromptLogprobs":
+        """What follows the first `count` tokens."""
+        first_top = count * self.num_top
+        return PromptLogprobs(
+            self.first_index + count,
+            self.token_ids[count:],
+            self.logprobs[count:],
+            self.top_ids[first_top:],
+            self.top_logprobs[first_top:],
+        )
 
 
 class Chunk(NamedTuple):
@@ -88,7 +114,7 @@ class Chunk(NamedTuple):
     token_ids: list[int]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()  # of token_ids, where asked for
-    prompt: PromptLogprobs | None = None  # comes alone, or with a whole answer
+    prompt: tuple[PromptLogprobs, ...] = ()  # come alone, or all with a whole answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,6 @@ a slow client gets fewer, larger messages. The router bounds how much and how lo
 """
 
 import asyncio
-from collections.abc import Sequence
 
 from lorry.router.generation import Chunk, Completion, PromptLogprobs, TokenLogprobs
 from lorry.router.text_stream import TextStream
@@ -45,7 +44,7 @@ class Output:
         self._unsent_ids: list[int] = []
         self._unsent_logprobs: list[TokenLogprobs] = []  # as many, or none
         self._unsent_text = ""
-        self._unsent_prompt: PromptLogprobs | None = None
+        self._unsent_prompt: list[PromptLogprobs] = []
         self._ended = False
         self._error: LorryError | None = None
         self._completion: Completion | None = None
@@ -63,8 +62,7 @@ class Output:
         """Tokens of prompt and output that wait for a client that takes them as they come."""
         if not self._streaming:
             return 0
-        prompt = self._unsent_prompt
-        return len(self._unsent_ids) + (len(prompt.rows) if prompt is not None else 0)
+        return len(self._unsent_ids) + sum(len(part.logprobs) for part in self._unsent_prompt)
 
     @property
     def completed(self) -> Completion:
@@ -84,14 +82,9 @@ class Output:
         if self._waiter is not None and self._streaming:
             self._wake()
 
-    def push_prompt(
-        self, first_index: int, token_ids: Sequence[int], rows: Sequence[TokenLogprobs]
-    ) -> None:
-        """Add logprobs of tokens of the prompt, which follow those of the last call."""
-        unsent = self._unsent_prompt or PromptLogprobs(first_index, (), ())
-        self._unsent_prompt = PromptLogprobs(
-            unsent.first_index, [*unsent.token_ids, *token_ids], [*unsent.rows, *rows]
-        )
+    def push_prompt(self, part: PromptLogprobs) -> None:
+        """Add logprobs of the prompt's next tokens; they fit into a message as they are."""
+        self._unsent_prompt.append(part)
         if self._waiter is not None and self._streaming:
             self._wake()
 
@@ -129,12 +122,12 @@ class Output:
 
     @property
     def _has_news(self) -> bool:
-        return bool(self._unsent_ids) or self._unsent_prompt is not None
+        return bool(self._unsent_ids or self._unsent_prompt)
 
     def _take(self) -> Chunk:
         """All that is unsent, or the first tokens of what would be too large a message."""
-        if self._streaming and self._unsent_prompt is not None:
-            return Chunk([], "", prompt=self._take_prompt(self._unsent_prompt))
+        if self._streaming and self._unsent_prompt:
+            return Chunk([], "", prompt=(self._unsent_prompt.pop(0),))
         if self._streaming and len(self._unsent_logprobs) > MAX_CHUNK_LOGPROBS:
             first, rest = slice(MAX_CHUNK_LOGPROBS), slice(MAX_CHUNK_LOGPROBS, None)
             chunk = Chunk(self._unsent_ids[first], "", tuple(self._unsent_logprobs[first]))
@@ -142,17 +135,10 @@ class Output:
             self._unsent_logprobs = self._unsent_logprobs[rest]
             return chunk
         logprobs = tuple(self._unsent_logprobs)
-        chunk = Chunk(self._unsent_ids, self._unsent_text, logprobs, self._unsent_prompt)
+        chunk = Chunk(self._unsent_ids, self._unsent_text, logprobs, tuple(self._unsent_prompt))
         self._unsent_ids, self._unsent_text, self._unsent_logprobs = [], "", []
-        self._unsent_prompt = None
+        self._unsent_prompt = []
         return chunk
-
-    def _take_prompt(self, unsent: PromptLogprobs) -> PromptLogprobs:
-        first_index, token_ids, rows = unsent
-        end = MAX_CHUNK_LOGPROBS
-        rest = PromptLogprobs(first_index + end, token_ids[end:], rows[end:])
-        self._unsent_prompt = rest if rest.rows else None
-        return PromptLogprobs(first_index, token_ids[:end], rows[:end])
 
     def _end(self) -> None:
         self._ended = True

@@ -120,7 +120,7 @@ class SpecReader:
 
 
 def to_chunk(chunk: Chunk) -> pb.StreamGenerateResponse:
-    if chunk.prompt is not None:
+    if chunk.prompt:
         return pb.StreamGenerateResponse(prompt_logprobs=_prompt_logprobs(chunk.prompt))
     return pb.StreamGenerateResponse(
         chunk=pb.TokenChunk(
@@ -135,7 +135,7 @@ def to_response(chunk: Chunk | None, completion: Completion) -> pb.GenerateRespo
         text=text,
         token_ids=token_ids,
         logprobs=_logprobs(logprobs),
-        prompt_logprobs=_prompt_logprobs(prompt) if prompt is not None else None,
+        prompt_logprobs=_prompt_logprobs(prompt) if prompt else None,
         completed=to_completed(completion),
     )
 
@@ -165,12 +165,16 @@ def to_completed(completion: Completion) -> pb.Completed:
     return completed
 
 
-def _prompt_logprobs(prompt: PromptLogprobs) -> pb.PromptLogprobs:
-    return pb.PromptLogprobs(
-        first_index=prompt.first_index,
-        token_ids=prompt.token_ids,
-        logprobs=_logprobs(prompt.rows),
-    )
+def _prompt_logprobs(parts: Sequence[PromptLogprobs]) -> pb.PromptLogprobs:
+    message = pb.PromptLogprobs(first_index=parts[0].first_index)
+    for part in parts:
+        message.token_ids.extend(part.token_ids)
+        message.logprobs.logprobs.extend(part.logprobs)
+        if part.top_ids:
+            message.logprobs.top_counts.extend([part.num_top] * len(part.logprobs))
+            message.logprobs.top_token_ids.extend(part.top_ids)
+            message.logprobs.top_logprobs.extend(part.top_logprobs)
+    return message
 
 
 def _logprobs(rows: Sequence[TokenLogprobs]) -> common_pb2.Logprobs | None:

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from lorry.router.dispatcher import Place, Prefetch, Submit
-from lorry.router.generation import FinishReason, TokenLogprobs
+from lorry.router.generation import FinishReason, Logprobs, TokenLogprobs
 from lorry.router.outbox import Outbox
 from lorry.router.request import Request
 from lorry.router.worker import Worker
@@ -61,7 +61,7 @@ class WorkerEvents(Protocol):
         logprobs: Sequence[TokenLogprobs] | None,
     ) -> None: ...
     def prompt_logprobs_read(
-        self, worker: Worker, seq: int, first_index: int, rows: Sequence[TokenLogprobs]
+        self, worker: Worker, seq: int, first_index: int, logprobs: Logprobs
     ) -> None: ...
     def requests_ended(self, worker: Worker, ended: Sequence[Ended]) -> None: ...
     def submit_limit_raised(self, worker: Worker) -> None: ...
@@ -194,8 +194,11 @@ class WorkerLink:
             self._receive_step(worker, response.step)
         elif event == "prompt_logprobs":
             chunk = response.prompt_logprobs
-            rows = _logprobs(chunk.logprobs) or []
-            self._events.prompt_logprobs_read(worker, chunk.seq, chunk.first_index, rows)
+            rows = chunk.logprobs
+            logprobs = Logprobs(
+                list(rows.logprobs), list(rows.top_token_ids), list(rows.top_logprobs)
+            )
+            self._events.prompt_logprobs_read(worker, chunk.seq, chunk.first_index, logprobs)
         elif event == "residency":
             residency = response.residency
             worker.update_residency(
@@ -264,7 +267,7 @@ class WorkerLink:
         )
 
 
-def _logprobs(step: pb.StepOutput | common_pb2.Logprobs) -> list[TokenLogprobs] | None:
+def _logprobs(step: pb.StepOutput) -> list[TokenLogprobs] | None:
     """Of each row; None if no row has any."""
     if not step.logprobs:
         return None
