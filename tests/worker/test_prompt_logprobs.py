@@ -157,6 +157,23 @@ def test_a_cancelled_request_reports_nothing_more(world: World, tmp_path: Path) 
     world.check(harness.prompt_logprobs[other], world.prompts[5], None, 1)
 
 
+def test_a_row_that_changes_hands_reports_nothing_of_who_had_it(
+    world: World, tmp_path: Path
+) -> None:
+    """The step in flight is the cancelled request's; the next one is in its row already."""
+    harness = EngineHarness(world.model, tmp_path, step_tokens=16, max_running=1)
+    runner: Any = harness.engine.runner
+    runner.max_in_flight = 2
+    first = harness.submit(world.prompts[-1], None, 4, prompt_logprobs=1)
+    second = harness.submit(world.prompts[6], None, 4, prompt_logprobs=1)
+    for _ in range(3):
+        harness.step()
+    harness.engine.handle([m.Cancel([first])])
+    harness.run()
+    assert len(harness.prompt_logprobs[first]) == 2 * 16
+    world.check(harness.prompt_logprobs[second], world.prompts[6], None, 1)
+
+
 class Vocabulary:
     """A head whose logits are its hidden states; it notes how many rows it is given at a time."""
 
