@@ -18,6 +18,7 @@ from lorry.client import Client, Request
 from lorry.rpc.errors import PermissionDenied, Unauthenticated
 from lorry.rpc.identity import Role, read_tokens
 from tests.support.command import REPO, child_environment
+from tests.support.processes import ready
 
 COMPOSE: Mapping[str, Any] = YAML(typ="safe").load(REPO / "docker-compose.yml")
 ALL: Mapping[str, Any] = COMPOSE["services"]
@@ -183,6 +184,7 @@ async def test_the_services_work_together_as_configured(secrets: Path, tmp_path:
             Client(router=router, store=store) as stranger,
         ):
             await operator.adapters.push(ADAPTER)
+            await ready(router)
             assert (await user.generate(request)).text == "ananab"
             with pytest.raises(PermissionDenied):
                 await user.adapters.push(ADAPTER, adapter_id="mine")

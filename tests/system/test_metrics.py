@@ -194,7 +194,7 @@ async def test_counts_outlive_a_killed_worker(stack: Stack) -> None:
     lost = "lorry_router_workers_lost_total"
     assert after.value(lost) == before.value(lost) + 1
     received = "lorry_router_requests_received_total"
-    assert after.value(received) == before.value(received) + 2
+    assert after.value(received) >= before.value(received) + 2, "and what the client tried again"
     worker = await scrape(url(stack.worker))
     assert worker.value("lorry_worker_requests_total", code="OK") >= 1
     check_reconciled(worker, "lorry_worker")
