@@ -8,13 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import torch
 
 from lorry.kernels.activation import swiglu, swiglu_reference
 from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference
-from lorry.kernels.rope import cos_sin_table, rope_write_kv
+from lorry.kernels.rope import QkNorm, cos_sin_table, rope_write_kv
 from lorry.kernels.sampling import sample
 from tests.support.adjustment_cases import check_adjustments, mixed_adjustments, mixed_tables
 from tests.support.kernel_cases import (
@@ -45,8 +46,8 @@ REFUSALS = ("Device not supported", "Unable to find", "not supported on")
 def attention(device: torch.device, dtype: torch.dtype) -> None:
     layout = layout_of("demo", dtype)
     sequences = store_sequences([(17, 1), (33, 5), (150, 1), (70, 40)], layout, device, padding=3)
-    for form in (decode_setting, prefill_setting):
-        check_attention(sequences, layout.geometry.heads, form(dtype, 2))
+    for form, window in product((decode_setting, prefill_setting), (None, 20)):
+        check_attention(sequences, layout.geometry.heads, form(dtype, 2), window)
 
 
 def lora(device: torch.device, dtype: torch.dtype) -> None:
@@ -67,7 +68,9 @@ def rows(device: torch.device, dtype: torch.dtype) -> None:
     q, k, v = qkv.split([4, 2, 2], dim=1)
     position, page = torch.arange(7, device=device), torch.arange(7, device=device)
     pool = poisoned_pool(8, layout_of("demo", dtype), device)
-    rope_write_kv(q, k, v, cos_sin_table(100, 32, 1e4).to(device), position, page, pool, LAYER)
+    table, head = cos_sin_table(100, 32, 1e4).to(device), torch.ones(32).to(x)
+    for norm in (None, QkNorm(head, head, 1e-5)):
+        rope_write_kv(q, k, v, table, position, page, pool, LAYER, norm)
 
 
 def draws(device: torch.device, dtype: torch.dtype) -> None:

@@ -9,7 +9,6 @@ from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, pr
 from lorry.kernels.lora_plan import allocate_lora_work, plan_lora
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference
 from lorry.kernels.paged_attention import paged_attention
-from lorry.kernels.rope import cos_sin_table, rope_write_kv, rope_write_kv_reference
 from lorry.kernels.sampling import sample, sample_reference
 from tests.support.digest import digest
 from tests.support.kernel_cases import (
@@ -18,12 +17,11 @@ from tests.support.kernel_cases import (
     TOLERANCE,
     layout_of,
     mixes,
-    poisoned_pool,
     relative_error,
     store_adapters,
     store_sequences,
 )
-from tests.support.kernel_checks import adapt, attend, check_attention, check_lora
+from tests.support.kernel_checks import adapt, attend, check_attention, check_lora, check_rotation
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 MODELS = ["llama-2-7b", "llama-3-8b", "qwen2.5-0.5b", "llama-70b"]
@@ -191,22 +189,7 @@ def test_norm_and_activation_match_the_references(device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_rotation_writes_only_the_rows_keys_and_values(device, dtype, name):
-    torch.manual_seed(0)
-    layout = layout_of(name, dtype)
-    shape = layout.geometry
-    heads = shape.heads + 2 * shape.kv_heads
-    qkv = torch.randn(70, heads, shape.head_dim, device=device).to(dtype)
-    q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-    table = cos_sin_table(5000, shape.head_dim, 5e5).to(device)
-    position = torch.randint(0, 5000, (70,), device=device)
-    page = torch.randperm(99, device=device)[:70]
-    actual, expected = (poisoned_pool(100, layout, device) for _ in range(2))
-    rotated = rope_write_kv_reference(q, k, v, table, position, page, expected, LAYER)
-    rope_write_kv(q, k, v, table, position, page, actual, LAYER)
-    assert relative_error(q, rotated) < TOLERANCE[dtype]
-    written = ~expected.slices.isnan()
-    assert torch.equal(~actual.slices.isnan(), written)
-    assert relative_error(actual.slices[written], expected.slices[written]) < TOLERANCE[dtype]
+    check_rotation(layout_of(name, dtype), device, rows=70)
 
 
 def test_samples_equal_the_references(device):

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests.support.engines import EngineHarness
-from tests.support.models import make_adapter, make_llama
+from tests.support.models import make_adapter, make_model
 from tests.support.step_replays import StepReplays
 from tests.support.step_trace import PatientLoads, StepTrace
 
 TWENTY = 20
 MOST_ERROR = 1.25  # where that of transformers and peft is 1
 LLAMA_3_8B: dict[str, Any] = {
+    "model_type": "llama",
     "vocab_size": 8192,
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -27,7 +28,24 @@ LLAMA_3_8B: dict[str, Any] = {
     "initializer_range": 0.02,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
 }
-SMALL = LLAMA_3_8B | {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 1024}
+QWEN3: dict[str, Any] = {  # of 0.6B's width, with all that a family can have
+    "model_type": "qwen3",
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "initializer_range": 0.02,
+    "attention_bias": True,
+    "use_sliding_window": True,
+    "sliding_window": 128,
+    "max_window_layers": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+}
+MODELS = {"llama-3-8b": LLAMA_3_8B, "qwen3": QWEN3}
+SMALL = {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 1024}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "r16": {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "r64": {"r": 64, "lora_alpha": 64, "target_modules": "all-linear"},
@@ -44,11 +62,11 @@ class Request(NamedTuple):
 class World:
     """A model and its adapters, of values that bfloat16 holds, and requests."""
 
-    def __init__(self, directory: Path, device: torch.device) -> None:
-        fields = LLAMA_3_8B if device.type == "cuda" else SMALL
+    def __init__(self, directory: Path, device: torch.device, fields: dict[str, Any]) -> None:
+        fields = fields if device.type == "cuda" else fields | SMALL
         self.device, self.directory = device, directory
         with device:
-            self.model = make_llama(directory / "model", dtype=torch.bfloat16, **fields)
+            self.model = make_model(directory / "model", dtype=torch.bfloat16, **fields)
         self.adapters = {
             name: make_adapter(
                 directory / name, self.model, seed=seed, dtype=torch.bfloat16, **adapter
@@ -76,7 +94,7 @@ class World:
     @torch.inference_mode()
     def reference(self, dtype: torch.dtype, sequences: Sequence[list[int]]) -> list[torch.Tensor]:
         """Logits of all positions of the requests' sequences by transformers and peft."""
-        base: Any = LlamaForCausalLM.from_pretrained(self.model, dtype=dtype)
+        base: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
         (first, path), *others = self.adapters.items()
         model = PeftModel.from_pretrained(base, path, adapter_name=first)
         for name, path in others:
@@ -94,9 +112,13 @@ class World:
         return logits
 
 
-@pytest.fixture(scope="module")
-def world(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("real"), device)
+@pytest.fixture(scope="module", params=MODELS)
+def world(
+    request: pytest.FixtureRequest,
+    device: torch.device,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> World:
+    return World(tmp_path_factory.mktemp("real"), device, MODELS[request.param])
 
 
 def error(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:

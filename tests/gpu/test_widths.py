@@ -7,19 +7,16 @@ from lorry.kernels.activation import swiglu, swiglu_reference
 from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from lorry.kernels.page_layout import MODULES
-from lorry.kernels.rope import cos_sin_table, rope_write_kv, rope_write_kv_reference
 from tests.support.kernel_cases import (
     GEOMETRIES,
-    LAYER,
     TOLERANCE,
     Adapter,
     layout_of,
-    poisoned_pool,
     relative_error,
     store_adapters,
     store_sequences,
 )
-from tests.support.kernel_checks import check_attention, check_lora
+from tests.support.kernel_checks import check_attention, check_lora, check_rotation
 
 SIZES = (1, 2, 4, 8)  # of a tensor-parallel group
 MODELS = [name for name in GEOMETRIES if name != "tiny"]
@@ -55,22 +52,7 @@ def test_lora_of_split_widths_matches_the_reference(device, dtype, name, tp_size
 @pytest.mark.parametrize("tp_size", SIZES)
 @pytest.mark.parametrize("name", MODELS)
 def test_rotation_writes_only_the_rows_keys_and_values(device, dtype, name, tp_size):
-    torch.manual_seed(0)
-    layout = layout_of(name, dtype, tp_size)
-    shape = layout.geometry
-    heads, kv_heads = -(-shape.heads // tp_size), layout.local_kv_heads
-    qkv = torch.randn(70, heads + 2 * kv_heads, shape.head_dim).to(device, dtype)
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    table = cos_sin_table(5000, shape.head_dim, 5e5).to(device)
-    position = torch.randint(0, 5000, (70,)).to(device)
-    page = torch.randperm(99)[:70].to(device)
-    actual, expected = (poisoned_pool(100, layout, device) for _ in range(2))
-    rotated = rope_write_kv_reference(q, k, v, table, position, page, expected, LAYER)
-    rope_write_kv(q, k, v, table, position, page, actual, LAYER)
-    assert relative_error(q, rotated) < TOLERANCE[dtype]
-    written = ~expected.slices.isnan()
-    assert torch.equal(~actual.slices.isnan(), written)
-    assert relative_error(actual.slices[written], expected.slices[written]) < TOLERANCE[dtype]
+    check_rotation(layout_of(name, dtype, tp_size), device, rows=70)
 
 
 @pytest.mark.parametrize("hidden", sorted({shape.hidden for shape in GEOMETRIES.values()}))
