@@ -144,7 +144,8 @@ async def attached_router(
     call = worker_stub(channel).Attach()
     defaults: dict[str, Any] = {"protocol_revision": PROTOCOL_REVISION}
     message = pb.Hello(router_id=router_id, **(defaults | hello))
-    await call.write(pb.AttachRequest(hello=message))
+    with contextlib.suppress(grpc.aio.AioRpcError):  # an end at once is for the reader, too
+        await call.write(pb.AttachRequest(hello=message))
     router = AttachedRouter(call)
     reading = asyncio.create_task(router.read())
     try:

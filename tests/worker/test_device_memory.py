@@ -20,6 +20,7 @@ from lorry.worker.device_memory import (
     default_pool_pages,
     memory_needs,
 )
+from lorry.worker.sequence_adjustments import SequenceAdjustments, table_bytes
 from lorry.worker.weights import LayerWeights, RandomWeights, load_weights, num_weights
 
 GIB = 1 << 30
@@ -108,6 +109,11 @@ def test_the_adapter_tables_are_counted_as_they_are_allocated(base_model):
     tables = TableBuffer(layout, num_slots=5000, max_rank=64, device=torch.device("cpu")).tables
     parts = [getattr(tables, field.name) for field in dataclasses.fields(tables)]
     assert sum(part.nbytes for part in parts) == 5000 * slot_bytes(layout, 64)
+
+
+def test_the_tables_of_adjustments_are_counted_as_they_are_allocated():
+    adjustments = SequenceAdjustments(5, 1000, META)
+    assert adjustments._edits_RW.nbytes + adjustments.tables.count_RV.nbytes == table_bytes(5, 1000)
 
 
 def test_only_a_gpu_worker_leaves_the_pool_to_its_engine(base_model):

@@ -60,6 +60,7 @@ class SequenceTable:
         self.num_biases_R = np.zeros(num_rows, dtype=np.int32)
         self.is_penalized_R = np.zeros(num_rows, dtype=np.bool_)
         self.is_adjusted_R = np.zeros(num_rows, dtype=np.bool_)  # penalized or biased
+        self.may_be_adjusted_R = np.zeros(num_rows, dtype=np.bool_)  # or has a min_tokens
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._admissions = 0
 
@@ -142,6 +143,7 @@ class SequenceTable:
         )
         self.is_penalized_R[row] = is_penalized
         self.is_adjusted_R[row] = is_penalized or count > 0
+        self.may_be_adjusted_R[row] = self.is_adjusted_R[row] or submit.min_tokens > 0
 
     def _set_stop_ids(self, row: int, stop_ids: list[int]) -> None:
         width = self.stop_ids_RX.shape[1]

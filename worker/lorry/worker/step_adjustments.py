@@ -24,6 +24,8 @@ class StepAdjustments(NamedTuple):
 def step_adjustments(batch: Batch, table: SequenceTable) -> StepAdjustments | None:
     """None if nothing changes the step's logits."""
     row_N = batch.row_S[batch.samples_S]
+    if not table.may_be_adjusted_R[row_N].any():
+        return None
     is_early_N = _is_early(batch, table, row_N)
     if not (table.is_adjusted_R[row_N].any() or is_early_N.any()):
         return None
