@@ -24,6 +24,7 @@ def make_model(
     **fields: Any,
 ) -> Path:
     """Save a random model with weights large enough that its greedy tokens vary."""
+    _use_one_thread()
     torch.manual_seed(seed)
     defaults: dict[str, Any] = {
         "vocab_size": 320,
@@ -76,6 +77,7 @@ class Reference:
     """transformers + peft in float32: greedy, one request at a time."""
 
     def __init__(self, model: Path) -> None:
+        _use_one_thread()
         self._base = _base(model)
         self._adapted: dict[Path, PeftModel] = {}
         self._model = model
@@ -117,6 +119,11 @@ def first_difference(expected: Greedy, actual: list[int]) -> int | None:
         if index >= len(actual) or actual[index] != token_id:
             return None if expected.gaps[index] < 1e-4 else index
     return None if len(actual) == len(expected.token_ids) else len(expected.token_ids)
+
+
+def _use_one_thread() -> None:
+    """Threads that spin while the others wait for a core make tiny models 50 times slower."""
+    torch.set_num_threads(1)
 
 
 def _gap(logits: torch.Tensor) -> float:
