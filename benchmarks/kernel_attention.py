@@ -23,6 +23,7 @@ class AttentionCase:
     model: str
     contexts: tuple[int, ...]
     new_tokens: int = 1
+    window: int | None = None  # of cases that decode
 
     @property
     def is_decode(self) -> bool:
@@ -42,6 +43,8 @@ CASES = (
     AttentionCase("8B B64 ctx512", "llama-3-8b", (512,) * 64),
     AttentionCase("8B B1 ctx4096", "llama-3-8b", (4096,)),
     AttentionCase("8B B16 ctx1000", "llama-3-8b", (1000,) * 16),
+    AttentionCase("8B B16 ctx8192", "llama-3-8b", (8192,) * 16),
+    AttentionCase("8B B16 ctx8192, window 1024", "llama-3-8b", (8192,) * 16, window=1024),
     AttentionCase("8B B256 ragged, mean 500", "llama-3-8b", ragged(256, 500)),
     AttentionCase("8B B64 ragged, mean 512", "llama-3-8b", ragged(64, 512)),
     AttentionCase("7B B64 ragged, mean 1000", "llama-2-7b", ragged(64, 1000)),
@@ -70,6 +73,7 @@ def measure_attention(
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         device=device.device,
+        window=case.window,
     )
 
     def plan() -> None:
@@ -81,8 +85,9 @@ def measure_attention(
     plan_us = graph_us([plan] * PLANS)
     us = graph_us([partial(attend, layer) for layer in range(shape.layers)])
     width = 2 * shape.kv_heads * shape.head_dim * DTYPE.itemsize
-    num_bytes = sum(case.contexts) * width + 2 * q_TQD.nbytes
-    seen = sum(_seen_tokens(context, case.new_tokens) for context in case.contexts)
+    contexts = [min(context, case.window or context) for context in case.contexts]
+    num_bytes = sum(contexts) * width + 2 * q_TQD.nbytes
+    seen = sum(_seen_tokens(context, case.new_tokens) for context in contexts)
     flops = 4 * seen * shape.heads * shape.head_dim
     return Measurement(case.name, us + plan_us / shape.layers, num_bytes, flops)
 

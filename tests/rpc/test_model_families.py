@@ -123,6 +123,103 @@ def test_linear_scaling_and_yarn_lengthen_the_context(tmp_path: Path) -> None:
     assert read(tmp_path, QWEN2, **counted).max_context_tokens == 4000
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": {
+        "architectures": [LLAMA],
+        "model_type": "llama",
+        "attention_bias": False,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+    },
+    "Mistral-7B-v0.1": {
+        "architectures": [MISTRAL],
+        "model_type": "mistral",
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "Qwen2.5-7B": {
+        "architectures": [QWEN2],
+        "model_type": "qwen2",
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 28,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "tie_word_embeddings": False,
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    },
+    "Qwen3-0.6B": {
+        "architectures": [QWEN3],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_directories_as_they_are_published_are_served(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    model = read_base_model(tmp_path)
+    assert model.max_context_tokens == PUBLISHED[name]["max_position_embeddings"]
+    assert set(model.options.windows) == {4096 if name.startswith("Mistral") else None}
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("MixtralForCausalLM", {}, "architecture 'MixtralForCausalLM'"),
     ("Qwen2MoeForCausalLM", {}, "architecture 'Qwen2MoeForCausalLM'"),
@@ -137,6 +234,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (LLAMA, {"attention_bias": "yes"}, "attention_bias 'yes'"),
     (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps 0"),
     (LLAMA, {"head_dim": 80}, "head_dim 80"),
+    (LLAMA, {"head_dim": 256}, "head_dim 256"),
     (LLAMA, {"hidden_size": 320}, "head_dim 80"),
     (LLAMA, {"hidden_size": 130}, "hidden_size 130"),
     (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads 3"),

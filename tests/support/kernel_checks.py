@@ -83,14 +83,15 @@ def check_rotation(
     kv_heads, positions = layout.local_kv_heads, 5000
     qkv = torch.randn(rows, tp_heads + 2 * kv_heads, shape.head_dim).to(device, dtype)
     q, k, v = qkv.split([tp_heads, kv_heads, kv_heads], dim=1)
-    norm = QkNorm(*(torch.randn(2, shape.head_dim) + 1).to(device, dtype), 1e-6)
+    q_D, k_D = (torch.randn(2, shape.head_dim) + 1).to(device, dtype)
+    norm = QkNorm(q_D, k_D, 1e-6) if has_norm else None
     table = cos_sin_table(positions, shape.head_dim, 5e5).to(device)
     position = torch.randint(0, positions, (rows,)).to(device)
     page = torch.randperm(rows + 29)[:rows].to(device)
     actual, expected = (poisoned_pool(rows + 30, layout, device) for _ in range(2))
     step = (table, position, page)
-    rotated = rope_write_kv_reference(q, k, v, *step, expected, LAYER, norm if has_norm else None)
-    rope_write_kv(q, k, v, *step, actual, LAYER, norm if has_norm else None)
+    rotated = rope_write_kv_reference(q, k, v, *step, expected, LAYER, norm)
+    rope_write_kv(q, k, v, *step, actual, LAYER, norm)
     assert relative_error(q, rotated) < TOLERANCE[dtype]
     written = ~expected.slices.isnan()
     assert torch.equal(~actual.slices.isnan(), written)
