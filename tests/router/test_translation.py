@@ -130,7 +130,7 @@ INVALID: list[tuple[dict[str, Any], type[LorryError], str, str]] = [
     ),
     (
         {"sampling": {"logit_bias": {NUM_TOKENS: 1}}},
-        InvalidRequest,
+        InvalidSampling,
         "sampling.logit_bias",
         f"got {NUM_TOKENS}",
     ),

@@ -27,7 +27,7 @@ from lorry.router.spec_limits import (
 from lorry.router.store import adapter_not_found
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.durations import to_duration
-from lorry.rpc.errors import InvalidRequest, ModelNotFound
+from lorry.rpc.errors import InvalidRequest, InvalidSampling, ModelNotFound
 from lorry.rpc.labels import check_labels
 from lorry.rpc.names import AdapterName
 from lorry.rpc.unsupported import refuse_unsupported
@@ -106,7 +106,11 @@ class SpecReader:
         raise InvalidRequest.of("prompt", "one of prompt, token_ids and chat is required")
 
     def _logit_bias(self, sampling: common_pb2.SamplingParams) -> dict[int, float]:
-        self._check_token_ids("sampling.logit_bias", sampling.logit_bias)
+        largest = max(sampling.logit_bias, default=0)
+        if largest >= self._vocab_size:
+            raise InvalidSampling.of(
+                "sampling.logit_bias", f"token ids must be below {self._vocab_size}, got {largest}"
+            )
         return dict(sampling.logit_bias)
 
     def _stop_token_ids(self, stopping: common_pb2.StoppingOptions) -> frozenset[int]:
