@@ -12,6 +12,7 @@ from tests.support.engines import EngineHarness
 from tests.support.equal_tokens import (
     ADAPTERS,
     MODELS,
+    PrefixWorld,
     World,
     check_answers,
     largest_adapter_pages,
@@ -85,6 +86,20 @@ def test_preemption_leaves_no_trace_in_the_tokens(
     harness = engine(device, world, tmp_path, pool_pages=pages)
     check_answers(world, harness, copies=12, longest=17)
     assert harness.engine.status().preemptions > 0
+
+
+def test_shared_prefixes_leave_no_trace_in_the_tokens(device: torch.device, tmp_path: Path) -> None:
+    """With pages for all at first, then so few that they are evicted and sequences preempted."""
+    world = PrefixWorld(tmp_path, MODELS["gqa-tied"], adapters=["r3", "r16-rslora"])
+    scarce = largest_adapter_pages(world, tmp_path) + 16
+    for pages, copies in ((2000, 2), (scarce, 5)):
+        harness = engine(device, world, tmp_path, pool_pages=pages, step_tokens=32, max_running=16)
+        check_answers(world, harness, copies=copies)
+        check_answers(world, harness)
+        status = harness.engine.status()
+        assert status.prefix_hit_tokens > 0
+    assert status.prefix_evictions > 0
+    assert status.preemptions > 0
 
 
 def test_hidden_states_equal_those_of_the_references(

@@ -73,9 +73,10 @@ def test_longest_idle_comes_first() -> None:
     residency = Residency(PagePool(10))
     recent, old = (resident(residency, version) for version in (b"a", b"b"))
     residency.acquire(recent)
-    residency.release(recent, now_s=3.0)
+    residency.begin_step(3)
+    residency.release(recent)
     assert list(residency.spare()) == [old, recent]
-    assert [old.last_used_s, recent.last_used_s] == [1.0, 3.0]
+    assert [old.last_used_step, recent.last_used_step] == [0, 3]
 
 
 def test_changes_are_told_once() -> None:

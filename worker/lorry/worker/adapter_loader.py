@@ -13,7 +13,6 @@ class AdapterLoader:
     """
 
     def __init__(self, residency: Residency, room: Room, plan: Plan, *, max_fetches: int) -> None:
-        residency.begin_step()
         self._residency = residency
         self._room = room
         self._plan = plan

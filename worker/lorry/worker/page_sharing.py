@@ -1,7 +1,5 @@
 """Between sequences and the prefix cache: what a request borrows, and what it offers in return."""
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from lorry.worker.plan import Batch
@@ -53,23 +51,12 @@ class PageSharing:
                 break
         self._prefixes.enter(offered)
 
-    def leave(self, request: Request, now_s: float) -> None:
+    def leave(self, request: Request, step: int) -> None:
         """Take `request` from its row; full pages stay in the cache, the others are free."""
         if self._is_on:
             num_pages = int(self._table.num_pages_R[request.row])
             self._prefixes.enter(self._offer(request.row, most=num_pages))
-        self._prefixes.release(self._table.remove(request), now_s)
-
-    def check_integrity(self, running: Iterable[Request]) -> None:
-        """Raise AssertionError unless every borrowed page holds what its borrower has there."""
-        table = self._table
-        for request in running:
-            token_ids = table.token_ids_RC[request.row]
-            assert table.num_done_R[request.row] <= table.num_read_R[request.row]
-            for index, page in enumerate(table.pages(request.row)):
-                if (key := self._prefixes.key_of(page)) is not None:
-                    is_own = key == self._key(request, index, token_ids)
-                    assert is_own, f"page {page} is another prefix's"
+        self._prefixes.release(self._table.remove(request), step)
 
     def _is_looked_up(self, request: Request) -> bool:
         return self._is_on and request.submit.prompt_logprobs is None  # for which all is computed

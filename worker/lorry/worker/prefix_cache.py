@@ -26,7 +26,7 @@ class PrefixCache:
         self._page_of = dict[bytes, int]()
         self._key_of = dict[int, bytes]()
         self._users = dict[int, int]()  # running sequences, by page
-        self._idle = dict[int, float]()  # when it was last used, by page; longest ago first
+        self._idle = dict[int, int]()  # in which step it was last used, by page; longest ago first
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._page_of
@@ -36,8 +36,8 @@ class PrefixCache:
         return self._users.keys()
 
     @property
-    def idle(self) -> Mapping[int, float]:
-        """What may be evicted and when it was last used, longest ago first."""
+    def idle(self) -> Mapping[int, int]:
+        """What may be evicted and in which step it was last used, longest ago first."""
         return self._idle
 
     def match(self, keys: PageKeys, token_ids: np.ndarray) -> list[int]:
@@ -70,7 +70,7 @@ class PrefixCache:
                 taken.append(page)
         self._pool.turn_into_prefix(taken)
 
-    def release(self, pages: list[int], now_s: float) -> None:
+    def release(self, pages: list[int], step: int) -> None:
         """A sequence gives back its pages, in their order: its own are free, cached ones remain.
 
         A chain's end becomes idle before its beginning, for it is of no use without it.
@@ -82,7 +82,7 @@ class PrefixCache:
                 continue
             self._users[page] -= 1
             if not self._users[page]:
-                self._idle[page] = now_s
+                self._idle[page] = step
         self._pool.release(own)
 
     def evict(self, pages: list[int]) -> None:
@@ -112,5 +112,5 @@ class PrefixCache:
         assert self._users.keys() == self._key_of.keys(), "a page has no key"
         assert {key: page for page, key in self._key_of.items()} == self._page_of
         assert self._idle.keys() <= self._users.keys(), "an idle page was evicted"
-        times = list(self._idle.values())
-        assert times == sorted(times), "idle pages are out of order"
+        steps = list(self._idle.values())
+        assert steps == sorted(steps), "idle pages are out of order"

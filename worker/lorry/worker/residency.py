@@ -55,7 +55,7 @@ class Adapter:
     references: int = 0  # running requests
     pinned: bool = False
     resident_since_s: float = 0.0
-    last_used_s: float = 0.0  # when it became RESIDENT, or its last request left it
+    last_used_step: int = 0  # when it became RESIDENT, or its last request left it
 
     @property
     def is_idle(self) -> bool:
@@ -78,6 +78,7 @@ class Residency:
         self.pinned_pages = 0
         self._idle: dict[bytes, Adapter] = {}  # longest idle first
         self._idle_pages = 0
+        self._step = 0
         self._protected: set[bytes] = set()
         self._protected_idle_pages = 0
         self._pool = pool
@@ -125,7 +126,8 @@ class Residency:
 
     def finish_load(self, adapter: Adapter, now_s: float) -> None:
         adapter.move_to(S.RESIDENT)
-        adapter.resident_since_s = adapter.last_used_s = now_s
+        adapter.resident_since_s = now_s
+        adapter.last_used_step = self._step
         self._note_idleness(adapter)
         self._changes.gpu_added.append(adapter.version)
 
@@ -135,14 +137,15 @@ class Residency:
         adapter.references += 1
         self._note_idleness(adapter)
 
-    def release(self, adapter: Adapter, now_s: float) -> None:
+    def release(self, adapter: Adapter) -> None:
         """Count one less; the last one leaves it idle."""
         adapter.references -= 1
-        adapter.last_used_s = now_s
+        adapter.last_used_step = self._step
         self._note_idleness(adapter)
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         """Forget which adapters the last step protected."""
+        self._step = step
         self._protected.clear()
         self._protected_idle_pages = 0
 

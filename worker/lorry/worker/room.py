@@ -1,6 +1,7 @@
 """Makes room in the pool: gives up what nobody uses, the least worth keeping first.
 
-What is worth little costs little to have again for its bytes, and was not used for long.
+What is worth little costs little to have again for its bytes, and was not used for long: in steps,
+not seconds, so that the same requests lead to the same evictions.
 """
 
 import heapq
@@ -18,7 +19,7 @@ ADAPTER_WITH_IMAGE_US = 50
 ADAPTER_WITHOUT_IMAGE_US = 2000
 PREFIX_US = 600
 
-# How old it is for what it costs, negative; and a cached page or an adapter.
+# Steps since it was used for what it costs, negative; and a cached page or an adapter.
 Candidate = tuple[float, int | Adapter]
 
 
@@ -31,13 +32,13 @@ class Room:
         residency: Residency,
         prefixes: PrefixCache,
         plan: Plan,
-        now_s: float,
+        step: int,
     ) -> None:
         self._pool = pool
         self._residency = residency
         self._prefixes = prefixes
         self._plan = plan
-        self._now_s = now_s
+        self._step = step
 
     def can_make(self, pages: int, keep: Collection[int] = ()) -> bool:
         """Whether `pages` pages are free or could be, cached pages in `keep` untouched."""
@@ -84,10 +85,10 @@ class Room:
     def _adapters(self, *, has_image: bool, cost_us: float) -> Iterator[Candidate]:
         for adapter in self._residency.spare():
             if has_image == (adapter.image is not None):
-                yield (adapter.last_used_s - self._now_s) / cost_us, adapter
+                yield (adapter.last_used_step - self._step) / cost_us, adapter
 
     def _cached_pages(self, keep: Collection[int]) -> Iterator[Candidate]:
         kept = set(keep)
-        for page, last_used_s in self._prefixes.idle.items():
+        for page, last_used_step in self._prefixes.idle.items():
             if page not in kept:
-                yield (last_used_s - self._now_s) / PREFIX_US, page
+                yield (last_used_step - self._step) / PREFIX_US, page

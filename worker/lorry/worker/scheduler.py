@@ -16,10 +16,11 @@ from lorry.kernels.page_layout import BASE_MODEL
 from lorry.worker.adapter_loader import AdapterLoader
 from lorry.worker.drawn import Drawn
 from lorry.worker.feasibility import refusal
+from lorry.worker.integrity import check_integrity
 from lorry.worker.messages import Failure, Finished, FinishReason, StepTokens, Submit
 from lorry.worker.page_sharing import PageSharing
 from lorry.worker.plan import Batch, BatchBuilder, Plan
-from lorry.worker.pool import PagePool, PageUse
+from lorry.worker.pool import PagePool
 from lorry.worker.prefix_cache import PrefixCache
 from lorry.worker.request import NO_ROW, Request, RequestState
 from lorry.worker.residency import Adapter, AdapterState, Residency
@@ -56,7 +57,6 @@ class Scheduler:
         self._deadlines: list[tuple[float, int]] = []
         self._prefetch: list[bytes] = []
         self._sharing = PageSharing(table, self.prefixes, is_on=limits.prefix_cache)
-        self._now_s = 0.0
 
     @property
     def num_running(self) -> int:
@@ -95,8 +95,9 @@ class Scheduler:
 
     def plan(self, now_s: float, pins: list[bytes]) -> Plan:
         """Decide the next step; `pins` are versions that operators wait for."""
-        plan, self._now_s = Plan(), now_s
-        room = Room(self.pool, self.residency, self.prefixes, plan, now_s)
+        plan = Plan()
+        self.residency.begin_step(self.steps)
+        room = Room(self.pool, self.residency, self.prefixes, plan, self.steps)
         loader = AdapterLoader(self.residency, room, plan, max_fetches=self.limits.max_fetches)
         self._expire(plan, now_s)
         for version in pins:
@@ -104,7 +105,7 @@ class Scheduler:
         rows = BatchBuilder(self.table, self.limits.step_tokens)
         self._decode(plan, rows, room)
         self._continue_prompts(rows)
-        self._admit(plan, rows, loader, room)
+        self._admit(plan, rows, loader, room, now_s)
         self._load_ahead(loader)
         plan.batch = rows.build(self.steps + 1)
         self.steps += plan.batch is not None
@@ -112,7 +113,7 @@ class Scheduler:
 
     def commit(self, batch: Batch, drawn: Drawn, now_s: float) -> tuple[StepTokens, list[Finished]]:
         """Take what a step drew for its sampling sequences."""
-        table, self._now_s = self.table, now_s
+        table = self.table
         alive_S = table.admission_R[batch.row_S] == batch.admission_S
         read_S = batch.samples_S & alive_S
         rows, (token_ids, logprobs) = batch.row_S[read_S], drawn.only(alive_S[batch.samples_S])
@@ -138,21 +139,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages, slots and references agree with their owners."""
         running = [r for r in self.requests.values() if r.state is not RequestState.WAITING]
-        pages = [page for request in running for page in self.table.pages(request.row)]
-        borrowed = [page for page in pages if page in self.prefixes.pages]
-        self.pool.check_integrity(
-            {
-                PageUse.KV: [page for page in pages if page not in self.prefixes.pages],
-                PageUse.PREFIX: self.prefixes.pages,
-                PageUse.ADAPTER: [page for adapter in self.residency for page in adapter.pages],
-            }
-        )
-        self.prefixes.check_integrity(borrowed)
-        self._sharing.check_integrity(running)
-        self.residency.check_integrity()
-        for adapter in self.residency:
-            users = sum(request.version == adapter.version for request in running)
-            assert adapter.references == users, f"{adapter.references} references, {users} users"
+        check_integrity(running, self.table, self.pool, self.prefixes, self.residency)
         assert len(running) == self.num_running
         assert all(request.row == NO_ROW for request in self._waiting)
 
@@ -202,7 +189,9 @@ class Scheduler:
             if rows.left:
                 self._compute_chunk(request, rows)
 
-    def _admit(self, plan: Plan, rows: BatchBuilder, loader: AdapterLoader, room: Room) -> None:
+    def _admit(
+        self, plan: Plan, rows: BatchBuilder, loader: AdapterLoader, room: Room, now_s: float
+    ) -> None:
         """Start waiting requests that fit, oldest first."""
         waiting = self._waiting[: self.limits.max_considered]
         passed_over: list[Request] = []
@@ -213,7 +202,7 @@ class Scheduler:
             if failure := self._refusal(request):
                 plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
             elif (cached := self._borrow(request, loader, room)) is not None:
-                self._start(request, rows, cached)
+                self._start(request, rows, cached, now_s)
                 for older in passed_over:
                     older.times_passed_over += 1
             elif not self._is_fetching(request):
@@ -239,7 +228,7 @@ class Scheduler:
             adapter is None or adapter.state in (AdapterState.FETCHING, AdapterState.LOADING)
         )
 
-    def _start(self, request: Request, rows: BatchBuilder, cached: list[int]) -> None:
+    def _start(self, request: Request, rows: BatchBuilder, cached: list[int], now_s: float) -> None:
         slot = BASE_MODEL
         if adapter := self.residency.find(request.version):
             self.residency.acquire(adapter)
@@ -247,7 +236,7 @@ class Scheduler:
             if request.prefill_started_s is None:
                 request.adapter_load_s = max(0.0, adapter.resident_since_s - request.arrival_s)
         if request.prefill_started_s is None:
-            request.prefill_started_s = self._now_s
+            request.prefill_started_s = now_s
         self._waiting.remove(request)
         request.move_to(RequestState.PREFILL)
         bisect.insort(self._prefilling, request, key=_number)
@@ -288,9 +277,9 @@ class Scheduler:
     def _leave_row(self, request: Request) -> None:
         if request.state is RequestState.PREFILL:
             self._prefilling.remove(request)
-        self._sharing.leave(request, self._now_s)
+        self._sharing.leave(request, self.steps)
         if adapter := self.residency.find(request.version):
-            self.residency.release(adapter, self._now_s)
+            self.residency.release(adapter)
 
     def _at(self, row: int) -> Request:
         request = self.table.requests[row]
