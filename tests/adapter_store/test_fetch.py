@@ -228,6 +228,21 @@ async def test_the_least_recently_used_image_makes_room(tmp_path: Path) -> None:
         running.store.images.check_integrity()
 
 
+async def test_an_image_that_two_would_evict_goes_once(running: RunningStore) -> None:
+    version, images = await pushed(running), running.store.images
+    (await images.lease(version, LAYOUT)).release()
+    await asyncio.gather(images.discard(version), images.discard(version))
+    assert files(running) == []
+
+
+async def test_an_image_that_is_leased_as_it_would_go_is_there(running: RunningStore) -> None:
+    version, images = await pushed(running), running.store.images
+    (await images.lease(version, LAYOUT)).release()
+    _, lease = await asyncio.gather(images.discard(version), images.lease(version, LAYOUT))
+    assert lease.path.read_bytes() == IMAGE
+    lease.release()
+
+
 async def test_a_leased_image_is_not_evicted_but_asked_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

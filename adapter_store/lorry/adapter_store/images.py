@@ -154,7 +154,7 @@ class ImageTier:
         """Remove the images of a version that nothing refers to."""
         for image in [i for i in self._images.values() if i.key.version == version]:
             if image.evictable:
-                await self._tasks.finish(self._evict(image))
+                await self._evict(image)
 
     def check_integrity(self) -> None:
         """Assert that the budget counts exactly the images there are."""
@@ -252,7 +252,7 @@ class ImageTier:
         """
         victim = next((image for image in self._images.values() if image.evictable), None)
         if victim is not None:
-            await self._tasks.finish(self._evict(victim))
+            await self._evict(victim)
             self.counts.evictions += 1
             return
         for image in self._images.values():
@@ -265,11 +265,15 @@ class ImageTier:
                 await self._room_made.wait()
 
     async def _evict(self, image: Image) -> None:
+        """Once awaited it is gone before anybody else can lease or evict it."""
         assert image.evictable
-        assert image.header is not None
-        assert image.path is not None
         image.move_to(ImageState.GONE)
         del self._images[image.key]
+        await self._tasks.finish(self._remove(image))
+
+    async def _remove(self, image: Image) -> None:
+        assert image.header is not None
+        assert image.path is not None
         await asyncio.to_thread(self._directory.remove, image.path)
         self._give_back(image.header.image_bytes)
 
