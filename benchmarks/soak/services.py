@@ -11,7 +11,7 @@ from tests.support.processes import DEMO_MODEL, Service, ready
 NUM_WORKERS = 2
 POOL_PAGES = 90  # of 16 tokens: adapters and sequences have to make room for each other
 MAX_RUNNING = 8
-RAM_BYTES = 1 << 20  # of page images: they have to make room for each other, too
+RAM_BYTES = 3 << 20  # of page images: they have to make room for each other, too
 CLIENT_STALL_S = 3.0
 EACH_CALL_ONCE = RetryPolicy(attempts=1)  # so that calls can be counted
 
