@@ -1,12 +1,15 @@
+import asyncio
 import json
 import logging
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 import pytest
 
+from lorry.rpc.boundary import Boundary
+from lorry.rpc.call_counts import CallCounts
 from lorry.rpc.errors import InvalidRequest, LorryError, NoWorker, QueueFull, Violation
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.status import from_rpc
@@ -137,3 +140,37 @@ async def test_a_malformed_probe_is_its_callers_error(
             await (anext(aiter(call)) if kind == "unary_stream" else call)
     assert type(from_rpc(failed.value)) is InvalidRequest
     assert not caplog.records
+
+
+class GoneClient:
+    """The context of a call whose client left while its status was on its way."""
+
+    def add_done_callback(self, callback: object) -> None:
+        """It is done."""
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:5000"
+
+    async def abort(self, *status: object) -> None:
+        raise grpc.aio.InternalError("Failed SendStatusFromServerOperation")
+
+
+class Details(NamedTuple):
+    method: str
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream"])
+async def test_an_error_that_cannot_be_sent_any_more_is_no_defect(kind: str) -> None:
+    """The call counts as cancelled, over which gRPC passes; any other end it would log."""
+
+    def hook() -> None:
+        raise InvalidRequest("spec: nobody reads this")
+
+    async def service(_: object) -> Any:
+        return METHODS[KINDS[kind]].handler(hook)
+
+    boundary: Any = Boundary(Authenticator(), CallCounts())
+    wrapped = await boundary.intercept_service(service, Details(KINDS[kind]))
+    answer = getattr(wrapped, kind)(b"", GoneClient())
+    with pytest.raises(asyncio.CancelledError):
+        await (anext(answer) if kind.endswith("stream") else answer)

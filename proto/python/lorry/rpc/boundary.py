@@ -4,6 +4,7 @@ A message is parsed behind it too: one that cannot be is the caller's error like
 of the server's health pass it as all calls do, but carry no credentials.
 """
 
+import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -128,7 +129,12 @@ async def _end(context: Context, method: str, error: Exception, counted: Call) -
         log.error("unexpected error in %s", method, exc_info=error)
     status = rpc_status.to_status(to_status(error))
     metadata = (*(status.trailing_metadata or ()), *_pushback(error))
-    await context.abort(status.code, status.details or "", metadata)
+    try:
+        await context.abort(status.code, status.details or "", metadata)
+    except grpc.aio.InternalError as gone:
+        # The client left while the status was on its way. gRPC would log this as a defect, and
+        # knows how a call ends whose client has left.
+        raise asyncio.CancelledError from gone
 
 
 def _pushback(error: Exception) -> Sequence[tuple[str, str]]:
