@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -205,7 +205,7 @@ class Traffic:
     @contextlib.asynccontextmanager
     async def _counted(
         self, kind: str, adapter_id: str, *may: Any, may_expire: bool = False
-    ) -> Any:
+    ) -> AsyncIterator[list[str]]:
         """Count a request and how it ended; the body may say so if it is not by its answer."""
         allowed = (*OF_FAULTS, *may)
         allowed += OF_CHANGES if adapter_id in CHANGING else ()
