@@ -216,6 +216,23 @@ def test_a_step_offers_few_pages_at_a_time_and_forgets_none(monkeypatch: Any) ->
     assert len(driver.scheduler.prefixes.pages) == 12
 
 
+def test_a_request_that_ends_offers_what_is_left(monkeypatch: Any) -> None:
+    monkeypatch.setattr(page_sharing, "MAX_OFFERED_PAGES", 1)
+    driver = sharing(step_tokens=32)
+    driver.submit(1, prompt=29, max_tokens=1)
+    driver.run()
+    assert len(driver.scheduler.prefixes.pages) == 7
+
+
+def test_a_waiting_request_is_admitted_once_others_have_computed_its_prefix() -> None:
+    driver = sharing(pages=10, step_tokens=32)
+    driver.submit(1, prompt=20, max_tokens=8)
+    driver.submit(2, prompt=20, max_tokens=8)
+    assert starts(driver, driver.step()) == {1: 0}
+    assert starts(driver, driver.step()) == {1: 20, 2: 16}
+    driver.run()
+
+
 VERSIONS = {b"": 0, b"a": 1, b"b": 3, b"c": 7}
 PROMPTS = st.tuples(st.integers(0, 24), st.integers(0, 2), st.integers(1, 12)).map(
     lambda parts: [7] * parts[0] + [10 + parts[1]] * parts[2]

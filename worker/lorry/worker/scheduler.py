@@ -159,7 +159,7 @@ class Scheduler:
         table = self.table
         decoding = self._decoding_rows()
         full = table.num_computed_R[decoding] >= table.num_pages_R[decoding] * table.page_tokens
-        room.make(int(full.sum()))
+        room.make(int(full.sum()))  # for all at once, since it sorts what may go
         stalled = set[int]()
         for row in sorted(decoding[full].tolist(), key=table.number_R.__getitem__):
             if table.is_decoding_R[row] and not self._grow(row, plan, room):

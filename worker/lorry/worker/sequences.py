@@ -107,7 +107,6 @@ class SequenceTable:
         request.row = NO_ROW
         self.requests[row] = None
         self.num_pages_R[row] = 0
-        self.num_done_R[row] = self.num_offered_R[row] = 0
         self.is_decoding_R[row] = False
         self.admission_R[row] = 0
         self._free_rows.append(row)
