@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lorry.rpc.base_model import read_base_model
@@ -126,7 +126,7 @@ def test_angles_equal_those_of_transformers_bit_for_bit(
     }
     (tmp_path / "config.json").write_text(json.dumps(config | fields))
     table = rope_table(read_base_model(tmp_path))
-    embedding = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    embedding = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path))
     positions = torch.arange(len(table))
     cosines, sines = embedding(torch.zeros(1, dtype=torch.float32), positions[None])
     assert torch.equal(table[:, 0], cosines[0])
