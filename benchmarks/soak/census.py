@@ -22,8 +22,8 @@ from tests.support.processes import Service
 from tests.support.scrape import Scrape, metrics_url, scrape
 
 SETTLE_S = 30.0
-GROWTH_MIB = 40.0  # that a process may have at the end above what it had when it was warm
-GROWTH_SHARE = 0.15  # the same, as a share
+GROWTH_MIB = 24.0  # that a process may have at the end above what it had when it was warm
+GROWTH_SHARE = 0.1  # the same, as a share
 SPARE_FILES = 12  # that a process may have open beyond those of when it was warm
 GENERATING = ("/lorry.v1.InferenceService/Generate", "/lorry.v1.InferenceService/StreamGenerate")
 DEFECTS = re.compile(r"Traceback|Task exception|was never|CRITICAL|Segmentation|AssertionError")
