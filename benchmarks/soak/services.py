@@ -1,5 +1,6 @@
 """The services under soak, as processes: one router, one store, two workers."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -48,7 +49,7 @@ class Services:
         await self.store.start()
         for worker in self.workers:
             worker.options += ("--store", self.store.address)
-            await worker.start()
+        await asyncio.gather(*(worker.start() for worker in self.workers))
         self.router.options += ("--store", self.store.address)
         for worker in self.workers:
             self.router.options += ("--worker", worker.address)
@@ -58,8 +59,7 @@ class Services:
 
     async def stop(self) -> list[int]:
         """The exit statuses, of SIGTERM."""
-        for service in self.all:
-            await service.stop()
+        await asyncio.gather(*(service.stop() for service in self.all))
         return [await service.wait() for service in self.all]
 
     @contextlib.asynccontextmanager
