@@ -272,20 +272,6 @@ async def test_killed_engine_ends_the_worker(stack: Stack) -> None:
         await check_serves(client)
 
 
-async def test_store_outage_does_not_stop_resident_adapters(stack: Stack) -> None:
-    address = stack.store.address
-    async with stack.client() as client:
-        await check_serves(client)
-        stack.store.kill()
-        await stack.store.wait()
-        await check_serves(client)
-        await stack.store.start(address)
-        await ready(stack.store.address)
-        names = [adapter.name async for adapter in client.adapters.list()]
-        assert "tenants/default/adapters/reverse" in names
-        await check_serves(client)
-
-
 async def test_sigterm_drains_the_router_and_exits_with_0(stack: Stack) -> None:
     async with stack.client() as client:
         long = greedy("lorry", "reverse", max_tokens=300, ignore_eos=True)
