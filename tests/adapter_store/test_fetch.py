@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lorry.rpc.errors import (
     VersionNotFound,
 )
 from lorry.rpc.layout import layout_to_proto
+from lorry.rpc.shared_directory import SharedDirectory
 from lorry.rpc.shared_memory import open_shared, shm_namespace_id
 from lorry.rpc.status import from_rpc
 from lorry.v1 import adapter_data_service_pb2 as data_pb
@@ -239,6 +241,27 @@ async def test_an_image_that_is_leased_as_it_would_go_is_there(running: RunningS
     version, images = await pushed(running), running.store.images
     (await images.lease(version, LAYOUT)).release()
     _, lease = await asyncio.gather(images.discard(version), images.lease(version, LAYOUT))
+    assert lease.path.read_bytes() == IMAGE
+    lease.release()
+
+
+async def test_an_image_that_is_built_anew_outlives_the_removal_of_its_last_one(
+    running: RunningStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, images = await pushed(running), running.store.images
+    (await images.lease(version, LAYOUT)).release()
+    remove, is_built = SharedDirectory.remove, threading.Event()
+
+    def remove_late(directory: SharedDirectory, path: Path) -> None:
+        assert is_built.wait(30)
+        remove(directory, path)
+
+    monkeypatch.setattr(SharedDirectory, "remove", remove_late)
+    discarding = asyncio.create_task(images.discard(version))
+    await asyncio.sleep(0)
+    lease = await images.lease(version, LAYOUT)
+    is_built.set()
+    await discarding
     assert lease.path.read_bytes() == IMAGE
     lease.release()
 

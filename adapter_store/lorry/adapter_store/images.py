@@ -267,15 +267,16 @@ class ImageTier:
     async def _evict(self, image: Image) -> None:
         """Once awaited it is gone before anybody else can lease or evict it."""
         assert image.evictable
-        image.move_to(ImageState.GONE)
-        del self._images[image.key]
-        await self._tasks.finish(self._remove(image))
-
-    async def _remove(self, image: Image) -> None:
         assert image.header is not None
         assert image.path is not None
-        await asyncio.to_thread(self._directory.remove, image.path)
-        self._give_back(image.header.image_bytes)
+        image.move_to(ImageState.GONE)
+        del self._images[image.key]
+        withdrawn = self._directory.withdraw(image.path)
+        await self._tasks.finish(self._remove(withdrawn, image.header.image_bytes))
+
+    async def _remove(self, path: Path, num_bytes: int) -> None:
+        await asyncio.to_thread(self._directory.remove, path)
+        self._give_back(num_bytes)
 
     def _give_back(self, num_bytes: int) -> None:
         self._used_bytes -= num_bytes

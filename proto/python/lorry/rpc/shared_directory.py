@@ -54,6 +54,13 @@ class SharedDirectory:
         temporary.chmod(0o440)
         return temporary.rename(self.path / f"{self._instance}.{name}")
 
+    def withdraw(self, path: Path) -> Path:
+        """Free a file's name for the next one; what is returned is still to be removed."""
+        withdrawn = self.path / f"{self._instance}.old.{secrets.token_hex(8)}"
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(withdrawn)
+        return withdrawn
+
     def remove(self, path: Path) -> None:
         """Unlink a file; whoever maps it keeps it."""
         path.unlink(missing_ok=True)
