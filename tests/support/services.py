@@ -30,6 +30,8 @@ FILES = [
     worker_service_pb2,
 ]
 Hook = Callable[[], object]
+LOST_ANSWER = "Internal error from Core"
+MOST_CALLS = 10
 
 
 class Method(NamedTuple):
@@ -75,7 +77,19 @@ class Method(NamedTuple):
         )
 
     async def call(self, channel: grpc.aio.Channel, token: str | None = None) -> list[Any]:
-        """Call it with an empty request and return the answers."""
+        """Call it with an empty request and return the answers.
+
+        Where a server answers before a stream's first message is sent, grpc.aio may lose its answer.
+        """
+        for _ in range(MOST_CALLS - 1):
+            try:
+                return await self._call(channel, token)
+            except grpc.aio.AioRpcError as error:
+                if error.details() != LOST_ANSWER:
+                    raise
+        return await self._call(channel, token)
+
+    async def _call(self, channel: grpc.aio.Channel, token: str | None) -> list[Any]:
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
         multicallable = getattr(channel, self.kind)(
             self.path,
