@@ -79,7 +79,7 @@ class Method(NamedTuple):
     async def call(self, channel: grpc.aio.Channel, token: str | None = None) -> list[Any]:
         """Call it with an empty request and return the answers.
 
-        Where a server answers before a stream's first message is sent, grpc.aio may lose its answer.
+        Where a server answers before a first message is sent, grpc.aio may lose the answer.
         """
         for _ in range(MOST_CALLS - 1):
             try:
