@@ -1,14 +1,20 @@
+import grpc
 import pytest
 
 from lorry.client.retry import RetryPolicy
-from lorry.rpc.errors import LorryError, NoWorker, QueueFull, WorkerLost
+from lorry.rpc.errors import LorryError, NoWorker, QueueFull, RemoteError, WorkerLost
 
 POLICY = RetryPolicy(attempts=4, first_delay_s=0.1, max_delay_s=0.3)
 
 
 @pytest.mark.parametrize("error", [QueueFull("full", retry_after_s=1), WorkerLost("lost")])
-def test_only_unavailable_is_tried_again(error: LorryError) -> None:
+def test_what_a_server_answered_is_not_tried_again(error: LorryError) -> None:
     assert POLICY.delay_s(0, error, 0.0) is None
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+def test_what_a_server_left_when_it_stopped_is_tried_again(code: grpc.StatusCode) -> None:
+    assert POLICY.delay_s(0, RemoteError("", status_code=code, status_reason=""), 0.0) is not None
 
 
 def test_the_delay_doubles_up_to_its_limit() -> None:

@@ -30,8 +30,9 @@ StreamCall = grpc.aio.UnaryStreamCall[Any, pb.StreamGenerateResponse]
 class Client:
     """Generates text and manages adapters; use it as an asynchronous context manager.
 
-    Failures are the classes of `lorry.rpc.errors`. UNAVAILABLE is retried, but never after a
-    generation's first token, so no token comes twice.
+    Failures are the classes of `lorry.rpc.errors`. UNAVAILABLE, and the CANCELLED of a
+    server that ended, are retried, but never after a generation's first token, so no token comes
+    twice.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""When a failed call is tried again: only UNAVAILABLE, a few times, within the deadline."""
+"""When a failed call is tried again: where the server went, a few times, within the deadline."""
 
 import asyncio
 import random
@@ -12,6 +12,10 @@ import grpc
 
 from lorry.rpc.errors import DeadlineExpired, LorryError, RemoteError
 from lorry.rpc.status import from_rpc
+
+# A server that stops cancels what runs beyond its grace. Who cancels a call of its own sees
+# asyncio.CancelledError instead.
+SERVER_WENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 T = TypeVar("T")
 
@@ -34,7 +38,7 @@ class RetryPolicy:
         `jitter` in [0, 1) spreads clients that failed together over twice the delay. It never
         shortens what the server asked for.
         """
-        if error.code is not grpc.StatusCode.UNAVAILABLE or attempt + 1 >= self.attempts:
+        if error.code not in SERVER_WENT or attempt + 1 >= self.attempts:
             return None
         backoff_s = min(self.first_delay_s * 2.0**attempt, self.max_delay_s)
         return max(backoff_s / 2, error.retry_after_s or 0.0) + jitter * backoff_s
