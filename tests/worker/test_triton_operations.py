@@ -11,7 +11,7 @@ from lorry.kernels.pool_view import PoolView
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.worker.adapter_memory import DirectAdapterMemory
 from lorry.worker.lora_groups import LoraGroups
-from lorry.worker.model import LlamaModel
+from lorry.worker.model import Decoder
 from lorry.worker.plan import Batch
 from lorry.worker.rope_table import rope_table
 from lorry.worker.sequences import SequenceTable
@@ -65,7 +65,7 @@ def states(
     memory: DirectAdapterMemory,
     batch: Batch,
     table: SequenceTable,
-    model: LlamaModel,
+    model: Decoder,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states of the step's rows by the references and by the kernels."""
     cos_sin, options = rope_table(base_model), base_model.options
@@ -112,7 +112,7 @@ def test_mixed_steps_have_the_references_hidden_states(model: Path, tmp_path: Pa
     weights = load_weights(
         base_model, CheckpointReader(base_model, torch.float32, torch.device("cpu"))
     )
-    llama = LlamaModel(weights, base_model.geometry)
+    llama = Decoder(weights, base_model.geometry)
     compared = 0
     original = runner.launch
 

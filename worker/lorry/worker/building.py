@@ -17,7 +17,7 @@ from lorry.worker.device_memory import (
     memory_needs,
 )
 from lorry.worker.engine import Engine
-from lorry.worker.model import LlamaModel
+from lorry.worker.model import Decoder
 from lorry.worker.pool import PagePool
 from lorry.worker.progress import logged
 from lorry.worker.runner import Runner
@@ -46,7 +46,7 @@ def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
     pool_pages = _pool_pages(config, base_model, layout, limits)
     with logged(log, "loaded the weights"):
         weights = load_weights(base_model, _weight_reader(config, base_model, device))
-        model = LlamaModel(weights, base_model.geometry)
+        model = Decoder(weights, base_model.geometry)
     with logged(log, f"allocated a pool of {pool_pages} pages of {layout.page_bytes} bytes"):
         pool = allocate_pool(pool_pages + 1, layout, device)  # with the dummy page
         table = SequenceTable(config.max_running, limits.max_context_tokens, layout.page_tokens)
@@ -90,7 +90,7 @@ def _weight_reader(
 def _runner(
     config: EngineConfig,
     base_model: BaseModel,
-    model: LlamaModel,
+    model: Decoder,
     pool: PoolView,
     limits: SchedulerLimits,
 ) -> Runner:

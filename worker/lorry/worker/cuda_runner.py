@@ -8,7 +8,7 @@ from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.cuda_adapter_memory import CudaAdapterMemory
 from lorry.worker.drawn import Drawn, DrawnLogprobs
-from lorry.worker.model import LlamaModel
+from lorry.worker.model import Decoder
 from lorry.worker.plan import Batch
 from lorry.worker.prompt_rows import PromptTargets, prompt_targets
 from lorry.worker.rope_table import rope_table
@@ -33,7 +33,7 @@ class CudaRunner:
     def __init__(
         self,
         base_model: BaseModel,
-        model: LlamaModel,
+        model: Decoder,
         pool: PoolView,
         *,
         max_rank: int,

@@ -15,7 +15,7 @@ from lorry.worker.weights import LayerWeights, ModelWeights
 QKV, OUTPUT, GATE_UP, DOWN = range(len(GROUPS))
 
 
-class LlamaModel:
+class Decoder:
     """The base model's weights and what to compute with them."""
 
     def __init__(self, weights: ModelWeights, geometry: ModelGeometry) -> None:
@@ -25,10 +25,10 @@ class LlamaModel:
         layers = weights.layers
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]
 
-    def first_layer(self) -> "LlamaModel":
+    def first_layer(self) -> "Decoder":
         """The model without its other layers."""
         weights = dataclasses.replace(self._weights, layers=self._weights.layers[:1])
-        return LlamaModel(weights, self._geometry)
+        return Decoder(weights, self._geometry)
 
     def forward(self, token_id_T: torch.Tensor, operations: Operations) -> torch.Tensor:
         """Compute the step's rows and write their KV; returns the normed hidden states [T, H]."""

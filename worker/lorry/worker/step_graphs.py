@@ -1,7 +1,8 @@
 """CUDA graphs of whole steps, one for each bucket, with and without LoRA.
 
-A step is two replays: its rows through the layers, then its samples through the head. All graphs
-share one memory pool and the step buffers; replays are ordered by the stream.
+A step is two replays: its rows through the layers, then its samples through the head; a third
+graph follows, as often as need be, where prompts' logprobs are asked for. All graphs share one
+memory pool and the step buffers; replays are ordered by the stream.
 """
 
 import logging
@@ -17,7 +18,7 @@ from lorry.kernels.compilation import compile_ahead
 from lorry.worker.buckets import bucket_of, bucket_sizes
 from lorry.worker.graph_capture import capture_graphs
 from lorry.worker.lora_groups import LoraGroups
-from lorry.worker.model import LlamaModel
+from lorry.worker.model import Decoder
 from lorry.worker.progress import counted
 from lorry.worker.prompt_head import PromptHead
 from lorry.worker.prompt_rows import PromptTargets
@@ -40,7 +41,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: Decoder,
         state: DeviceState,
         buffers: StepBuffers,
         adjustments: SequenceAdjustments,
@@ -106,7 +107,7 @@ class StepGraphs:
         """Packed logprobs of prompt tokens, of the step that was just replayed; see PromptHead."""
         return self._prompt_head.launch(targets, self._graphs[PROMPT_PIECE].replay)
 
-    def _body(self, rows: int, groups: LoraGroups, model: LlamaModel) -> None:
+    def _body(self, rows: int, groups: LoraGroups, model: Decoder) -> None:
         """The rows through the layers, into the hidden states."""
         buffers = {name: buffer[:rows] for name, buffer in self._buffers.items()}
         operations = TritonOperations(

@@ -11,7 +11,7 @@ from lorry.kernels.truncation import truncation_reference
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.adapter_memory import DirectAdapterMemory
 from lorry.worker.drawn import Drawn, DrawnLogprobs
-from lorry.worker.model import LlamaModel
+from lorry.worker.model import Decoder
 from lorry.worker.plan import Batch
 from lorry.worker.prompt_head import PIECE_ROWS
 from lorry.worker.prompt_rows import PromptTargets, prompt_targets
@@ -33,7 +33,7 @@ class TorchRunner:
     def __init__(
         self,
         base_model: BaseModel,
-        model: LlamaModel,
+        model: Decoder,
         pool: PoolView,
         *,
         max_rank: int,
