@@ -30,3 +30,6 @@ class SideStream:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             yield
+
+
+IN_ORDER = SideStream(torch.device("cpu"))

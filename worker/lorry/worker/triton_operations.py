@@ -1,7 +1,6 @@
 """The operations of a step by Triton kernels over the step buffers of a bucket."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +26,7 @@ from lorry.kernels.rope import QkNorm, rope_write_kv
 from lorry.rpc.model_families import DecoderOptions
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.operations import HeadNorms, Projection
-from lorry.worker.side_stream import SideStream
+from lorry.worker.side_stream import IN_ORDER, SideStream
 
 # A shrink of more rows fills the multiprocessors by itself and only delays the product.
 MAX_ROWS_BESIDE_PRODUCT = 64
@@ -179,12 +178,11 @@ class TritonOperations:
         widths = state.pool.layout.geometry.group_widths(group)
         if group not in self._groups:
             return torch.split(linear(x_TI, *base), widths, dim=1)
-        is_beside = len(x_TI) <= MAX_ROWS_BESIDE_PRODUCT
-        with state.side.forked() if is_beside else nullcontext():
+        side = state.side if len(x_TI) <= MAX_ROWS_BESIDE_PRODUCT else IN_ORDER
+        with side.forked():
             y_STY = lora_shrink(x_TI, group, state.pool, state.tables, layer, work)
         outputs = torch.split(linear(x_TI, *base), widths, dim=1)
-        if is_beside:
-            state.side.join()
+        side.join()
         lora_expand_add(outputs, group, state.pool, state.tables, layer, work, y_STY)
         return outputs
 
