@@ -15,7 +15,13 @@ from lorry.rpc.names import AdapterName
 
 def adapter(adapter_id: str, *, etag: str = "e") -> Adapter:
     version = Version(
-        digest=b"d" * 32, max_rank=8, modules=("q_proj",), weights_bytes=10, create_time_ns=1
+        digest=b"d" * 32,
+        max_rank=8,
+        modules=("q_proj",),
+        weights_bytes=10,
+        file_bytes=20,
+        upload=adapter_id,
+        create_time_ns=1,
     )
     return Adapter(
         name=AdapterName("default", adapter_id),

@@ -1,6 +1,7 @@
 """Uploads that break off, are resumed, damaged, forgotten, or too many."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,7 @@ async def until_received(running: RunningStore, upload_id: str, num_bytes: int) 
 
 
 async def received_bytes(client: Client, upload_id: str) -> int:
-    request = pb.GetUploadRequest(upload_id=upload_id)
-    response: pb.GetUploadResponse = await client.call(client.adapters.GetUpload, request)
-    return response.received_bytes
+    return (await client.upload(upload_id)).received_bytes
 
 
 async def send_half(client: Client, upload_id: str) -> None:
@@ -175,6 +174,37 @@ async def test_a_client_that_missed_the_answer_gets_it_again(client: Client) -> 
     for start in (0, len(WEIGHTS) - 1):
         with pytest.raises(AdapterInvalid, match="weights"):
             await client.send(bad_id, WEIGHTS[:-1], start=start)
+
+
+async def test_a_client_whose_store_died_before_the_answer_learns_what_was_published(
+    tmp_path: Path,
+) -> None:
+    async with running_store(tmp_path) as running:
+        upload_id = await running.client.begin("sql", CONFIG, WEIGHTS)
+        [directory] = (running.backend_dir / "uploads").iterdir()
+        kept = tmp_path / "kept"
+        shutil.copytree(directory, kept)
+        published = await running.client.send(upload_id, WEIGHTS)
+    (kept / "weights.part").write_bytes(WEIGHTS)
+    shutil.copytree(kept, directory)  # as if killed before the bytes were dropped
+    async with running_store(tmp_path) as running:
+        state = await running.client.upload(upload_id)
+        assert (state.received_bytes, state.adapter) == (len(WEIGHTS), published.adapter)
+        assert await running.client.send(upload_id, WEIGHTS, start=len(WEIGHTS)) == published
+        await running.store.sweep()
+        assert not directory.exists()
+        assert await running.client.send(upload_id, WEIGHTS, start=len(WEIGHTS)) == published
+
+
+async def test_an_upload_is_known_only_to_its_tenant_and_while_its_version_is_kept(
+    running: RunningStore,
+) -> None:
+    client = running.client
+    upload_id = await client.begin("sql", CONFIG, WEIGHTS)
+    await client.send(upload_id, WEIGHTS)
+    assert running.store.uploads.published(upload_id, "other") is None
+    await client.call(client.adapters.DeleteAdapter, pb.DeleteAdapterRequest(name="adapters/sql"))
+    assert running.store.uploads.published(upload_id, "default") is None
 
 
 async def test_publishing_goes_on_when_the_client_leaves_after_the_last_byte(

@@ -106,6 +106,11 @@ class Client:
         requests = list(upload_requests(upload_id, weights, start=start))
         return await self.call(self.adapters.UploadAdapter, iter(requests))
 
+    async def upload(self, upload_id: str) -> pb.GetUploadResponse:
+        request = pb.GetUploadRequest(upload_id=upload_id)
+        response: pb.GetUploadResponse = await self.call(self.adapters.GetUpload, request)
+        return response
+
     async def push(
         self, adapter_id: str, config: Mapping[str, Any], weights: bytes, **options: Any
     ) -> pb.Adapter:

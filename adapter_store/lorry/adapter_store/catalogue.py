@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import NamedTuple
 
 from lorry.adapter_store.backend import Backend, Loaded
-from lorry.adapter_store.records import Adapter, Change
+from lorry.adapter_store.records import Adapter, Change, Published
 from lorry.adapter_store.tasks import Tasks
 from lorry.rpc.errors import Draining, RevisionCompacted
 from lorry.rpc.names import AdapterName
@@ -43,6 +43,7 @@ class Catalogue:
         self._adapters: dict[AdapterName, Adapter] = {}
         self._names: list[AdapterName] = []  # sorted
         self._references: Counter[bytes] = Counter()  # names that hold each version
+        self._uploads: dict[str, AdapterName] = {}  # by the keys of what brought their versions
         self._changes: deque[Change] = deque(maxlen=changes_kept)  # the last ones up to `revision`
         self._changed = asyncio.Event()  # replaced at each change
         self._one_at_a_time = asyncio.Lock()
@@ -76,6 +77,14 @@ class Catalogue:
 
     def refers_to(self, digest: bytes) -> bool:
         return self._references[digest] > 0
+
+    def published(self, upload: str) -> Published | None:
+        """What an upload has become, as long as its name keeps that version."""
+        name = self._uploads.get(upload)
+        if name is None:
+            return None
+        adapter = self._adapters[name]
+        return Published(next(v for v in adapter.versions if v.upload == upload), adapter)
 
     async def change(self, name: AdapterName, edit: Edit) -> Change:
         """Replace what a name is by what `edit` makes of it, durably.
@@ -136,9 +145,12 @@ class Catalogue:
         before = self._adapters.pop(name, None)
         if before is not None:
             self._references.subtract(version.digest for version in before.versions)
+            for version in before.versions:
+                del self._uploads[version.upload]
         if adapter is not None:
             self._adapters[name] = adapter
             self._references.update(version.digest for version in adapter.versions)
+            self._uploads.update((version.upload, name) for version in adapter.versions)
         if before is None and adapter is not None:
             bisect.insort(self._names, name)
         elif before is not None and adapter is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorry.adapter_store.lora import LoraSpec
 from lorry.rpc.names import AdapterName
@@ -15,7 +15,9 @@ class Version:
     digest: bytes
     max_rank: int
     modules: tuple[str, ...]
-    weights_bytes: int
+    weights_bytes: int  # of all tensors
+    file_bytes: int  # of the safetensors file
+    upload: str  # key of the upload that brought it
     create_time_ns: int
 
 
@@ -35,6 +37,13 @@ class Adapter:
     @property
     def published_version(self) -> Version:
         return next(v for v in self.versions if v.digest == self.published)
+
+
+class Published(NamedTuple):
+    """What an upload has become."""
+
+    version: Version
+    adapter: Adapter
 
 
 @dataclass(frozen=True, slots=True)

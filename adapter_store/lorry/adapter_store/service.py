@@ -122,7 +122,11 @@ class AdapterServicer(adapter_grpc.AdapterServiceServicer):
     async def GetUpload(
         self, request: pb.GetUploadRequest, context: Context
     ) -> pb.GetUploadResponse:
-        upload = self._store.uploads.get(request.upload_id, current_caller().tenant)
+        tenant = current_caller().tenant
+        published = self._store.uploads.published(request.upload_id, tenant)
+        if published is not None:
+            return translation.published_upload_to_proto(published)
+        upload = self._store.uploads.get(request.upload_id, tenant)
         return pb.GetUploadResponse(
             received_bytes=upload.received_bytes,
             expire_time=translation.timestamp(upload.expire_time_ns),
@@ -134,9 +138,12 @@ class AdapterServicer(adapter_grpc.AdapterServiceServicer):
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("payload") != "start":
             raise InvalidRequest.of("payload", "the first message must be start")
-        upload = self._store.uploads.get(first.start.upload_id, current_caller().tenant)
-        chunks = translation.chunks_from_proto(request_iterator)
-        published = await self._store.uploads.receive(upload, first.start.offset, chunks)
+        published = await self._store.uploads.receive(
+            first.start.upload_id,
+            current_caller().tenant,
+            first.start.offset,
+            translation.chunks_from_proto(request_iterator),
+        )
         return pb.UploadAdapterResponse(
             version=translation.version_to_proto(published.version),
             adapter=translation.adapter_to_proto(published.adapter),

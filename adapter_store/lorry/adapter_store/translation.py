@@ -8,7 +8,7 @@ from lorry.adapter_store import edits
 from lorry.adapter_store.catalogue import WatchUpdate
 from lorry.adapter_store.chunks import Chunk
 from lorry.adapter_store.image import ImageHeader
-from lorry.adapter_store.records import Adapter, Change, Version
+from lorry.adapter_store.records import Adapter, Change, Published, Version
 from lorry.rpc.errors import InvalidRequest
 from lorry.rpc.labels import check_labels
 from lorry.rpc.names import check_sha256
@@ -41,6 +41,12 @@ def version_to_proto(version: Version) -> pb.AdapterVersion:
         state=pb.AdapterVersion.STATE_READY,
         weights_bytes=version.weights_bytes,
         create_time=timestamp(version.create_time_ns),
+    )
+
+
+def published_upload_to_proto(published: Published) -> pb.GetUploadResponse:
+    return pb.GetUploadResponse(
+        received_bytes=published.version.file_bytes, adapter=adapter_to_proto(published.adapter)
     )
 
 

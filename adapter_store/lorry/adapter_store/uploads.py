@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import NamedTuple
 
 from crc32c import crc32c
 
@@ -24,7 +23,7 @@ from lorry.adapter_store.contents import Contents
 from lorry.adapter_store.counts import UploadCounts
 from lorry.adapter_store.edits import publish
 from lorry.adapter_store.limits import Limits
-from lorry.adapter_store.records import Adapter, Content, UploadRecord, Version
+from lorry.adapter_store.records import Content, Published, UploadRecord, Version
 from lorry.adapter_store.tasks import InThread, Tasks
 from lorry.kernels.page_layout import Dtype
 from lorry.rpc.errors import (
@@ -41,7 +40,7 @@ from lorry.rpc.protocol import MAX_CHUNK_BYTES
 
 ID_BYTES = 32
 CHUNK_WAIT_S = 60
-OUTCOME_KEPT_NS = 60 * 1_000_000_000
+FAILURE_KEPT_NS = 60 * 1_000_000_000
 
 
 class UploadState(enum.Enum):
@@ -59,11 +58,6 @@ TRANSITIONS: Mapping[UploadState, frozenset[UploadState]] = {
     UploadState.PUBLISHED: frozenset(),
     UploadState.FAILED: frozenset(),
 }
-
-
-class Published(NamedTuple):
-    version: Version
-    adapter: Adapter
 
 
 @dataclass(eq=False, slots=True)
@@ -112,6 +106,9 @@ class Uploads:
             record.key: Upload(record, self._expiry_ns(), received_bytes=received)
             for record, received in stored
         }
+        for upload in self._uploads.values():
+            if catalogue.published(upload.record.key) is not None:
+                upload.state, upload.expire_time_ns = UploadState.PUBLISHED, now_ns()
         self._tasks = Tasks()
 
     async def create(self, record: UploadRecord) -> tuple[str, Upload]:
@@ -123,18 +120,33 @@ class Uploads:
         await self._tasks.finish(self._create(upload))
         return upload_id, upload
 
+    def published(self, upload_id: str, tenant: str) -> Published | None:
+        """What an upload of this tenant has become: known as long as its version is.
+
+        So a client that lost the answer learns it in any later life of the store.
+        """
+        published = self._catalogue.published(_key(upload_id))
+        ours = published is not None and published.adapter.name.tenant == tenant
+        return published if ours else None
+
     def get(self, upload_id: str, tenant: str) -> Upload:
-        """An upload of this tenant; raises UploadNotFound."""
+        """An upload of this tenant that is not published; raises UploadNotFound."""
         upload = self._uploads.get(_key(upload_id))
         if upload is None or upload.record.name.tenant != tenant:
             raise UploadNotFound("no such upload, or it has expired")
         return upload
 
-    async def receive(self, upload: Upload, offset: int, chunks: AsyncIterator[Chunk]) -> Published:
+    async def receive(
+        self, upload_id: str, tenant: str, offset: int, chunks: AsyncIterator[Chunk]
+    ) -> Published:
         """Append chunks from `offset`; after the last byte publish. An older stream is superseded.
 
         Broken off, by either side, the upload keeps what it has.
         """
+        published = self.published(upload_id, tenant)
+        if published is not None:
+            return published
+        upload = self.get(upload_id, tenant)
         writer = upload.writer = object()
         async with upload.lock:
             _check_offset(upload, offset)
@@ -218,10 +230,10 @@ class Uploads:
         return published
 
     async def _end(self, upload: Upload, state: UploadState) -> None:
-        """Drop the bytes; the outcome stays for a client that lost its stream."""
+        """Drop the bytes; a failure stays for a client that lost its stream."""
         upload.move_to(state)
         self.counts.ended[state.value,] += 1
-        upload.expire_time_ns = self._now_ns() + OUTCOME_KEPT_NS
+        upload.expire_time_ns = self._now_ns() + FAILURE_KEPT_NS
         await asyncio.to_thread(self._backend.drop_upload, upload.record.key)
 
     async def _validate_and_publish(self, record: UploadRecord) -> Published:
@@ -239,6 +251,8 @@ class Uploads:
             max_rank=record.spec.max_rank,
             modules=tuple(record.spec.modules),
             weights_bytes=checked.weights_bytes,
+            file_bytes=record.weights_bytes,
+            upload=record.key,
             create_time_ns=now_ns,
         )
         kept = self._limits.versions_kept
