@@ -23,7 +23,7 @@ def engine_parser(description: str | None) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--model", default="llama-3-8b", help="a directory of benchmarks/models")
     result.add_argument("--ranks", type=int, nargs="+", default=[16], help="cycled over adapters")
-    result.add_argument("--pool-gib", type=float, default=108.0)
+    result.add_argument("--pool-gib", type=float, help="default: what the GPU has room for")
     result.add_argument("--step-tokens", type=int, default=1024)
     result.add_argument("--max-running", type=int, default=512)
     result.add_argument("--max-context-tokens", type=int, default=4096)
@@ -43,7 +43,7 @@ def build(
         load_format="dummy",
         device=arguments.device,
         dtype=arguments.dtype,
-        pool_pages=int(arguments.pool_gib * GIB) // layout.page_bytes,
+        pool_pages=_pool_pages(arguments.pool_gib, layout),
         max_running=arguments.max_running,
         step_tokens=arguments.step_tokens,
         max_rank=max(64, *arguments.ranks),
@@ -54,6 +54,15 @@ def build(
     engine = build_engine(config, base_model)
     print(f"engine built in {time.perf_counter() - started_s:.1f} s", flush=True)
     return engine, config
+
+
+def _pool_pages(pool_gib: float | None, layout: PageLayout) -> int | None:
+    return None if pool_gib is None else int(pool_gib * GIB) // layout.page_bytes
+
+
+def pool_gib(engine: Engine, layout: PageLayout) -> float:
+    """The size of the engine's pool."""
+    return engine.scheduler.pool.total * layout.page_bytes / GIB
 
 
 def model_of(arguments: argparse.Namespace) -> tuple[BaseModel, PageLayout]:

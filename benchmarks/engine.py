@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.building import build, device_name, engine_parser, model_of
+from benchmarks.building import GIB, build, device_name, engine_parser, model_of, pool_gib
+from benchmarks.card import find_card
 from benchmarks.driver import Driver
 from benchmarks.random_images import TARGETS, RandomImages, image_directory
-from benchmarks.results_file import write_result
+from benchmarks.results_file import RESULTS, write_result
 from benchmarks.roofline import MODELS, ideal_seconds
 from benchmarks.trace import TraceRequest, make_trace
 from benchmarks.trace_run import TraceRun
@@ -57,10 +58,20 @@ def measure(arguments: argparse.Namespace, adapters: int, engine: Engine) -> dic
             Driver(engine, images, []).evict_all()
     runs.sort(key=lambda run: run["req_per_s"])
     metrics = runs[len(runs) // 2] | {"req_per_s_of_runs": [run["req_per_s"] for run in runs]}
-    if arguments.model in MODELS:
-        ideal_s = ideal_seconds(MODELS[arguments.model], trace, arguments.ranks)
-        metrics["ideal_req_per_s"] = len(trace) / ideal_s
-    return metrics
+    return metrics | _ideal(arguments, trace, pool_gib(engine, layout))
+
+
+def _ideal(
+    arguments: argparse.Namespace, trace: Sequence[TraceRequest], size_gib: float
+) -> dict[str, float]:
+    """The yardstick, where the card's rates are known by now."""
+    card = find_card(device_name(arguments.device), (RESULTS, arguments.directory))
+    if card is None or arguments.model not in MODELS:
+        return {}
+    seconds = ideal_seconds(
+        card, MODELS[arguments.model], trace, arguments.ranks, pool_bytes=size_gib * GIB
+    )
+    return {"ideal_req_per_s": len(trace) / seconds}
 
 
 def _line(metrics: dict[str, Any]) -> str:
@@ -87,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def result_config(arguments: argparse.Namespace, adapters: int) -> dict[str, Any]:
+def result_config(arguments: argparse.Namespace, adapters: int, size_gib: float) -> dict[str, Any]:
     return {
         "model": arguments.model,
         "ranks": arguments.ranks,
@@ -100,7 +111,7 @@ def result_config(arguments: argparse.Namespace, adapters: int) -> dict[str, Any
         "tensor_parallel": 1,
         "step_tokens": arguments.step_tokens,
         "max_running": arguments.max_running,
-        "pool_gib": arguments.pool_gib,
+        "pool_gib": round(size_gib, 2),
         "dtype": arguments.dtype,
         "modules": list(TARGETS),
     }
@@ -115,13 +126,14 @@ def result_name(arguments: argparse.Namespace, adapters: int) -> str:
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
     arguments = parser().parse_args()
-    engine, _ = build(arguments, *model_of(arguments))
+    base_model, layout = model_of(arguments)
+    engine, _ = build(arguments, base_model, layout)
     for adapters in arguments.adapters:
         write_result(
             result_name(arguments, adapters),
             benchmark="engine",
             device=device_name(arguments.device),
-            config=result_config(arguments, adapters),
+            config=result_config(arguments, adapters, pool_gib(engine, layout)),
             metrics=measure(arguments, adapters, engine),
             directory=arguments.directory,
             commit=arguments.commit,

@@ -1,35 +1,40 @@
 """What README tells of traces through the engine."""
 
+import itertools
 from collections.abc import Iterator
 
+from benchmarks.card import find_card
 from benchmarks.figures_text import Result, command
-from benchmarks.roofline import MODELS, ideal_seconds
+from benchmarks.roofline import GIB, MODELS, ideal_seconds
 from benchmarks.trace import make_trace
+
+OFFLINE = (
+    "Offline throughput of the engine on one GPU: all requests of a trace submitted at once, "
+    "median and spread of the runs; *ideal* is the yardstick of `benchmarks/roofline.py`."
+)
 
 
 def engine_figures(rows: list[Result]) -> Iterator[str]:
-    """A table of the offline runs, then the runs at arrival times."""
+    """A table of each card's offline runs, then the runs at arrival times."""
     offline = sorted((row for row in rows if not _rate(row)), key=_order)
     if offline:
-        yield from _table(offline)
+        yield OFFLINE
+        yield ""
+    for _, of_card in itertools.groupby(offline, key=lambda row: row["device"]):
+        yield from _table(list(of_card))
     for row in sorted((row for row in rows if _rate(row)), key=_order):
         yield from _at_arrivals(row)
 
 
 def _table(rows: list[Result]) -> Iterator[str]:
-    yield (
-        "Offline throughput of the engine on one GPU: all requests of a trace submitted at once, "
-        "median and spread of the runs; *ideal* is the yardstick of `benchmarks/roofline.py`."
-    )
-    yield ""
     yield "| model | adapters | ranks | popularity | req/s | runs | ideal req/s | output tokens/s |"
     yield "|---|---:|---|---|---:|---|---:|---:|"
     for row in rows:
         metrics, runs = row["metrics"], row["metrics"]["req_per_s_of_runs"]
-        ideal = f"{ideal_req_per_s(row):.1f}" if row["config"]["model"] in MODELS else "-"
+        ideal = ideal_req_per_s(row)
         yield (
             f"| {' | '.join(_workload(row))} | {metrics['req_per_s']:.1f} "
-            f"| {min(runs):.1f} to {max(runs):.1f} | {ideal} "
+            f"| {min(runs):.1f} to {max(runs):.1f} | {'-' if ideal is None else f'{ideal:.1f}'} "
             f"| {metrics['out_tok_per_s']:,.0f} |"
         )
     yield ""
@@ -41,16 +46,19 @@ def _table(rows: list[Result]) -> Iterator[str]:
     yield ""
 
 
-def ideal_req_per_s(row: Result) -> float:
+def ideal_req_per_s(row: Result) -> float | None:
     """Of the row's trace by the yardstick as it is now, which later measurements refine."""
-    config = row["config"]
+    config, card = row["config"], find_card(row["device"])
+    if card is None or config["model"] not in MODELS:
+        return None
     trace = make_trace(
         requests=config["requests"],
         adapters=config["adapters"],
         alpha=config["alpha"],
         seed=config["trace_seed"],
     )
-    return len(trace) / ideal_seconds(MODELS[config["model"]], trace, config["ranks"])
+    model, pool_bytes = MODELS[config["model"]], config["pool_gib"] * GIB
+    return len(trace) / ideal_seconds(card, model, trace, config["ranks"], pool_bytes=pool_bytes)
 
 
 def _at_arrivals(row: Result) -> Iterator[str]:
@@ -83,5 +91,6 @@ def _rate(row: Result) -> float | None:
     return rate
 
 
-def _order(row: Result) -> tuple[str, int, int]:
-    return row["config"]["model"], row["config"]["adapters"], max(row["config"]["ranks"])
+def _order(row: Result) -> tuple[str, str, int, int]:
+    config = row["config"]
+    return row["device"], config["model"], config["adapters"], max(config["ranks"])

@@ -56,7 +56,7 @@ def _report(measurement: Measurement, device: Device) -> dict[str, float]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-    parser.add_argument("--pool-gib", type=int, default=100, help="pages lie scattered in this")
+    parser.add_argument("--pool-gib", type=int, default=60, help="pages lie scattered in this")
     parser.add_argument("--directory", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="where the tree came without its history")
     return parser

@@ -1,4 +1,4 @@
-"""The time of a step's base products by its rows: what `benchmarks/roofline.py` reckons with.
+"""The time of a step's base products by its rows: what `benchmarks/card.py` knows a card by.
 
     python -m benchmarks.products
     python -m benchmarks.products --split --model llama-3-8b

@@ -24,7 +24,7 @@ def write_result(
     directory: Path = RESULTS,
     commit: str | None = None,
 ) -> Path:
-    """Write ``NAME.json`` and print it as one line."""
+    """Write ``NAME.json``, with a GPU's short name after it, and print it as one line."""
     result = {
         "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -35,11 +35,17 @@ def write_result(
         "config": dict(config),
         "metrics": dict(metrics),
     }
-    path = directory / f"{name}.json"
+    path = directory / f"{name}{_card(device)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result), flush=True)
     return path
+
+
+def _card(device: str) -> str:
+    """``-h200`` of "NVIDIA H200", so that one card's results do not replace another's."""
+    is_gpu = device.startswith("NVIDIA ")
+    return f"-{device.split()[1].lower()}" if is_gpu else ""
 
 
 def _versions() -> dict[str, str]:

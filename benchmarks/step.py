@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.building import build, device_name, engine_parser, model_of
+from benchmarks.card import Card, find_card
 from benchmarks.contexts import contexts, fill_pool, shift_contexts
 from benchmarks.driver import Driver, greedy
 from benchmarks.launches import launches_of
 from benchmarks.random_images import TARGETS, RandomImages, image_directory
-from benchmarks.results_file import write_result
-from benchmarks.roofline import BANDWIDTH, MODELS, gemm_ms
+from benchmarks.results_file import RESULTS, write_result
+from benchmarks.roofline import MODELS
 from lorry.worker import messages as m
 from lorry.worker.engine import Engine
 
@@ -95,12 +96,12 @@ def _timed_step(driver: Driver) -> float:
     return time.perf_counter() - started_s
 
 
-def ideal_ms(model: str, case: Case, context: int) -> float:
-    """The ideal engine's step: products, KV and adapter bytes at the best measured rates."""
+def ideal_ms(card: Card, model: str, case: Case, context: int) -> float:
+    """The ideal engine's step: products, KV and adapter bytes at the card's best rates."""
     ideal = MODELS[model]
     read = case.batch * context * ideal.kv_bytes
     read += case.adapters * case.rank * ideal.adapter_bytes_per_rank
-    return gemm_ms(ideal, case.batch, case.batch) + read / BANDWIDTH * 1e3
+    return card.products[model].ms(case.batch, case.batch) + read / card.bytes_per_s * 1e3
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
@@ -130,7 +131,7 @@ def measure_all(arguments: argparse.Namespace, engine: Engine) -> list[dict[str,
                 continue
             with decoding(engine, images[case.rank], case) as driver:
                 found[case] = case._asdict() | measure(driver)
-            found[case] |= _ideal(arguments.model, case, found[case])
+            found[case] |= _ideal(arguments, case, found[case])
             _print(found[case])
         # After all timing, since what was profiled once may stay a little slower.
         for case in [case for case in found if _is_profiled(case, arguments)]:
@@ -147,10 +148,11 @@ def _is_profiled(case: Case, arguments: argparse.Namespace) -> bool:
     return is_asked and bool(case.context == arguments.context[0])
 
 
-def _ideal(model: str, case: Case, measured: dict[str, Any]) -> dict[str, float]:
-    if model not in MODELS:
+def _ideal(arguments: argparse.Namespace, case: Case, measured: dict[str, Any]) -> dict[str, float]:
+    card = find_card(device_name(arguments.device), (RESULTS, arguments.directory))
+    if card is None or arguments.model not in MODELS:
         return {}
-    ideal = ideal_ms(model, case, measured["mean_context"])
+    ideal = ideal_ms(card, arguments.model, case, measured["mean_context"])
     return {"ideal_ms": ideal, "times_ideal": measured["step_ms"] / ideal}
 
 

@@ -16,7 +16,7 @@ from benchmarks.kernel_lora import CASES as LORA_CASES
 from benchmarks.kernel_lora import QKV, LoraBench, LoraCase
 from lorry.kernels.launch_settings import DECODE, PREFILL, lora_setting
 
-POOL_BYTES = 100 << 30
+POOL_BYTES = 60 << 30
 SHOWN = 6
 Changes = dict[str, Iterable[Any]]
 DECODE_CHANGES: Changes = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.card import products_of
 from benchmarks.figures import figures
-from benchmarks.roofline import large_products
 from benchmarks.trace import make_trace
 from tests.support.command import REPO
 
@@ -87,7 +87,7 @@ def test_every_case_of_a_step_is_measured_around_its_context(tiny: Path) -> None
 def test_the_ideal_engine_reads_the_measured_products(tiny: Path) -> None:
     options = ("--rows", "4", "64", "--rounds", "3", "--device", "cpu", "--dtype", "fp32")
     times = run("products", tiny, *options, common=())["metrics"][tiny.name]
-    products = large_products(tiny.parent / "results" / "products.json", tiny.name)
+    products = products_of(times)
     doubled_ms = 2 * times["body_ms"]["64"] + times["head_ms"]["4"]
     assert products.ms(128, 4) == pytest.approx(doubled_ms)
 

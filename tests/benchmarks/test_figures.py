@@ -3,7 +3,7 @@ from typing import Any
 from benchmarks.figures import BEGIN, END, README, figures
 from benchmarks.figures_engine import engine_figures
 
-PLAIN = {"requests": 50, "trace_seed": 42, "alpha": 1.0}
+PLAIN = {"requests": 50, "trace_seed": 42, "alpha": 1.0, "pool_gib": 108.0}
 
 
 def test_readme_holds_what_the_result_files_say() -> None:

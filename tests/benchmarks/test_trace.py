@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import roofline
-from benchmarks.roofline import MODELS, gemm_ms, ideal_seconds
+from benchmarks.card import Card, find_card
+from benchmarks.roofline import MODELS, ideal_seconds
 from benchmarks.trace import NO_ADAPTER, make_trace
 
 
@@ -34,30 +34,47 @@ def test_arrivals_have_the_asked_rate() -> None:
     assert last == pytest.approx(800, rel=0.3)
 
 
+def h200() -> Card:
+    card = find_card("NVIDIA H200")
+    assert card is not None
+    return card
+
+
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_ideal_products_grow_with_the_rows(model: str) -> None:
-    times = [gemm_ms(MODELS[model], rows, rows) for rows in (1, 100, 300, 512, 600, 4096)]
+    products = h200().products[model]
+    times = [products.ms(rows, rows) for rows in (64, 128, 320, 512, 640, 4096)]
     assert times == sorted(times)
 
 
-def test_ideal_engine_pays_for_each_distinct_adapter() -> None:
-    model = MODELS["llama-3-8b"]
-    seconds = [
-        ideal_seconds(model, make_trace(requests=200, adapters=adapters), [rank])
-        for adapters, rank in ((0, 16), (1, 16), (100, 16), (100, 64))
-    ]
-    assert seconds == sorted(seconds)
-    assert seconds[0] < seconds[-1]
+def test_ideal_engine_pays_for_each_distinct_adapter_and_for_a_small_pool() -> None:
+    def seconds(adapters: int, rank: int, pool_gib: int = 108) -> float:
+        trace = make_trace(requests=200, adapters=adapters)
+        model = MODELS["llama-3-8b"]
+        return ideal_seconds(h200(), model, trace, [rank], pool_bytes=pool_gib << 30)
+
+    growing = [seconds(0, 16), seconds(1, 16), seconds(100, 16), seconds(100, 64)]
+    assert growing == sorted(growing)
+    assert seconds(0, 16) < seconds(100, 64) < seconds(100, 64, pool_gib=6)
 
 
-def test_large_steps_cost_what_was_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_card_is_known_by_its_own_last_products_and_copies(tmp_path: Path) -> None:
+    def write(name: str, device: str, metrics: dict[str, object], *, date: str = "2026") -> None:
+        benchmark = name.partition("-")[0]
+        result = {"benchmark": benchmark, "device": device, "date": date, "metrics": metrics}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+
     times = {"body_ms": {"512": 13.0, "576": 17.0, "1024": 31.0}, "head_ms": {"1": 1.0, "65": 3.0}}
-    path = tmp_path / "products.json"
-    path.write_text(json.dumps({"metrics": {"llama-3-8b": times}}))
-    monkeypatch.setattr(roofline, "PRODUCTS", path)
-    model = MODELS["llama-3-8b"]
-    assert gemm_ms(model, 544, 33) == 15.0 + 2.0
-    assert gemm_ms(model, 2048, 1) == 62.0 + 1.0
-    assert gemm_ms(model, 512, 1) == model.gemm_ms[512]
+    old = {"body_ms": {"1": 1.0}, "head_ms": {"1": 1.0}}
+    write("products-old", "mine", {"llama": old}, date="2025")
+    write("products-new", "mine", {"llama": times})
+    write("kernels-theirs", "theirs", {"copy_bytes_per_s": 9.0})
+    directories = (tmp_path,)
+    assert find_card("mine", directories) is None
+    find_card.cache_clear()
+    write("kernels-mine", "mine", {"copy_bytes_per_s": 2.0})
+    card = find_card("mine", directories)
+    assert card is not None
+    assert card.bytes_per_s == 2.0
+    assert card.products["llama"].ms(544, 33) == 15.0 + 2.0
+    assert card.products["llama"].ms(2048, 1) == 62.0 + 1.0
