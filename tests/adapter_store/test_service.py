@@ -1,6 +1,7 @@
 """The three services over a real server: tenants, names, pages, statuses."""
 
 import asyncio
+import json
 from base64 import urlsafe_b64encode
 from dataclasses import replace
 from hashlib import sha256
@@ -367,3 +368,9 @@ async def test_equal_content_of_two_tenants_is_kept_once(tmp_path: Path) -> None
         assert len(list(versions.iterdir())) == 1
         await delete(umbrella, second.name)
         await until(lambda: not list(versions.iterdir()))
+
+
+async def test_a_version_tells_its_tenant_from_which_files_it_was_uploaded(client: Client) -> None:
+    adapter = await client.push("sql", CONFIG, weights())
+    assert adapter.published.weights_sha256 == sha256(weights()).digest()
+    assert adapter.published.config_sha256 == sha256(json.dumps(CONFIG).encode()).digest()

@@ -20,6 +20,8 @@ COMMANDS = [
     ["adapters", "push"],
     ["adapters", "list"],
     ["adapters", "show"],
+    ["adapters", "versions"],
+    ["adapters", "update"],
     ["adapters", "delete"],
     ["status"],
 ]
@@ -54,6 +56,10 @@ def adapter_directory(tmp_path: Path) -> str:
     (directory / "adapter_config.json").write_text("{}")
     (directory / "adapter_model.safetensors").write_bytes(bytes(100_000))
     return str(directory)
+
+
+def train_again(adapter_directory: str) -> None:
+    Path(adapter_directory, "adapter_model.safetensors").write_bytes(b"new")
 
 
 async def test_generate_prints_the_answer(services: Services) -> None:
@@ -169,11 +175,71 @@ async def test_push_to_a_name_in_use_names_the_option_that_replaces(
     services: Services, adapter_directory: str
 ) -> None:
     await services.lorry("adapters", "push", adapter_directory)
+    same = await services.lorry("adapters", "push", adapter_directory)
+    assert same.status == 0
+    assert same.stdout.endswith("(unchanged)\n")
+    train_again(adapter_directory)
     refused = await services.lorry("adapters", "push", adapter_directory)
     assert refused.status == 1
     assert "--replace" in refused.stderr
     replaced = await services.lorry("adapters", "push", adapter_directory, "--replace")
     assert replaced.status == 0
+
+
+async def test_many_adapters_are_pushed_each_to_its_own_end(
+    services: Services, adapter_directory: str, tmp_path: Path
+) -> None:
+    weights = tmp_path / "upper.safetensors"
+    weights.write_bytes(b"other")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    paths = [adapter_directory, str(tmp_path / "nothing"), str(weights)]
+    result = await services.lorry("adapters", "push", *paths, "--parallel", "1")
+    assert result.status == 1
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        "tenants/default/adapters/reverse",
+        "tenants/default/adapters/upper",
+    ]
+    failure, summary = result.stderr.splitlines()
+    assert "nothing holds no adapter_config.json" in failure
+    assert "1 of 3 adapters were not pushed" in summary
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ([], "at least one directory"),
+        (["a", "b", "--name", "x"], "for one path"),
+        (["a/same", "b/same"], "2 of the paths would be pushed as 'same'"),
+        (["a/Not_An_Id"], "Not_An_Id"),
+        (["a", "--parallel", "0"], "--parallel"),
+    ],
+)
+async def test_what_cannot_be_pushed_is_named_before_anything_is_sent(
+    services: Services, options: list[str], problem: str
+) -> None:
+    result = await services.lorry("adapters", "push", *options)
+    assert result.status == 1
+    assert problem in result.stderr
+    assert services.adapters.script.calls == 0
+
+
+async def test_an_adapter_is_described_and_rolled_back(
+    services: Services, adapter_directory: str
+) -> None:
+    await services.lorry("adapters", "push", adapter_directory)
+    train_again(adapter_directory)
+    await services.lorry("adapters", "push", adapter_directory, "--replace")
+    listed = await services.lorry("adapters", "versions", "reverse")
+    newest, oldest = (line.split() for line in listed.stdout.splitlines()[1:])
+    assert (newest[0], oldest[0]) == ("*", services.adapters.versions[1].digest.hex())
+    change = ["--version", oldest[0][:8], "--description", "the old one", "--label", "team=b"]
+    changed = await services.lorry("adapters", "update", "reverse", *change)
+    assert changed.status == 0
+    (adapter,) = services.adapters.adapters.values()
+    assert adapter.version.hex() == oldest[0]
+    assert (adapter.description, dict(adapter.labels)) == ("the old one", {"team": "b"})
+    unclear = await services.lorry("adapters", "update", "reverse", "--version", "")
+    assert "2 versions" in unclear.stderr
 
 
 async def test_a_pipe_gets_the_longest_name_uncut(

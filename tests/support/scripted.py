@@ -13,7 +13,6 @@ from lorry.rpc.errors import (
     AdapterExists,
     AdapterNotFound,
     DigestMismatch,
-    FeatureUnsupported,
     LorryError,
     OffsetMismatch,
 )
@@ -167,6 +166,7 @@ class ScriptedAdapters(AdapterServiceServicer):
         """The first upload ends UNAVAILABLE once `break_at_byte` has been received."""
         self.script = Script(*failures)
         self.adapters: dict[str, adapter_service_pb2.Adapter] = {}
+        self.versions: list[adapter_service_pb2.AdapterVersion] = []  # of all names, newest first
         self.received = bytearray()
         self.offsets: list[int] = []  # where each upload stream has begun
         self._created = adapter_service_pb2.CreateUploadRequest()
@@ -214,12 +214,17 @@ class ScriptedAdapters(AdapterServiceServicer):
     async def UpdateAdapter(
         self, request: adapter_service_pb2.UpdateAdapterRequest, context: Any
     ) -> adapter_service_pb2.UpdateAdapterResponse:
-        raise FeatureUnsupported("UpdateAdapter")
+        """Changes what the mask names."""
+        self.script.step()
+        adapter = self._find(request.adapter.name)
+        request.update_mask.MergeMessage(request.adapter, adapter, replace_repeated_field=True)
+        return adapter_service_pb2.UpdateAdapterResponse(adapter=adapter)
 
     async def ListAdapterVersions(
         self, request: adapter_service_pb2.ListAdapterVersionsRequest, context: Any
     ) -> adapter_service_pb2.ListAdapterVersionsResponse:
-        raise FeatureUnsupported("ListAdapterVersions")
+        self._find(request.name)
+        return adapter_service_pb2.ListAdapterVersionsResponse(versions=self.versions)
 
     async def GetUpload(
         self, request: adapter_service_pb2.GetUploadRequest, context: Any
@@ -260,6 +265,11 @@ class ScriptedAdapters(AdapterServiceServicer):
         )
         adapter.published.digest = version
         adapter.published.max_rank = 8
+        adapter.published.weights_sha256 = self._created.weights_sha256
+        adapter.published.config_sha256 = hashlib.sha256(
+            self._created.config_json.encode()
+        ).digest()
+        self.versions.insert(0, adapter.published)
         self.adapters[adapter.name] = adapter
         return adapter
 

@@ -1,11 +1,15 @@
 """What the store knows of adapters, versions and uploads. All immutable; times are Unix time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from lorry.adapter_store.lora import LoraSpec
 from lorry.rpc.names import AdapterName
+
+# In JSON these are in hex.
+VERSION_DIGESTS = ("digest", "weights_sha256", "config_sha256")
+UPLOAD_DIGESTS = ("weights_sha256", "config_sha256")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +23,8 @@ class Version:
     file_bytes: int  # of the safetensors file
     upload: str  # key of the upload that brought it
     create_time_ns: int
+    weights_sha256: bytes = b""  # of the safetensors file
+    config_sha256: bytes = b""  # of adapter_config.json as it was uploaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +73,7 @@ class UploadRecord:
     labels: Mapping[str, str]
     expected_etag: str
     create_time_ns: int
+    config_sha256: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +88,13 @@ def adapter_to_json(adapter: Adapter) -> dict[str, Any]:
     return asdict(adapter) | {
         "name": list(adapter.name),
         "published": adapter.published.hex(),
-        "versions": [asdict(v) | {"digest": v.digest.hex()} for v in adapter.versions],
+        "versions": [_in_hex(asdict(v), VERSION_DIGESTS) for v in adapter.versions],
     }
 
 
 def adapter_from_json(fields: Mapping[str, Any]) -> Adapter:
     versions = [
-        Version(**v | {"digest": bytes.fromhex(v["digest"]), "modules": tuple(v["modules"])})
+        Version(**{**_from_hex(v, VERSION_DIGESTS), "modules": tuple(v["modules"])})
         for v in fields["versions"]
     ]
     return Adapter(
@@ -101,19 +108,25 @@ def adapter_from_json(fields: Mapping[str, Any]) -> Adapter:
 
 
 def upload_to_json(upload: UploadRecord) -> dict[str, Any]:
-    return asdict(upload) | {
+    return _in_hex(asdict(upload), UPLOAD_DIGESTS) | {
         "name": list(upload.name),
         "spec": upload.spec.to_json(),
-        "weights_sha256": upload.weights_sha256.hex(),
     }
 
 
 def upload_from_json(fields: Mapping[str, Any]) -> UploadRecord:
     return UploadRecord(
         **{
-            **fields,
+            **_from_hex(fields, UPLOAD_DIGESTS),
             "name": AdapterName(*fields["name"]),
             "spec": LoraSpec.from_json(fields["spec"]),
-            "weights_sha256": bytes.fromhex(fields["weights_sha256"]),
         }
     )
+
+
+def _in_hex(fields: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
+    return {**fields, **{key: fields[key].hex() for key in digests}}
+
+
+def _from_hex(fields: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
+    return {**fields, **{key: bytes.fromhex(fields[key]) for key in digests if key in fields}}

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from hashlib import sha256
 from pathlib import Path
 
 from lorry.adapter_store import edits
@@ -82,6 +83,7 @@ class Store:
             spec=await self._builders.check_config(config_json),
             weights_bytes=weights_bytes,
             weights_sha256=weights_sha256,
+            config_sha256=sha256(config_json.encode()).digest(),
             labels=labels,
             expected_etag=expected_etag,
             create_time_ns=self._now_ns(),

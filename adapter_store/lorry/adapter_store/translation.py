@@ -41,6 +41,8 @@ def version_to_proto(version: Version) -> pb.AdapterVersion:
         state=pb.AdapterVersion.STATE_READY,
         weights_bytes=version.weights_bytes,
         create_time=timestamp(version.create_time_ns),
+        weights_sha256=version.weights_sha256,
+        config_sha256=version.config_sha256,
     )
 
 

@@ -254,6 +254,8 @@ class Uploads:
             file_bytes=record.weights_bytes,
             upload=record.key,
             create_time_ns=now_ns,
+            weights_sha256=record.weights_sha256,
+            config_sha256=record.config_sha256,
         )
         kept = self._limits.versions_kept
         with self._contents.held(version.digest):

@@ -1,18 +1,19 @@
-"""Adapters in the store: push, list, show and delete."""
+"""Adapters in the store: push, list, show, change and delete."""
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 import grpc.aio
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from lorry.client.generation import adapter_name
 from lorry.client.retry import RetryPolicy, retrying
 from lorry.client.upload import Progress, send
-from lorry.client.weights import AdapterFiles
+from lorry.client.weights import AdapterFiles, default_id
 from lorry.rpc.channel import Metadata, open_blocking_channel
 from lorry.rpc.errors import AdapterNotFound
 from lorry.rpc.names import check_id
@@ -37,6 +38,8 @@ class Adapter:
     created: datetime
     updated: datetime
     etag: str
+    weights_sha256: str  # of the files it was uploaded from, in hex
+    config_sha256: str
 
     @classmethod
     def from_proto(cls, message: pb.Adapter) -> "Adapter":
@@ -51,6 +54,27 @@ class Adapter:
             created=message.create_time.ToDatetime(tzinfo=UTC),
             updated=message.update_time.ToDatetime(tzinfo=UTC),
             etag=message.etag,
+            weights_sha256=message.published.weights_sha256.hex(),
+            config_sha256=message.published.config_sha256.hex(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterVersion:
+    """One immutable content that a name has pointed to."""
+
+    version: str  # in hex
+    max_rank: int
+    weights_bytes: int
+    created: datetime
+
+    @classmethod
+    def from_proto(cls, message: pb.AdapterVersion) -> "AdapterVersion":
+        return cls(
+            version=message.digest.hex(),
+            max_rank=message.max_rank,
+            weights_bytes=message.weights_bytes,
+            created=message.create_time.ToDatetime(tzinfo=UTC),
         )
 
 
@@ -110,21 +134,43 @@ class Adapters:
 
     async def push(
         self,
-        directory: Path,
+        path: Path,
         *,
+        config: Path | None = None,
         adapter_id: str | None = None,
         replace: bool = False,
         labels: Mapping[str, str] | None = None,
         progress: Progress | None = None,
         timeout_s: float = UPLOAD_TIMEOUT_S,
     ) -> Adapter:
-        """Upload a PEFT directory and publish it; returns once it is durable and can be called.
+        """Upload and publish what PEFT saved; returns once it is durable and can be called.
 
-        `adapter_id` is the directory's name unless given. Without `replace` the name must be new.
+        `path` is a directory, or a safetensors file whose config is `config` or lies beside it;
+        its name is the `adapter_id` unless that is given. Without `replace` the name must be new.
         After a broken connection the upload goes on where the store's bytes end.
         """
-        adapter_id = check_id(adapter_id or default_id(directory), field="adapter_id")
-        files = await AdapterFiles.read(directory)
+        adapter_id = check_id(adapter_id or default_id(path), field="adapter_id")
+        files = await AdapterFiles.read(path, config=config)
+        return await self.push_files(
+            adapter_id,
+            files,
+            replace=replace,
+            labels=labels,
+            progress=progress,
+            timeout_s=timeout_s,
+        )
+
+    async def push_files(
+        self,
+        adapter_id: str,
+        files: AdapterFiles,
+        *,
+        replace: bool = False,
+        labels: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+        timeout_s: float = UPLOAD_TIMEOUT_S,
+    ) -> Adapter:
+        """`push` of files that have been read."""
         etag = await self._etag(adapter_id) if replace else ""
         upload_id = await self._create_upload(adapter_id, files, etag, labels or {})
         response = await retrying(
@@ -133,6 +179,55 @@ class Adapters:
             ),
             policy=self._retry,
             timeout_s=timeout_s,
+        )
+        return Adapter.from_proto(response.adapter)
+
+    async def find_same(self, adapter_id: str, files: AdapterFiles) -> Adapter | None:
+        """The adapter of this id if what it publishes was uploaded from the very same files."""
+        with contextlib.suppress(AdapterNotFound):
+            known = await self.show(adapter_id)
+            digests = (files.weights_sha256.hex(), files.config_sha256.hex())
+            return known if (known.weights_sha256, known.config_sha256) == digests else None
+        return None
+
+    async def versions(self, name: str) -> Sequence[AdapterVersion]:
+        """What the name has pointed to and can be rolled back to, newest first."""
+        request = pb.ListAdapterVersionsRequest(name=adapter_name(name), page_size=1000)
+        response = await self._retrying(
+            lambda _, remaining_s: self._stub.ListAdapterVersions(
+                request, timeout=remaining_s, metadata=self._metadata
+            )
+        )
+        return [AdapterVersion.from_proto(message) for message in response.versions]
+
+    async def update(
+        self,
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        description: str | None = None,
+        version: str | None = None,
+    ) -> Adapter:
+        """Change what is given; `version`, in hex, publishes one of `versions`.
+
+        Raises EtagMismatch if somebody else changes the adapter meanwhile.
+        """
+        known = await self.show(name)
+        fields = {"labels": labels, "description": description, "version": version}
+        request = pb.UpdateAdapterRequest(
+            adapter=pb.Adapter(
+                name=known.name,
+                etag=known.etag,
+                labels=labels,
+                description=description or "",
+                version=bytes.fromhex(version or ""),
+            ),
+            update_mask=FieldMask(paths=[key for key in fields if fields[key] is not None]),
+        )
+        response = await self._retrying(
+            lambda _, remaining_s: self._stub.UpdateAdapter(
+                request, timeout=remaining_s, metadata=self._metadata
+            )
         )
         return Adapter.from_proto(response.adapter)
 
@@ -189,11 +284,6 @@ class Adapters:
 
     async def _retrying(self, call: Callable[[int, float], Awaitable[Response]]) -> Response:
         return await retrying(call, policy=self._retry, timeout_s=self._timeout_s)
-
-
-def default_id(directory: Path) -> str:
-    """The id under which a directory is pushed unless another is given."""
-    return directory.resolve().name
 
 
 def _silent(sent_bytes: int, total_bytes: int) -> None:

@@ -1,7 +1,6 @@
 """How the `lorry` command talks: tables and progress on stdout, one clear line when it fails."""
 
 import sys
-from collections.abc import Callable
 
 import grpc
 from rich.console import Console
@@ -76,8 +75,3 @@ def show_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def progress_of(update: Callable[..., None]) -> Callable[[int, int], None]:
-    """A `Progress` that moves a rich progress bar."""
-    return lambda sent, total: update(completed=sent, total=total)

@@ -1,4 +1,4 @@
-"""An adapter's directory as PEFT saves it, read for an upload."""
+"""An adapter as PEFT saves it, read for an upload."""
 
 import asyncio
 import hashlib
@@ -11,6 +11,7 @@ from lorry.rpc.protocol import MAX_CHUNK_BYTES
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+SUFFIX = ".safetensors"
 
 
 class Piece(NamedTuple):
@@ -30,27 +31,35 @@ class AdapterFiles:
     weights_sha256: bytes
 
     @classmethod
-    async def read(cls, directory: Path) -> "AdapterFiles":
-        """Raises ValueError that names the file that is missing."""
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (directory / name).is_file():
-                raise ValueError(
-                    f"{directory} holds no {name}; push a directory that peft's "
-                    "save_pretrained wrote with safe_serialization"
-                )
-        return await asyncio.to_thread(cls._read, directory)
+    async def read(cls, path: Path, *, config: Path | None = None) -> "AdapterFiles":
+        """Of a directory, or of a safetensors file with its config beside it unless `config` is it.
+
+        Raises ValueError that names the file that is missing.
+        """
+        return await asyncio.to_thread(cls._read, path, config)
 
     @classmethod
-    def _read(cls, directory: Path) -> "AdapterFiles":
-        weights = directory / WEIGHTS_NAME
+    def _read(cls, path: Path, config: Path | None) -> "AdapterFiles":
+        weights = path if path.is_file() else path / WEIGHTS_NAME
+        config = config or weights.parent / CONFIG_NAME
+        for needed in (config, weights):
+            if not needed.is_file():
+                raise ValueError(
+                    f"{needed.parent} holds no {needed.name}; push what peft's save_pretrained "
+                    "wrote with safe_serialization"
+                )
         with weights.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
             return cls(
-                config_json=(directory / CONFIG_NAME).read_text(),
+                config_json=config.read_text(),
                 weights=weights,
                 weights_bytes=file.tell(),
                 weights_sha256=digest,
             )
+
+    @property
+    def config_sha256(self) -> bytes:
+        return hashlib.sha256(self.config_json.encode()).digest()
 
     def pieces(self, offset: int) -> Iterator[Piece]:
         """The weights from `offset` on; blocks while it reads."""
@@ -59,3 +68,11 @@ class AdapterFiles:
             while data := file.read(MAX_CHUNK_BYTES):
                 yield Piece(offset, data)
                 offset += len(data)
+
+
+def default_id(path: Path) -> str:
+    """The id under which a directory or a safetensors file is pushed unless another is given."""
+    path = path.resolve()
+    if path.name == WEIGHTS_NAME:
+        return path.parent.name
+    return path.stem if path.suffix == SUFFIX else path.name

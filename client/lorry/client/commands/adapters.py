@@ -1,68 +1,86 @@
-"""`lorry adapters`: push, list, show and delete."""
+"""`lorry adapters`: push, list, show, change and delete."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from lorry.client.adapters import Adapter, default_id
+from lorry.client.adapters import Adapter, AdapterVersion
 from lorry.client.commands.connection import DEFAULT, Connection
-from lorry.client.console import make_console, make_table, progress_of, show_bytes
+from lorry.client.commands.push_bars import PushBars
+from lorry.client.console import make_console, make_table, show_bytes
+from lorry.client.push import PARALLEL, Push, plan_pushes, push_all
+from lorry.client.weights import default_id
+from lorry.rpc.names import check_id
 
 app = App(name="adapters", help="Manage the adapters of the store.")
 
 
 @app.command
 async def push(
-    directory: Path,
-    *,
+    *paths: Path,
     name: str | None = None,
+    config: Path | None = None,
     replace: Annotated[bool, Parameter(negative="")] = False,
     label: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    parallel: int = PARALLEL,
     connection: Connection = DEFAULT,
 ) -> None:
-    """Upload an adapter that PEFT saved, and publish it.
+    """Upload adapters that PEFT saved, and publish them.
+
+    What a name publishes already is not sent again. Of several adapters each is pushed to its own
+    end; those that fail are named, and then the command fails too.
 
     Parameters
     ----------
-    directory
-        Holds adapter_config.json and adapter_model.safetensors.
+    paths
+        Directories with adapter_config.json and adapter_model.safetensors, or safetensors files
+        with adapter_config.json beside them.
     name
-        Id of the adapter: lower-case letters, digits, hyphens; default: the directory's name.
+        Id of the adapter: lower-case letters, digits, hyphens; default: the name of the directory,
+        or of a file that is not adapter_model.safetensors. For one path only.
+    config
+        The adapter_config.json of a single safetensors file.
     replace
         Publish a new version if the name exists; running requests keep the old one.
     label
-        KEY=VALUE to remember with the adapter. May be given up to 16 times.
+        KEY=VALUE to remember with the adapters. May be given up to 16 times.
+    parallel
+        Adapters to push at a time.
     """
-    console = make_console(stderr=True)
+    if parallel < 1:
+        raise ValueError(f"--parallel must be at least 1, got {parallel}")
+    pushes = _pushes(paths, name, config)
+    labels = _labels(label)
     async with connection.client() as client:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ) as bars:
-            task = bars.add_task(f"pushing {name or default_id(directory)}", total=None)
-            adapter = await client.adapters.push(
-                directory,
-                adapter_id=name,
+        with PushBars(pushes) as bars:
+            outcomes = await push_all(
+                client.adapters,
+                pushes,
                 replace=replace,
-                labels=_labels(label),
-                progress=progress_of(lambda **fields: bars.update(task, **fields)),
+                labels=labels,
+                progress_of=bars.begin,
+                ended=bars.end,
+                parallel=parallel,
             )
-    print(f"{adapter.name} version {adapter.version[:12]} rank {adapter.max_rank}")
+    failures = [outcome.error for outcome in outcomes if outcome.error is not None]
+    if failures and len(pushes) == 1:
+        raise failures[0]
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(pushes)} adapters were not pushed")
+
+
+def _pushes(paths: tuple[Path, ...], name: str | None, config: Path | None) -> list[Push]:
+    if not paths:
+        raise ValueError("name at least one directory or safetensors file to push")
+    if name is None and config is None:
+        return plan_pushes(paths)
+    if len(paths) != 1:
+        raise ValueError(f"--name and --config are for one path, got {len(paths)}")
+    (path,) = paths
+    adapter_id = check_id(name or default_id(path), field="name")
+    return [Push(path=path, adapter_id=adapter_id, config=config)]
 
 
 @app.command(name="list")
@@ -107,6 +125,66 @@ async def show(name: str, *, connection: Connection = DEFAULT) -> None:
 
 
 @app.command
+async def versions(name: str, *, connection: Connection = DEFAULT) -> None:
+    """List what a name has pointed to and can be rolled back to, newest first.
+
+    Parameters
+    ----------
+    name
+        Id or full name of the adapter.
+    """
+    table = make_table("", "version", "rank", "size", "created")
+    async with connection.client() as client:
+        published = (await client.adapters.show(name)).version
+        for each in await client.adapters.versions(name):
+            table.add_row(
+                "*" if each.version == published else "",
+                each.version,
+                str(each.max_rank),
+                show_bytes(each.weights_bytes),
+                f"{each.created:%Y-%m-%d %H:%M:%S}",
+            )
+    make_console().print(table)
+
+
+@app.command
+async def update(
+    name: str,
+    *,
+    label: Annotated[tuple[str, ...] | None, Parameter(negative="")] = None,
+    description: str | None = None,
+    version: str | None = None,
+    connection: Connection = DEFAULT,
+) -> None:
+    """Change an adapter's labels or description, or roll it back to one of its versions.
+
+    Parameters
+    ----------
+    name
+        Id or full name of the adapter.
+    label
+        KEY=VALUE; all that are given take the place of all there are.
+    description
+        At most 1 KiB.
+    version
+        Digest in hex, or how it begins, of the version to publish; `lorry adapters versions` lists
+        them. Requests that run keep theirs.
+    """
+    if label is None and description is None and version is None:
+        raise ValueError("give at least one of --label, --description and --version")
+    async with connection.client() as client:
+        if version is not None:
+            version = _one_of(await client.adapters.versions(name), version)
+        adapter = await client.adapters.update(
+            name,
+            labels=None if label is None else _labels(label),
+            description=description,
+            version=version,
+        )
+    print(f"{adapter.name} version {adapter.version[:12]} rank {adapter.max_rank}")
+
+
+@app.command
 async def delete(
     name: str,
     *,
@@ -132,6 +210,14 @@ def _labels(assignments: tuple[str, ...]) -> dict[str, str]:
         if "=" not in assignment:
             raise ValueError(f"--label must be KEY=VALUE, got {assignment!r}")
     return dict(assignment.split("=", 1) for assignment in assignments)
+
+
+def _one_of(versions: Sequence[AdapterVersion], beginning: str) -> str:
+    """The version that begins so."""
+    matches = [each.version for each in versions if each.version.startswith(beginning)]
+    if len(matches) != 1:
+        raise ValueError(f"--version {beginning!r} is the beginning of {len(matches)} versions")
+    return matches[0]
 
 
 def _facts(adapter: Adapter) -> dict[str, str]:

@@ -149,6 +149,8 @@ class AdapterVersion(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    WEIGHTS_SHA256_FIELD_NUMBER: _builtins.int
+    CONFIG_SHA256_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     """sha256 of the canonical config and tensors."""
     max_rank: _builtins.int
@@ -156,6 +158,11 @@ class AdapterVersion(_message.Message):
     state: Global___AdapterVersion.State.ValueType
     weights_bytes: _builtins.int
     """Bytes of all tensors, in the uploaded dtype."""
+    weights_sha256: _builtins.bytes
+    """sha256 of the safetensors file and of adapter_config.json as they were uploaded under this name: who has the same
+    files need not send them again.
+    """
+    config_sha256: _builtins.bytes
     @_builtins.property
     def modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Those with tensors, of q, k, v, o, gate, up, down, each with `_proj`."""
@@ -174,10 +181,12 @@ class AdapterVersion(_message.Message):
         error: _status_pb2.Status | None = ...,
         weights_bytes: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        weights_sha256: _builtins.bytes = ...,
+        config_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "error", b"error", "max_rank", b"max_rank", "modules", b"modules", "state", b"state", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_sha256", b"config_sha256", "create_time", b"create_time", "digest", b"digest", "error", b"error", "max_rank", b"max_rank", "modules", b"modules", "state", b"state", "weights_bytes", b"weights_bytes", "weights_sha256", b"weights_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
