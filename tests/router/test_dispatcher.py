@@ -27,11 +27,11 @@ def arrive(router: Dispatcher, asked: Request) -> Request:
 
 
 def submits(router: Dispatcher) -> list[Submit]:
-    return [action for action in router.plan() if isinstance(action, Submit)]
+    return [action for action in router.plan(0.0) if isinstance(action, Submit)]
 
 
 def prefetches(router: Dispatcher) -> list[tuple[str, tuple[bytes, ...]]]:
-    plan = router.plan()
+    plan = router.plan(0.0)
     return [(a.worker.name, a.versions) for a in plan if isinstance(a, Prefetch)]
 
 
@@ -243,7 +243,7 @@ class Lifecycles(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.router = dispatcher(max_requests=6, max_requests_per_tenant=4)
+        self.router = dispatcher(limits={"max_requests": 6, "max_requests_per_tenant": 4})
         self.num_workers = 0
 
     @property
@@ -286,7 +286,7 @@ class Lifecycles(RuleBasedStateMachine):
 
     @rule()
     def plan(self) -> None:
-        for action in self.router.plan():
+        for action in self.router.plan(0.0):
             if isinstance(action, Submit):
                 assert action.worker.num_submitted <= action.worker.submit_limit
                 assert action.worker.can_serve(action.request)

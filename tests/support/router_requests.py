@@ -1,15 +1,26 @@
 """Requests, workers and dispatchers of the router, built in one line."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from lorry.router.dispatcher import Dispatcher
 from lorry.router.generation import Generation
-from lorry.router.policies import ArrivalOrder, ResidencyPlacement
-from lorry.router.queues import Amount, RequestQueues
+from lorry.router.places import Amount, Places
+from lorry.router.policies import make_policies
+from lorry.router.policy_options import PolicyOptions
 from lorry.router.request import Request
+from lorry.router.slo import NO_SLO, Slo
 from lorry.router.worker import Worker
 
+PLAIN: dict[str, Any] = {
+    "order": "arrival",
+    "overload_order": "arrival",
+    "admission": "all",
+    "fairness": "none",
+    "cluster_adapters": 0,
+    "placement_imbalance": 2,
+}
 _ids = itertools.count()
 
 
@@ -21,6 +32,8 @@ def request(
     rank: int = 0,
     num_prompt_tokens: int = 4,
     max_tokens: int = 10,
+    arrival_s: float = 0.0,
+    slo: Slo = NO_SLO,
     **generation: Any,
 ) -> Request:
     asked = Generation(
@@ -30,7 +43,7 @@ def request(
         prompt="",
         **generation,
     )
-    built = Request(asked, seed=0, arrival_s=0.0, deadline_s=100.0)
+    built = Request(asked, seed=0, arrival_s=arrival_s, deadline_s=arrival_s + 100.0, slo=slo)
     built.prompt_ids = [1] * num_prompt_tokens
     built.max_tokens, built.version, built.rank = max_tokens, version, rank
     return built
@@ -46,19 +59,26 @@ def worker(name: str = "w1", **fields: Any) -> Worker:
     return Worker(name=name, **(defaults | fields))
 
 
-def queues(
+def places(
     *,
     max_requests: int = 100,
     max_requests_per_tenant: int = 100,
     max_tokens: int = 1000,
     max_tokens_per_tenant: int = 1000,
-) -> RequestQueues:
-    return RequestQueues(
+) -> Places:
+    return Places(
         limit=Amount(max_requests, max_tokens),
         tenant_limit=Amount(max_requests_per_tenant, max_tokens_per_tenant),
     )
 
 
-def dispatcher(*, max_prefetch: int = 8, imbalance: int = 2, **limits: int) -> Dispatcher:
-    placement = ResidencyPlacement(imbalance=imbalance)
-    return Dispatcher(queues(**limits), ArrivalOrder(), placement, max_prefetch=max_prefetch)
+def dispatcher(
+    *,
+    max_prefetch: int = 8,
+    weight: Callable[[str], float] = lambda tenant: 1.0,
+    limits: dict[str, int] | None = None,
+    **options: Any,
+) -> Dispatcher:
+    """By first come, first served; `options` are those of the policies."""
+    policies = make_policies(PolicyOptions(**(PLAIN | options)), weight=weight)
+    return Dispatcher(places(**(limits or {})), policies, max_prefetch=max_prefetch)

@@ -6,13 +6,14 @@ from pathlib import Path
 import cyclopts
 
 from lorry.router.discovery import Target
+from lorry.router.policy_options import PolicyOptions
 from lorry.rpc.command import check_not_negative, check_positive
 from lorry.rpc.service_config import ServiceConfig
 
 
 @cyclopts.Parameter(name="*", negative="")
 @dataclass(frozen=True, kw_only=True)
-class Config(ServiceConfig):
+class Config(PolicyOptions, ServiceConfig):
     address: str = "127.0.0.1:50051"
 
     model_name: str = ""
@@ -56,10 +57,6 @@ class Config(ServiceConfig):
     prefetch_versions: int = 32
     """Adapter versions of waiting requests that a worker is told to prepare."""
 
-    placement_imbalance: int = 8
-    """Requests by which a worker that holds the adapter may be busier than the idlest one and still
-    be preferred."""
-
     worker_silence_s: float = 5.0
     """Seconds without a message after which a worker is lost."""
 
@@ -79,7 +76,8 @@ class Config(ServiceConfig):
     """Seconds that running requests get to finish on SIGTERM."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ServiceConfig.__post_init__(self)
+        PolicyOptions.__post_init__(self)
         check_positive(
             self,
             "max_queued_requests",
@@ -95,9 +93,7 @@ class Config(ServiceConfig):
             "catalogue_silence_s",
             "tokenizer_threads",
         )
-        check_not_negative(
-            self, "prefetch_versions", "placement_imbalance", "worker_wait_s", "grace_s"
-        )
+        check_not_negative(self, "prefetch_versions", "worker_wait_s", "grace_s")
         if not self.worker:
             raise ValueError("worker must name at least one HOST:PORT")
         if len(set(self.worker)) < len(self.worker):

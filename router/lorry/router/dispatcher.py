@@ -1,31 +1,36 @@
 """Which request is where, and what to tell the workers next. No I/O and no clock.
 
-The router reports what happens by the other methods and carries out what `plan` returns. Every
-method leaves the state consistent, also when it raises.
+The router reports what happens by the other methods and carries out what `plan` returns: when
+anything has changed, and by `next_plan_s` at the latest. Every method leaves the state consistent,
+also when it raises.
 """
 
+import heapq
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+from lorry.router.backlog import Backlog
 from lorry.router.context_length import context_exceeded
-from lorry.router.policies import Order, Placement
-from lorry.router.queues import RETRY_AFTER_S, RequestQueues
+from lorry.router.places import RETRY_AFTER_S, Places
+from lorry.router.policies import Policies
 from lorry.router.request import AT_WORKER, Request, RequestState
-from lorry.router.worker import Worker
+from lorry.router.worker import Worker, WorkerStatus
 from lorry.rpc.errors import (
     AdapterIncompatible,
     ContextLengthExceeded,
     Draining,
     DuplicateRequest,
     NoWorker,
+    SloUnattainable,
 )
 
 MAX_RESUBMITS = 2
 # Waiting requests that one plan looks at beyond those it can send, so that its time is bounded.
-MAX_SKIPPED = 256
+MAX_SET_ASIDE = 256
+CHARGE_TOKENS = 16  # output tokens that are counted as service at once
 S = RequestState
 
 
@@ -42,6 +47,14 @@ class Prefetch:
     versions: tuple[bytes, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The request cannot keep its objective; it is still queued and to be ended."""
+
+    request: Request
+    ttft_s: float  # that it would have, as predicted
+
+
 class Place(NamedTuple):
     """Where a request is at a worker."""
 
@@ -50,20 +63,14 @@ class Place(NamedTuple):
 
 
 class Dispatcher:
-    def __init__(
-        self,
-        queues: RequestQueues,
-        order: Order,
-        placement: Placement,
-        *,
-        max_prefetch: int,
-    ) -> None:
-        self._queues = queues
-        self._order = order
-        self._placement = placement
+    def __init__(self, places: Places, policies: Policies, *, max_prefetch: int) -> None:
+        self._places = places
+        self._policies = policies
+        self._backlog = Backlog(policies.order, policies.overload_order, policies.fairness)
         self._max_prefetch = max_prefetch
         self._requests: dict[tuple[str, str], Request] = {}  # by tenant and request_id
         self._workers: dict[str, Worker] = {}
+        self._latest_starts: list[tuple[float, int, Request]] = []  # a heap; some have left
         self.num_requeued = 0
         self.draining = False
 
@@ -89,21 +96,21 @@ class Dispatcher:
                 f"request_id {generation.request_id!r} is that of an active request",
                 requestId=generation.request_id,
             )
-        self._queues.take_place(request)
+        self._places.take(request)
         self._requests[key] = request
 
     def enqueue(self, request: Request) -> None:
         """Queue a request that is now complete; raises if no attached worker could serve it."""
         if not self._able(request):
             raise self._why_unable(request)
-        request.move_to(S.QUEUED)
-        self._queues.add(request)
+        self._queue(request)
 
     def end(self, request: Request, state: RequestState) -> Place | None:
         """Free all that the request holds; returns where a Cancel must be sent."""
         place = Place(request.worker_name, request.seq) if request.state in AT_WORKER else None
         request.move_to(state)
-        self._queues.remove(request)
+        self._places.free(request)
+        self._backlog.remove(request)
         self._leave_worker(request)
         del self._requests[request.tenant, request.generation.request_id]
         return None if state is S.FINISHED else place
@@ -130,26 +137,45 @@ class Dispatcher:
             request.num_losses += 1
         self.num_requeued += 1
         self._leave_worker(request)
-        request.move_to(S.QUEUED)
-        self._queues.add(request)
+        self._queue(request)
         return True
 
     def stranded(self) -> list[Request]:
         """Queued requests that no attached worker can serve."""
         return [r for r in self.requests if r.state is S.QUEUED and not self._able(r)]
 
-    def plan(self) -> list[Submit | Prefetch]:
-        """What to send now. It is taken as sent."""
-        return [*self._plan_submits(), *self._plan_prefetches()]
+    def hear(self, worker: Worker, status: WorkerStatus, now_s: float) -> None:
+        """Take a worker's status."""
+        worker.status = status
+
+    def drew(self, request: Request, now_s: float) -> None:
+        """A token of the request was added to its output; on the hot path."""
+        if len(request.output_ids) - request.num_charged >= CHARGE_TOKENS:
+            self._charge_output(request)
+
+    def plan(self, now_s: float) -> list[Submit | Abort | Prefetch]:
+        """What to do now. All but an Abort is taken as done."""
+        return [
+            *self._plan_aborts(now_s),
+            *self._plan_submits(now_s),
+            *self._plan_prefetches(now_s),
+        ]
+
+    @property
+    def next_plan_s(self) -> float | None:
+        """When to plan again though nothing happens; None: need not be."""
+        return self._latest_starts[0][0] if self._latest_starts else None
 
     def check_integrity(self) -> None:
         """Every request is in exactly one place."""
-        self._queues.check_integrity()
+        self._places.check_integrity()
+        self._backlog.check_integrity()
         at_workers = [r for worker in self._workers.values() for r in worker.active.values()]
         assert len(set(at_workers)) == len(at_workers)
         active = set(self._requests.values())
         assert set(at_workers) == {r for r in active if r.state in AT_WORKER}
-        assert len(self._queues) == len(active) - len(at_workers)
+        assert len(self._places) == len(active) - len(at_workers)
+        assert set(self._backlog) == {r for r in active if r.state is S.QUEUED}
         assert not any(request.ended for request in active)
         for worker in self._workers.values():
             assert worker.num_requests == Counter(r.version for r in worker.active.values())
@@ -163,28 +189,88 @@ class Dispatcher:
     def _able(self, request: Request) -> list[Worker]:
         return [worker for worker in self._workers.values() if worker.can_serve(request)]
 
-    def _plan_submits(self) -> list[Submit]:
+    def _queue(self, request: Request) -> None:
+        request.move_to(S.QUEUED)
+        self._places.keep(request)
+        self._backlog.add(request)
+        self._watch_start(request)
+
+    def _plan_aborts(self, now_s: float) -> Iterator[Abort]:
+        """Of those whose latest start has passed; where it has moved, look again then."""
+        starts = self._latest_starts
+        while starts and starts[0][0] <= now_s:
+            request = heapq.heappop(starts)[2]
+            if request in self._backlog:
+                if (late := self._too_late(request, now_s)) is not None:
+                    yield late
+                else:
+                    self._watch_start(request)
+
+    def _watch_start(self, request: Request) -> None:
+        latest_s = self._latest_start_s(request)
+        if latest_s is not None:
+            heapq.heappush(self._latest_starts, (latest_s, request.number, request))
+
+    def _latest_start_s(self, request: Request) -> float | None:
+        if request.output_ids:  # it comes back from a lost worker and has had its first token
+            return None
+        return self._policies.admission.latest_start_s(request, self._service_s(request))
+
+    def _too_late(self, request: Request, now_s: float) -> Abort | None:
+        latest_s = self._latest_start_s(request)
+        if latest_s is None or now_s < latest_s:
+            return None
+        return Abort(request, now_s + self._service_s(request) - request.arrival_s)
+
+    def _service_s(self, request: Request) -> float:
+        """On the best worker."""
+        able = self._able(request)
+        return min((self._policies.predictor.service_s(request, w) for w in able), default=0.0)
+
+    def _plan_submits(self, now_s: float) -> list[Submit]:
         submits: list[Submit] = []
-        room = sum(w.submit_limit - w.num_submitted for w in self._workers.values() if w.has_room)
-        if room:
-            for request in islice(self._order.order(self._queues), room + MAX_SKIPPED):
-                able = [worker for worker in self._able(request) if worker.has_room]
-                worker = self._placement.place(request, able)
-                if worker is not None:
-                    submits.append(Submit(worker, worker.add(request), request))
-                if len(submits) == room:
-                    break
-        for submit in submits:
-            self._queues.remove(submit.request)
-            submit.request.move_to(S.SUBMITTED)
-            submit.request.worker_name, submit.request.seq = submit.worker.name, submit.seq
+        open_workers = [worker for worker in self._workers.values() if worker.has_room]
+        num_aside = 0
+        while open_workers and num_aside < MAX_SET_ASIDE:
+            request = self._backlog.first(now_s)
+            if request is None:
+                break
+            able = [worker for worker in open_workers if worker.can_serve(request)]
+            worker = self._policies.placement.place(request, able)
+            if worker is None:
+                self._backlog.set_aside(request)
+                num_aside += 1
+                continue
+            submits.append(self._submit(self._chosen(request, worker, now_s), worker))
+            if not worker.has_room:
+                open_workers.remove(worker)
+        self._backlog.put_back()
         return submits
 
-    def _plan_prefetches(self) -> Iterator[Prefetch]:
+    def _chosen(self, request: Request, worker: Worker, now_s: float) -> Request:
+        """Who goes to the worker now that it is the request's turn."""
+        clustering = self._policies.clustering
+        if self._backlog.is_overdue(request, now_s):
+            return request
+        other = clustering.instead_of(request, worker, self._backlog)
+        if other is None:
+            return request
+        self._backlog.pass_over(request, now_s + clustering.max_wait_s)
+        return other
+
+    def _submit(self, request: Request, worker: Worker) -> Submit:
+        self._places.free(request)
+        self._backlog.remove(request)
+        self._backlog.charge(request, prompt_tokens=len(request.prompt_ids), output_tokens=0)
+        request.move_to(S.SUBMITTED)
+        request.worker_name, request.seq = worker.name, worker.add(request)
+        return Submit(worker, request.seq, request)
+
+    def _plan_prefetches(self, now_s: float) -> Iterator[Prefetch]:
         """The whole set of each worker, where it has changed."""
         wanted: dict[str, dict[bytes, None]] = {name: {} for name in self._workers}
-        for request in islice(self._order.order(self._queues), MAX_SKIPPED):
-            worker = self._placement.place(request, self._able(request))
+        for request in self._backlog.ahead(now_s, MAX_SET_ASIDE):
+            worker = self._policies.placement.place(request, self._able(request))
             if worker is not None and request.version:
                 wanted[worker.name][request.version] = None
         for name, all_versions in wanted.items():
@@ -194,7 +280,13 @@ class Dispatcher:
                 worker.prefetched = versions
                 yield Prefetch(worker, versions)
 
+    def _charge_output(self, request: Request) -> None:
+        output_tokens = len(request.output_ids) - request.num_charged
+        request.num_charged = len(request.output_ids)
+        self._backlog.charge(request, prompt_tokens=0, output_tokens=output_tokens)
+
     def _leave_worker(self, request: Request) -> None:
+        self._charge_output(request)
         worker = self._workers.get(request.worker_name)
         if worker is not None:
             worker.remove(request)
@@ -221,6 +313,17 @@ class Dispatcher:
             request.max_tokens,
             max(worker.max_context_tokens for worker in able),
         )
+
+
+def slo_unattainable(abort: Abort) -> SloUnattainable:
+    asked_s = abort.request.slo.ttft_s
+    assert asked_s is not None, "aborted without an objective"
+    return SloUnattainable(
+        f"the first token would come after {abort.ttft_s:.3f} s, the request asks for {asked_s:g}",
+        retry_after_s=max(RETRY_AFTER_S, abort.ttft_s - asked_s),
+        predictedTtftS=f"{abort.ttft_s:.3f}",
+        askedTtftS=f"{asked_s:g}",
+    )
 
 
 def no_worker() -> NoWorker:

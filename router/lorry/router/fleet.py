@@ -9,11 +9,19 @@ import grpc
 
 from lorry.router.active import ActiveRequests
 from lorry.router.config import Config
-from lorry.router.dispatcher import Dispatcher, Place, Prefetch, Submit, no_worker
+from lorry.router.dispatcher import (
+    Abort,
+    Dispatcher,
+    Place,
+    Prefetch,
+    Submit,
+    no_worker,
+    slo_unattainable,
+)
 from lorry.router.generation import Logprobs, PromptLogprobs, TokenLogprobs
 from lorry.router.output import Output
 from lorry.router.request import Request, RequestState
-from lorry.router.worker import Worker
+from lorry.router.worker import Worker, WorkerStatus
 from lorry.router.worker_link import Ended
 from lorry.rpc.errors import Draining, LorryError, SlowReader, WorkerLost
 
@@ -49,6 +57,7 @@ class Fleet:
         self._loop = asyncio.get_running_loop()
         self._links: Mapping[str, Link] = {}
         self._plan_handle: asyncio.Handle | None = None
+        self._later_handle: asyncio.TimerHandle | None = None
         self._stranded_handle: asyncio.TimerHandle | None = None
         self._stranded_s: dict[Request, float] = {}  # since when
         active.when_ended = self._request_ended
@@ -79,6 +88,10 @@ class Fleet:
 
     def worker_changed(self, worker: Worker) -> None:
         self._workers_changed()
+
+    def status_heard(self, worker: Worker, status: WorkerStatus) -> None:
+        self._dispatcher.hear(worker, status, self._loop.time())
+        self.plan_soon()
 
     def submit_limit_raised(self, worker: Worker) -> None:
         self.plan_soon()
@@ -140,6 +153,7 @@ class Fleet:
             request.move_to(S.STREAMING)
         self._counts.draw(request, now_s)
         request.output_ids.append(token_id)
+        self._dispatcher.drew(request, now_s)
         output = self._active.output(request)
         output.push(token_id, logprobs)
         if output.matched_stop is not None:
@@ -211,13 +225,26 @@ class Fleet:
 
     def _plan(self) -> None:
         self._plan_handle = None
-        for action in self._dispatcher.plan():
-            link = self._links[action.worker.name]
-            if isinstance(action, Prefetch):
-                link.prefetch(action)
+        for action in self._dispatcher.plan(self._loop.time()):
+            if isinstance(action, Submit):
+                self._submit(action)
+            elif isinstance(action, Prefetch):
+                self._links[action.worker.name].prefetch(action)
             else:
-                request = action.request
-                if request.submitted_s is None:
-                    request.submitted_s = self._loop.time()
-                    self._counts.submit(request, request.submitted_s)
-                link.submit(action)
+                self._abort(action)
+        self._plan_by(self._dispatcher.next_plan_s)
+
+    def _plan_by(self, time_s: float | None) -> None:
+        if self._later_handle is not None:
+            self._later_handle.cancel()
+        self._later_handle = None if time_s is None else self._loop.call_at(time_s, self.plan_soon)
+
+    def _submit(self, submit: Submit) -> None:
+        request = submit.request
+        if request.submitted_s is None:
+            request.submitted_s = self._loop.time()
+            self._counts.submit(request, request.submitted_s)
+        self._links[submit.worker.name].submit(submit)
+
+    def _abort(self, abort: Abort) -> None:
+        self._active.fail(abort.request, slo_unattainable(abort))

@@ -15,8 +15,8 @@ from lorry.router.discovery import Discovery, Resolve, Target, resolve_host
 from lorry.router.dispatcher import Dispatcher
 from lorry.router.fleet import Fleet
 from lorry.router.metrics import METRICS, Source
-from lorry.router.policies import ArrivalOrder, ResidencyPlacement
-from lorry.router.queues import Amount, RequestQueues
+from lorry.router.places import Amount, Places
+from lorry.router.policies import make_policies
 from lorry.router.readiness import Readiness
 from lorry.router.roster import Roster
 from lorry.router.router import Router
@@ -108,14 +108,13 @@ async def _tokenizer(config: Config) -> Tokenizer:
 
 
 def _dispatcher(config: Config) -> Dispatcher:
-    queues = RequestQueues(
+    places = Places(
         limit=Amount(config.max_queued_requests, config.max_queued_tokens),
         tenant_limit=Amount(
             config.max_queued_requests_per_tenant, config.max_queued_tokens_per_tenant
         ),
     )
-    placement = ResidencyPlacement(imbalance=config.placement_imbalance)
-    return Dispatcher(queues, ArrivalOrder(), placement, max_prefetch=config.prefetch_versions)
+    return Dispatcher(places, make_policies(config), max_prefetch=config.prefetch_versions)
 
 
 def _roster(config: Config, make_link: Callable[[str], WorkerLink], resolve: Resolve) -> Roster:

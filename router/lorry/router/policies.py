@@ -1,66 +1,71 @@
 """What to send next, and where: one small class for each policy, without I/O and clock.
 
-They compose: the dispatcher asks `order` for the sequence of waiting requests and `placement` for
-the worker of each.
+They compose: `fairness` says whose turn it is, `order` which of their requests, `placement` which
+worker gets it, `clustering` who of that worker's adapters goes first, and `admission` who need not
+wait any longer. Each can be switched off.
 """
 
-import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from lorry.router.queues import RequestQueues
-from lorry.router.request import Request
-from lorry.router.worker import Worker
+from lorry.router.admission import Admission, AdmitAll, EarlyAbort
+from lorry.router.clustering import AdapterClustering, Clustering, NoClustering
+from lorry.router.fairness import Fairness, NoFairness, TokenCounters
+from lorry.router.order import ArrivalOrder, DeadlineOrder, NewestOrder, Order
+from lorry.router.placement import Placement, ResidencyPlacement
+from lorry.router.policy_options import AdmissionName, OrderName, PolicyOptions
+from lorry.router.predictor import Predictor, PriorPredictor
 
-IMBALANCE_SHARE = 0.25  # of the idlest worker's load that never counts as an imbalance
-
-
-class Order(Protocol):
-    def order(self, queues: RequestQueues) -> Iterable[Request]:
-        """The queued requests, the next first. `queues` do not change meanwhile."""
-        ...
-
-
-class Placement(Protocol):
-    def place(self, request: Request, workers: Sequence[Worker]) -> Worker | None:
-        """Which of `workers`, all able to serve it, gets the request; None: none for now."""
-        ...
-
-
-class ArrivalOrder:
-    """First come, first served, across all adapters."""
-
-    def order(self, queues: RequestQueues) -> Iterable[Request]:
-        return queues.arrivals.values()
+ORDERS: Mapping[OrderName, Callable[[], Order]] = {
+    "arrival": ArrivalOrder,
+    "newest": NewestOrder,
+    "deadline": DeadlineOrder,
+}
+ADMISSIONS: Mapping[AdmissionName, Callable[[], Admission]] = {
+    "all": AdmitAll,
+    "early-abort": EarlyAbort,
+}
 
 
-class ResidencyPlacement:
-    """A worker that holds the adapter, unless it is much busier than the idlest one.
-
-    On the GPU, or on its way there, is better than in host memory, and that better than absent. So
-    an adapter has one worker until its requests overload it, and then as many as they need. Among
-    equals the idlest gets the request, and among idle ones adapters are spread by a hash.
-    """
-
-    def __init__(self, *, imbalance: int) -> None:
-        self._imbalance = imbalance  # requests
-
-    def place(self, request: Request, workers: Sequence[Worker]) -> Worker | None:
-        if not workers:
-            return None
-        least = min(worker.load for worker in workers)
-        most = least + max(self._imbalance, least * IMBALANCE_SHARE)
-        near = [worker for worker in workers if worker.load <= most]
-        return min(near, key=lambda worker: _rank(request, worker))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policies:
+    order: Order
+    overload_order: Order
+    fairness: Fairness
+    clustering: Clustering
+    placement: Placement
+    admission: Admission
+    predictor: Predictor
 
 
-def _rank(request: Request, worker: Worker) -> tuple[int, int, bytes]:
-    """The lowest is preferred."""
-    by_hash = hashlib.blake2b(request.version + worker.name.encode(), digest_size=8).digest()
-    return _distance(request, worker), worker.load, by_hash
+def make_policies(
+    options: PolicyOptions, *, weight: Callable[[str], float] = lambda tenant: 1.0
+) -> Policies:
+    """Those that `options` name; `weight` is a tenant's share of service."""
+    return Policies(
+        order=ORDERS[options.order](),
+        overload_order=ORDERS[options.overload_order](),
+        fairness=_fairness(options, weight),
+        clustering=_clustering(options),
+        placement=ResidencyPlacement(imbalance=options.placement_imbalance),
+        admission=ADMISSIONS[options.admission](),
+        predictor=PriorPredictor(),
+    )
 
 
-def _distance(request: Request, worker: Worker) -> int:
-    if not request.version or worker.will_hold(request.version):
-        return 0
-    return 1 if request.version in worker.host else 2
+def _fairness(options: PolicyOptions, weight: Callable[[str], float]) -> Fairness:
+    if options.fairness == "none":
+        return NoFairness()
+    return TokenCounters(
+        weight=weight,
+        by_adapter=options.fairness == "adapters",
+        quantum_tokens=options.fairness_quantum_tokens,
+    )
+
+
+def _clustering(options: PolicyOptions) -> Clustering:
+    if not options.cluster_adapters:
+        return NoClustering()
+    return AdapterClustering(
+        max_adapters=options.cluster_adapters, max_wait_s=options.cluster_wait_s
+    )

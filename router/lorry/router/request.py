@@ -14,7 +14,9 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lorry.router.fairness import QueueKey
 from lorry.router.generation import Generation, largest_num_tokens
+from lorry.router.slo import NO_SLO, Slo
 
 
 class RequestState(enum.Enum):
@@ -58,17 +60,20 @@ class Request:
     seed: int
     arrival_s: float
     deadline_s: float
+    slo: Slo = NO_SLO  # with the tenant's and the deployment's defaults
     state: RequestState = RequestState.RECEIVED
-    number: int = 0  # in order of arrival; filled by the queues
+    number: int = 0  # in order of arrival, from 1; filled by the dispatcher
     # Filled before it is queued.
     prompt_ids: Sequence[int] = ()
     max_tokens: int = 0
     version: bytes = b""  # empty: the base model
     rank: int = 0
+    adapter_bytes: int = 0  # of all its tensors, about
     # Filled by the dispatcher while it is at a worker.
     worker_name: str = ""
     seq: int = 0
     num_losses: int = 0
+    num_charged: int = 0  # output tokens that fairness has counted
     # Filled by the router as the worker's messages arrive.
     output_ids: list[int] = field(default_factory=list)
     num_prompt_logprobs: int = 0
@@ -84,6 +89,10 @@ class Request:
     @property
     def tenant(self) -> str:
         return self.generation.tenant
+
+    @property
+    def queue(self) -> QueueKey:
+        return QueueKey(self.generation.tenant, self.version)
 
     @property
     def ended(self) -> bool:

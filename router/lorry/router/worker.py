@@ -1,10 +1,28 @@
 """What the router knows of one attached worker."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lorry.router.request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """What a worker tells every second, of all routers together; 0 or empty: not measured yet."""
+
+    running: int = 0  # requests with pages
+    waiting: int = 0  # requests without
+    queued_prompt_tokens: int = 0  # not yet computed
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_adapter: int = 0
+    prefill_tokens_per_s: float = 0.0
+    step_s: Mapping[int, float] = field(default_factory=dict)  # of decodes only, by rows
+    adapter_load_bytes_per_s: float = 0.0
+
+
+NO_STATUS = WorkerStatus()
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +42,7 @@ class Worker:
     gpu: set[bytes] = field(default_factory=set)  # versions usable by the next step
     host: set[bytes] = field(default_factory=set)  # versions in host memory
     prefetched: tuple[bytes, ...] = ()  # versions of the last Prefetch
+    status: WorkerStatus = NO_STATUS  # its last one
 
     @property
     def accepting(self) -> bool:

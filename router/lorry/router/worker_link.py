@@ -14,7 +14,7 @@ from lorry.router.dispatcher import Place, Prefetch, Submit
 from lorry.router.generation import FinishReason, Logprobs, TokenLogprobs
 from lorry.router.outbox import Outbox
 from lorry.router.request import Request
-from lorry.router.worker import Worker
+from lorry.router.worker import Worker, WorkerStatus
 from lorry.rpc.backoff import Backoff
 from lorry.rpc.channel import MIB, Metadata, open_channel
 from lorry.rpc.durations import to_duration, to_seconds
@@ -64,6 +64,7 @@ class WorkerEvents(Protocol):
         self, worker: Worker, seq: int, first_index: int, logprobs: Logprobs
     ) -> None: ...
     def requests_ended(self, worker: Worker, ended: Sequence[Ended]) -> None: ...
+    def status_heard(self, worker: Worker, status: WorkerStatus) -> None: ...
     def submit_limit_raised(self, worker: Worker) -> None: ...
 
 
@@ -185,6 +186,7 @@ class WorkerLink:
             max_rank=welcome.max_rank,
             submit_limit=welcome.submit_limit,
             draining=welcome.status.draining,
+            status=_status(welcome.status),
             listed=self._listed,
         )
 
@@ -206,7 +208,12 @@ class WorkerLink:
                 gpu=(residency.gpu_added, residency.gpu_removed),
                 host=(residency.host_added, residency.host_removed),
             )
-        elif event == "status" and response.status.draining and not worker.draining:
+        elif event == "status":
+            self._receive_status(worker, response.status)
+
+    def _receive_status(self, worker: Worker, status: pb.WorkerStatus) -> None:
+        self._events.status_heard(worker, _status(status))
+        if status.draining and not worker.draining:
             log.info("worker %s is draining", self._address)
             worker.draining = True
             self._events.worker_changed(worker)
@@ -265,6 +272,20 @@ class WorkerLink:
             stop_token_ids=sorted(generation.stop_token_ids),
             remaining=to_duration(request.deadline_s - self._loop.time()),
         )
+
+
+def _status(status: pb.WorkerStatus) -> WorkerStatus:
+    return WorkerStatus(
+        running=status.running,
+        waiting=status.waiting,
+        queued_prompt_tokens=status.queued_prompt_tokens,
+        pages_total=status.pages_total,
+        pages_free=status.pages_free,
+        pages_adapter=status.pages_adapter,
+        prefill_tokens_per_s=status.prefill_tokens_per_s,
+        step_s={point.rows: point.ms / 1e3 for point in status.step_times},
+        adapter_load_bytes_per_s=status.adapter_load_bytes_per_s,
+    )
 
 
 def _logprobs(step: pb.StepOutput) -> list[TokenLogprobs] | None:

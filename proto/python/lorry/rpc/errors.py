@@ -163,6 +163,12 @@ class TenantLimit(LorryError):
     code, reason = Code.RESOURCE_EXHAUSTED, "TENANT_LIMIT"
 
 
+class SloUnattainable(LorryError):
+    """The first token would come too late: metadata `predictedTtftS` and `askedTtftS`."""
+
+    code, reason = Code.RESOURCE_EXHAUSTED, "SLO_UNATTAINABLE"
+
+
 class StoreFull(LorryError):
     code, reason = Code.RESOURCE_EXHAUSTED, "STORE_FULL"
 

@@ -3,10 +3,9 @@ from typing import Any
 
 import pytest
 
-from lorry.router.policies import ArrivalOrder, ResidencyPlacement
-from lorry.router.request import RequestState
+from lorry.router.placement import ResidencyPlacement
 from lorry.router.worker import Worker
-from tests.support.router_requests import queues, request, worker
+from tests.support.router_requests import request, worker
 
 
 def busy(load: int, **fields: Any) -> Worker:
@@ -14,16 +13,6 @@ def busy(load: int, **fields: Any) -> Worker:
     for _ in range(load):
         built.add(request())
     return built
-
-
-def test_arrival_order_goes_across_adapters() -> None:
-    waiting = queues()
-    asked = [request(version=version) for version in (b"a", b"b", b"a", b"c", b"b")]
-    for each in asked:
-        waiting.take_place(each)
-        each.move_to(RequestState.QUEUED)
-        waiting.add(each)
-    assert list(ArrivalOrder().order(waiting)) == asked
 
 
 def test_placement_prefers_gpu_then_host_then_the_idlest() -> None:

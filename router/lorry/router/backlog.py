@@ -1,0 +1,155 @@
+"""The requests that are queued: who is next, and who has been passed over."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+
+from lorry.router.fairness import Fairness, QueueKey
+from lorry.router.line import Line
+from lorry.router.order import Order
+from lorry.router.request import Request
+
+
+class Backlog:
+    """In the line of `order`, or of `overload_order` while `overloaded`.
+
+    A request that is passed over leaves the line and is due at a given time at the latest.
+    """
+
+    def __init__(self, order: Order, overload_order: Order, fairness: Fairness) -> None:
+        self.overloaded = False
+        self._fairness = fairness
+        self._normal = Line(order, fairness)
+        same = type(order) is type(overload_order)
+        self._overload = self._normal if same else Line(overload_order, fairness)
+        self._lines = (self._normal,) if same else (self._normal, self._overload)
+        self._queued: dict[QueueKey, dict[int, Request]] = {}  # by number
+        self._queues_of: dict[bytes, set[QueueKey]] = {}  # by version
+        self._due: OrderedDict[Request, float] = (
+            OrderedDict()
+        )  # who was passed over, and until when
+        self._passed_over: dict[QueueKey, dict[Request, None]] = {}  # the same, by queue
+        self._aside: set[Request] = set()
+        self._num_requests = 0
+
+    def __len__(self) -> int:
+        return self._num_requests
+
+    def __contains__(self, request: Request) -> bool:
+        return request.number in self._queued.get(request.queue, ())
+
+    def __iter__(self) -> Iterator[Request]:
+        for requests in self._queued.values():
+            yield from requests.values()
+
+    def add(self, request: Request) -> None:
+        queue = request.queue
+        if queue not in self._queued:
+            self._queued[queue] = {}
+            self._queues_of.setdefault(queue.version, set()).add(queue)
+            self._fairness.enter(queue)
+        self._queued[queue][request.number] = request
+        self._num_requests += 1
+        for line in self._lines:
+            line.add(request)
+
+    def remove(self, request: Request) -> None:
+        """Does nothing if it is not queued."""
+        queue = request.queue
+        if request not in self:
+            return
+        del self._queued[queue][request.number]
+        self._num_requests -= 1
+        self._aside.discard(request)
+        self._forget_passing_over(request)
+        for line in self._lines:
+            line.discard(request)
+        if not self._queued[queue]:
+            del self._queued[queue]
+            self._queues_of[queue.version].remove(queue)
+            if not self._queues_of[queue.version]:
+                del self._queues_of[queue.version]
+            self._fairness.leave(queue)
+
+    def first(self, now_s: float) -> Request | None:
+        """Who is next: one that is overdue, else the first in line."""
+        due = next((r for r in self._due if r not in self._aside), None)
+        if due is not None and self._due[due] <= now_s:
+            return due
+        in_line = self._line.first()
+        return due if in_line is None else in_line
+
+    def is_overdue(self, request: Request, now_s: float) -> bool:
+        return self._due.get(request, now_s + 1) <= now_s
+
+    def ahead(self, now_s: float, limit: int) -> list[Request]:
+        """Who is next, one after another; nobody is taken."""
+        requests: list[Request] = []
+        while len(requests) < limit and (request := self.first(now_s)) is not None:
+            requests.append(request)
+            self.set_aside(request)
+        self.put_back()
+        return requests
+
+    def pass_over(self, request: Request, due_s: float) -> None:
+        """Let others go first until `due_s`; calls come with ascending ones."""
+        if request in self._due:
+            return
+        self._due[request] = due_s
+        self._passed_over.setdefault(request.queue, {})[request] = None
+        for line in self._lines:
+            line.discard(request)
+
+    def first_with(self, versions: Iterable[bytes]) -> Request | None:
+        """Who is next of these versions' requests; those that were passed over go first."""
+        best, best_rank = None, None
+        for version in versions:
+            for queue in self._queues_of.get(version, ()):
+                passed_over = self._passed_over.get(queue)
+                if passed_over:
+                    return next(iter(passed_over))
+                rank = self._line.rank(queue)
+                if rank is not None and (best_rank is None or rank < best_rank):
+                    best, best_rank = queue, rank
+        return None if best is None else self._line.first_of(best)
+
+    def set_aside(self, request: Request) -> None:
+        """Have it skipped until `put_back`."""
+        self._aside.add(request)
+        for line in self._lines:
+            line.discard(request)
+
+    def put_back(self) -> None:
+        """Undo all `set_aside`."""
+        for request in self._aside:
+            if request not in self._due:
+                for line in self._lines:
+                    line.add(request)
+        self._aside.clear()
+
+    def charge(self, request: Request, *, prompt_tokens: int, output_tokens: int) -> None:
+        """Count service that a request gets, queued or not."""
+        self._fairness.charge(
+            request.queue, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+        )
+
+    def check_integrity(self) -> None:
+        queued = list(self)
+        assert len(set(queued)) == len(queued) == self._num_requests
+        assert all(self._queued.values()), "an empty queue was kept"
+        passed_over = [r for requests in self._passed_over.values() for r in requests]
+        assert len(passed_over) == len(self._due)
+        assert set(passed_over) == set(self._due) <= set(queued)
+        assert not self._aside
+        for request in queued:
+            assert all((request in line) != (request in self._due) for line in self._lines)
+        assert set().union(*self._queues_of.values()) == set(self._queued)
+
+    def _forget_passing_over(self, request: Request) -> None:
+        if self._due.pop(request, None) is not None:
+            del self._passed_over[request.queue][request]
+            if not self._passed_over[request.queue]:
+                del self._passed_over[request.queue]
+
+    @property
+    def _line(self) -> Line:
+        return self._overload if self.overloaded else self._normal

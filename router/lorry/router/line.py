@@ -1,0 +1,91 @@
+"""The queued requests in the sequence of one order and one fairness."""
+
+import heapq
+
+from lorry.router.fairness import Fairness, QueueKey
+from lorry.router.keyed_heap import KeyedHeap
+from lorry.router.order import Order
+from lorry.router.request import Request
+
+Turn = tuple[float, int]  # a request's key in its order, and its number
+SPARE_ENTRIES = 16
+
+
+class Line:
+    """Fairness chooses the tenant and its queue, order the request; no step depends on how many
+    there are but by a logarithm."""
+
+    def __init__(self, order: Order, fairness: Fairness) -> None:
+        self._order = order
+        self._fairness = fairness
+        self._turns: dict[Request, Turn] = {}
+        self._queues: dict[QueueKey, list[tuple[Turn, Request]]] = {}  # heaps
+        self._num_requests: dict[QueueKey, int] = {}
+        self._tenants: dict[str, KeyedHeap[QueueKey]] = {}
+        self._first = KeyedHeap[str](self._tenant_key)
+
+    def __contains__(self, request: Request) -> bool:
+        return request in self._turns
+
+    def add(self, request: Request) -> None:
+        queue = request.queue
+        turn = self._turns[request] = (self._order.key(request), request.number)
+        heapq.heappush(self._queues.setdefault(queue, []), (turn, request))
+        self._num_requests[queue] = self._num_requests.get(queue, 0) + 1
+        self.touch(queue)
+
+    def discard(self, request: Request) -> None:
+        """Does nothing if it is not in line."""
+        if self._turns.pop(request, None) is None:
+            return
+        queue = request.queue
+        left = self._num_requests[queue] = self._num_requests[queue] - 1
+        if not left:
+            del self._num_requests[queue], self._queues[queue]
+        elif len(self._queues[queue]) > 2 * left + SPARE_ENTRIES:
+            self._queues[queue] = [entry for entry in self._queues[queue] if self._counts(entry)]
+            heapq.heapify(self._queues[queue])
+
+    def first(self) -> Request | None:
+        tenant = self._first.first()
+        queue = None if tenant is None else self._tenants[tenant].first()
+        return None if queue is None else self.first_of(queue)
+
+    def first_of(self, queue: QueueKey) -> Request | None:
+        entries = self._queues.get(queue)
+        if entries is None:
+            return None
+        while not self._counts(entries[0]):
+            heapq.heappop(entries)
+        return entries[0][1]
+
+    def rank(self, queue: QueueKey) -> tuple[int, int, Turn] | None:
+        """Where the queue's first request is in the line; None if it has none."""
+        first = self.first_of(queue)
+        if first is None:
+            return None
+        fairness = self._fairness
+        turn = self._turns[first]
+        return fairness.tenant_rank(queue.tenant), fairness.queue_rank(queue), turn
+
+    def touch(self, queue: QueueKey) -> None:
+        """Its rank may have become less."""
+        heap = self._tenants.get(queue.tenant)
+        if heap is None:
+            heap = self._tenants[queue.tenant] = KeyedHeap[QueueKey](self._queue_key)
+        heap.touch(queue)
+        self._first.touch(queue.tenant)
+
+    def _counts(self, entry: tuple[Turn, Request]) -> bool:
+        return self._turns.get(entry[1]) == entry[0]
+
+    def _queue_key(self, queue: QueueKey) -> tuple[int, Turn] | None:
+        first = self.first_of(queue)
+        return None if first is None else (self._fairness.queue_rank(queue), self._turns[first])
+
+    def _tenant_key(self, tenant: str) -> tuple[int, Turn] | None:
+        queue = self._tenants[tenant].first()
+        first = None if queue is None else self.first_of(queue)
+        if first is None:
+            return None
+        return self._fairness.tenant_rank(tenant), self._turns[first]
