@@ -135,6 +135,7 @@ def mapped_files(pid: int) -> str:
         (["--backend", "redis://host"], "backend"),
         (["--backend", "file://host/path"], "backend"),
         (["--ram-bytes", "0"], "ram_bytes"),
+        (["--ram-bytes", str(1 << 60)], "the size of the file system"),
         (["--versions-kept", "0"], "versions_kept"),
         (["--address", "0.0.0.0:0"], "address"),
     ],

@@ -31,6 +31,7 @@ from lorry.v1 import common_pb2
 from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
 from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from lorry.v1.catalogue_service_pb2_grpc import CatalogueServiceStub
+from lorry.v1.store_admin_service_pb2_grpc import StoreAdminServiceStub
 from tests.support.adapters import TINY
 
 CHUNK_BYTES = 16 << 10
@@ -69,6 +70,7 @@ class Client:
         self.adapters = AdapterServiceStub(self.channel)
         self.catalogue = CatalogueServiceStub(self.channel)
         self.data = AdapterDataServiceStub(self.channel)
+        self.admin = StoreAdminServiceStub(self.channel)
         self.metadata = bearer(self.token)
 
     async def call(self, method: Any, request: Any) -> Any:
@@ -171,6 +173,7 @@ async def running_store(
             limits=limits or Limits(),
             dtype=dtype,
             builder_processes=2,
+            memory_dir=backend_dir,
             now_ns=now_ns,
         ) as store,
         serving(

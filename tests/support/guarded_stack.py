@@ -16,6 +16,7 @@ SERVICE_OF = {
     "AdapterService": "store",
     "CatalogueService": "store",
     "InferenceService": "router",
+    "StoreAdminService": "store",
     "WorkerAdminService": "worker",
     "WorkerService": "worker",
 }

@@ -17,6 +17,7 @@ from lorry.v1 import (
     adapter_service_pb2,
     catalogue_service_pb2,
     inference_service_pb2,
+    store_admin_service_pb2,
     worker_admin_service_pb2,
     worker_service_pb2,
 )
@@ -26,6 +27,7 @@ FILES = [
     adapter_service_pb2,
     catalogue_service_pb2,
     inference_service_pb2,
+    store_admin_service_pb2,
     worker_admin_service_pb2,
     worker_service_pb2,
 ]

@@ -37,6 +37,7 @@ async def serve(config: Config) -> None:
             limits=config.limits,
             dtype=dtype,
             builder_processes=config.builders,
+            memory_dir=config.memory_dir or config.backend_directory,
         ) as store,
         serving_metrics(
             config.scraped_address,

@@ -28,8 +28,13 @@ class Config(ServiceConfig):
     shm_dir: Path = SHM_DIR
     """Directory in shared memory for page images; workers on this host need the same one."""
 
-    ram_bytes: int = 4 << 30
-    """Bytes of page images to hold in shared memory at most."""
+    ram_bytes: int | None = None
+    """Bytes of page images to hold in shared memory at most; by default 4 GiB, or half of what the
+    file system of shm_dir can hold where that is less."""
+
+    memory_dir: Path | None = None
+    """Directory for memory.json: which adapters are pinned, and which page images were wanted most
+    and are built first at the next start. By default that of a file:// backend."""
 
     dtype: DtypeName | None = None
     """Type in which uploaded values must be finite; by default the base model's."""

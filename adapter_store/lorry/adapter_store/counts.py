@@ -11,7 +11,10 @@ class ImageCounts:
     """Of the RAM tier."""
 
     wanted: Counter[tuple[str]] = field(default_factory=Counter)  # by state when asked for
+    wanted_bytes: Counter[tuple[str]] = field(default_factory=Counter)  # by the same states
     evictions: int = 0
+    built_ahead: int = 0
+    read_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     build_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     built_bytes: int = 0
     failed_builds: int = 0

@@ -1,25 +1,18 @@
-"""The RAM tier: page images in shared memory, built once, kept while leased, evicted by age of use.
-
-BUILDING ──> READY ──> GONE
-    └──────────────────^
-"""
+"""The RAM tier: page images in shared memory, built once, kept while leased, evicted by age."""
 
 import asyncio
 import contextlib
-import enum
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from hashlib import sha256
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from lorry.adapter_store.backend import Backend
 from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.counts import ImageCounts
-from lorry.adapter_store.image import ImageHeader, image_bytes, image_header
+from lorry.adapter_store.image import image_bytes, image_header
+from lorry.adapter_store.image_key import ImageKey
+from lorry.adapter_store.leases import Image, ImageState, Lease
 from lorry.adapter_store.records import Content
 from lorry.adapter_store.tasks import InThread, Tasks
 from lorry.kernels.page_layout import PageLayout
@@ -27,77 +20,8 @@ from lorry.rpc.errors import LayoutUnsupported, StoreFull
 from lorry.rpc.shared_directory import SharedDirectory
 
 RECLAIM_WAIT_S = 6.0  # readers have 5 s to end their leases
+PINNED_SHARE = 0.5  # of the budget: what is pinned beyond it is evicted like everything else
 ASK_AGAIN_S = 0.5  # so long a reader may keep what it was given while others wait for room
-
-
-class ImageState(enum.Enum):
-    BUILDING = "building"
-    READY = "ready"
-    GONE = "gone"
-
-
-TRANSITIONS: Mapping[ImageState, frozenset[ImageState]] = {
-    ImageState.BUILDING: frozenset({ImageState.READY, ImageState.GONE}),
-    ImageState.READY: frozenset({ImageState.GONE}),
-    ImageState.GONE: frozenset(),
-}
-
-
-class ImageKey(NamedTuple):
-    version: bytes
-    layout: PageLayout
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.version.hex()}.{sha256(repr(self.layout).encode()).hexdigest()[:16]}"
-
-
-@dataclass(eq=False, slots=True)
-class Image:
-    key: ImageKey
-    build: "asyncio.Task[None]"
-    state: ImageState = ImageState.BUILDING
-    header: ImageHeader | None = None  # set with READY
-    path: Path | None = None  # set with READY
-    num_waiting: int = 0  # callers that will lease it once it is built
-    leases: "set[Lease]" = field(default_factory=set)
-
-    @property
-    def evictable(self) -> bool:
-        return self.state is ImageState.READY and not self.leases and not self.num_waiting
-
-    def ask_back(self) -> None:
-        for lease in self.leases:
-            lease.reclaimed.set()
-
-    def move_to(self, state: ImageState) -> None:
-        assert state in TRANSITIONS[self.state], f"{self.key.file_name}: {self.state} to {state}"
-        self.state = state
-
-
-class Lease:
-    """Keeps an image; its file is neither changed nor unlinked before `release`."""
-
-    def __init__(self, image: Image, released: Callable[[Image], None]) -> None:
-        assert image.header is not None
-        assert image.path is not None
-        self.header: ImageHeader = image.header
-        self.path: Path = image.path
-        self.reclaimed = asyncio.Event()  # set when the store needs the memory
-        self._image = image
-        self._after_release: list[Callable[[], None]] = [partial(released, image)]
-        image.leases.add(self)
-
-    def then(self, action: Callable[[], None]) -> None:
-        """Also do this once when the lease ends."""
-        self._after_release.append(action)
-
-    def release(self) -> None:
-        """End the lease; does nothing the second time."""
-        if self in self._image.leases:
-            self._image.leases.remove(self)
-            for action in self._after_release:
-                action()
 
 
 class ImageTier:
@@ -107,6 +31,7 @@ class ImageTier:
         self, directory: SharedDirectory, *, budget_bytes: int, backend: Backend, builders: Builders
     ) -> None:
         self.counts = ImageCounts()
+        self.pinned: Callable[[], frozenset[bytes]] = frozenset  # versions; set by who knows
         self._directory = directory
         self._budget_bytes = budget_bytes
         self._backend = backend
@@ -140,7 +65,8 @@ class ImageTier:
             raise LayoutUnsupported(f"layout.tp_size must be 1, got {layout.tp_size}")
         key = ImageKey(version, layout)
         image = self._images.get(key)
-        self.counts.wanted["absent" if image is None else image.state.value,] += 1
+        state = "absent" if image is None else image.state.value
+        self.counts.wanted[state,] += 1
         if image is None:
             image = self._images[key] = Image(key, self._tasks.start(self._build(key)))
         image.num_waiting += 1
@@ -148,7 +74,38 @@ class ImageTier:
             await asyncio.shield(image.build)
         finally:
             image.num_waiting -= 1
-        return Lease(image, self._after_release)
+        lease = Lease(image, self._after_release)
+        self.counts.wanted_bytes[state,] += lease.header.image_bytes
+        return lease
+
+    async def build_ahead(self, key: ImageKey) -> None:
+        """Have an image before somebody asks for it; the first to go again if nobody does.
+
+        Raises StoreFull or LayoutUnsupported.
+        """
+        if key in self._images:
+            return
+        image = self._images[key] = Image(key, self._tasks.start(self._build(key)))
+        self._images.move_to_end(key, last=False)
+        await asyncio.shield(image.build)
+        self.counts.built_ahead += 1
+
+    def resident(self, version: bytes) -> list[int]:
+        """Bytes of each of a version's images in memory."""
+        return [
+            image.header.image_bytes
+            for image in self._images.values()
+            if image.key.version == version and image.header is not None
+        ]
+
+    def unprotected(self) -> frozenset[bytes]:
+        """The pinned versions that have images beyond the share of pins."""
+        pinned, protected = self.pinned(), self._protected()
+        return frozenset(
+            image.key.version
+            for image in self._images.values()
+            if image.key.version in pinned and image not in protected
+        )
 
     async def discard(self, version: bytes) -> None:
         """Remove the images of a version that nothing refers to."""
@@ -179,6 +136,7 @@ class ImageTier:
         started_s = time.monotonic()
         try:
             async with InThread(self._backend.weights(key.version)) as (content, weights):
+                self.counts.read_s.observe(time.monotonic() - started_s)
                 num_bytes = image_bytes(content.spec, key.layout)
                 temporary = await self._reserve(num_bytes)
                 try:
@@ -250,19 +208,35 @@ class ImageTier:
 
         Images that were still being built are leased meanwhile, so the caller asks again.
         """
-        victim = next((image for image in self._images.values() if image.evictable), None)
+        protected = self._protected()
+        victim = next(
+            (i for i in self._images.values() if i.evictable and i not in protected), None
+        )
         if victim is not None:
             await self._evict(victim)
             self.counts.evictions += 1
             return
         for image in self._images.values():
-            if missing_bytes > 0 and image.leases and image.header is not None:
+            if image in protected or image.header is None:
+                continue
+            if missing_bytes > 0 and image.leases:
                 missing_bytes -= image.header.image_bytes
                 image.ask_back()
         self._room_made.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ASK_AGAIN_S):
                 await self._room_made.wait()
+
+    def _protected(self) -> set[Image]:
+        """The images of pins, the most recently used first, as far as their share goes."""
+        pinned, share_bytes = self.pinned(), PINNED_SHARE * self._budget_bytes
+        protected = set()
+        for image in reversed(self._images.values()) if pinned else ():
+            if image.key.version in pinned and image.header is not None:
+                share_bytes -= image.header.image_bytes
+                if share_bytes >= 0:
+                    protected.add(image)
+        return protected
 
     async def _evict(self, image: Image) -> None:
         """Once awaited it is gone before anybody else can lease or evict it."""

@@ -59,6 +59,22 @@ METRICS: Sequence[Metric[Store]] = (
         ("state",),
     ),
     counter(
+        "lorry_store_image_lookup_bytes_total",
+        "Bytes of the page images that were leased, by their state when they were asked for",
+        lambda store: store.images.counts.wanted_bytes,
+        ("state",),
+    ),
+    counter(
+        "lorry_store_images_built_ahead_total",
+        "Page images that were built before anybody asked: wanted in an earlier life, or pinned",
+        lambda store: store.images.counts.built_ahead,
+    ),
+    gauge(
+        "lorry_store_pins",
+        "Adapters whose page images an operator has pinned",
+        lambda store: len(store.warmer.pins),
+    ),
+    counter(
         "lorry_store_image_evictions_total",
         "Page images that made room for others",
         lambda store: store.images.counts.evictions,
@@ -67,6 +83,11 @@ METRICS: Sequence[Metric[Store]] = (
         "lorry_store_image_build_seconds",
         "To build a page image: to read its weights, make room and pack them",
         lambda store: store.images.counts.build_s,
+    ),
+    histogram(
+        "lorry_store_backend_read_seconds",
+        "Until the backend has a version's weights at hand to build a page image from",
+        lambda store: store.images.counts.read_s,
     ),
     counter(
         "lorry_store_image_built_bytes_total",

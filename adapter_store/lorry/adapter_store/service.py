@@ -1,4 +1,4 @@
-"""The store's three services. Their methods translate; `Store` decides."""
+"""The store's services but for the operators' of memory; their methods translate."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import grpc.aio
 
 from lorry.adapter_store import edits, listing, translation
+from lorry.adapter_store.admin_service import StoreAdminServicer
 from lorry.adapter_store.chunks import read_chunks
-from lorry.adapter_store.images import Lease
+from lorry.adapter_store.leases import Lease
 from lorry.adapter_store.records import Adapter
 from lorry.adapter_store.store import Store
 from lorry.rpc.base_model import BaseModel
@@ -22,9 +23,11 @@ from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1 import adapter_service_pb2_grpc as adapter_grpc
 from lorry.v1 import catalogue_service_pb2 as catalogue_pb
 from lorry.v1 import catalogue_service_pb2_grpc as catalogue_grpc
+from lorry.v1 import store_admin_service_pb2_grpc as admin_grpc
 
 SERVICES = tuple(
-    f"lorry.v1.{name}" for name in ("AdapterService", "CatalogueService", "AdapterDataService")
+    f"lorry.v1.{name}"
+    for name in ("AdapterService", "CatalogueService", "AdapterDataService", "StoreAdminService")
 )
 MAX_PAGE_BYTES = 1 << 20
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -269,9 +272,10 @@ def take_page(adapters: Iterator[Adapter], size: int) -> tuple[list[pb.Adapter],
 
 
 def register(server: grpc.aio.Server, store: Store, base_model: BaseModel) -> None:
-    """Add the three services to a server."""
+    """Add the store's services to a server."""
     adapter_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(store), server)
     catalogue_grpc.add_CatalogueServiceServicer_to_server(CatalogueServicer(store), server)
     data_grpc.add_AdapterDataServiceServicer_to_server(
         AdapterDataServicer(store, base_model), server
     )
+    admin_grpc.add_StoreAdminServiceServicer_to_server(StoreAdminServicer(store.warmer), server)

@@ -14,10 +14,15 @@ from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.catalogue import Catalogue
 from lorry.adapter_store.contents import Contents
 from lorry.adapter_store.counts import FetchCounts
-from lorry.adapter_store.images import ImageTier, Lease
+from lorry.adapter_store.image_key import ImageKey
+from lorry.adapter_store.images import ImageTier
+from lorry.adapter_store.leases import Lease
 from lorry.adapter_store.limits import Limits
+from lorry.adapter_store.memory_file import MemoryFile
+from lorry.adapter_store.ram_budget import ram_budget
 from lorry.adapter_store.records import Adapter, UploadRecord
 from lorry.adapter_store.uploads import Upload, Uploads
+from lorry.adapter_store.warmer import Warmer
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
 from lorry.rpc.labels import check_labels
 from lorry.rpc.names import AdapterName
@@ -41,6 +46,8 @@ class Store:
         ram_bytes: int,
         limits: Limits,
         dtype: Dtype,
+        geometry: ModelGeometry,
+        memory_dir: Path | None,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         loaded = backend.load()
@@ -56,6 +63,12 @@ class Store:
             dtype=dtype,
             stored=loaded.uploads,
             now_ns=now_ns,
+        )
+        self.warmer = Warmer(
+            MemoryFile(memory_dir, geometry),
+            catalogue=self.catalogue,
+            contents=self.contents,
+            images=self.images,
         )
         self.fetches = FetchCounts()
         self.shm_namespace_id = shm_namespace_id(shared.path)
@@ -118,6 +131,7 @@ class Store:
             self.contents.release(version)
             raise
         self.fetches.lease_s.observe(time.monotonic() - started_s)
+        self.warmer.wanted(ImageKey(version, layout))
         lease.then(lambda: self.contents.release(version))
         lease.then(self._sweep_wanted.set)
         return lease
@@ -128,6 +142,8 @@ class Store:
         for digest in self.contents.unreferenced():
             await self.images.discard(digest)
             await self.contents.drop(digest)
+        await self.warmer.keep_pins()
+        await self.warmer.save_at_times()
 
     async def sweep_regularly(self) -> None:
         """Run for as long as the store does."""
@@ -149,6 +165,7 @@ class Store:
         await self.catalogue.close()
 
     async def close(self) -> None:
+        await self.warmer.save()
         await self.uploads.close()
         await self.catalogue.close()
         await self.images.close()
@@ -160,13 +177,17 @@ async def opened(
     *,
     geometry: ModelGeometry,
     shm_dir: Path,
-    ram_bytes: int,
+    ram_bytes: int | None,
     limits: Limits,
     dtype: Dtype,
     builder_processes: int,
+    memory_dir: Path | None = None,
     now_ns: Callable[[], int] = time.time_ns,
 ) -> AsyncIterator[Store]:
-    """A store and its sweeper, for as long as the block runs."""
+    """A store that sweeps and builds ahead for as long as the block runs.
+
+    Raises ValueError if `ram_bytes` is more than `shm_dir` can hold.
+    """
     with contextlib.ExitStack() as stack:
         shared = SharedDirectory(shm_dir)
         stack.callback(shared.close)
@@ -177,18 +198,23 @@ async def opened(
             backend=backend,
             builders=builders,
             shared=shared,
-            ram_bytes=ram_bytes,
+            ram_bytes=ram_budget(shm_dir, ram_bytes),
             limits=limits,
             dtype=dtype,
+            geometry=geometry,
+            memory_dir=memory_dir,
             now_ns=now_ns,
         )
-        sweeper = asyncio.create_task(store.sweep_regularly())
+        background = [
+            asyncio.create_task(work) for work in (store.sweep_regularly(), store.warmer.prefetch())
+        ]
         try:
             yield store
         finally:
-            sweeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sweeper
+            for task in background:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
             await store.start_draining()
             await store.close()
             await builders.close()

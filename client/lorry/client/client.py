@@ -18,6 +18,7 @@ from lorry.client.generation import (
     read_prompt_logprobs,
 )
 from lorry.client.retry import RetryPolicy, retrying, typed
+from lorry.client.store_admin import StoreAdmin
 from lorry.rpc.channel import bearer, open_channel
 from lorry.v1 import inference_service_pb2 as pb
 from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -57,6 +58,9 @@ class Client:
             metadata=self._metadata,
             timeout_s=timeout_s,
             retry=self._retry,
+        )
+        self.store_admin = StoreAdmin(
+            self._store, metadata=self._metadata, timeout_s=timeout_s, retry=self._retry
         )
 
     async def __aenter__(self) -> Self:

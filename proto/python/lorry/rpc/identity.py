@@ -62,6 +62,7 @@ METHOD_ROLES: Mapping[str, frozenset[Role]] = {
         ),
         ("CatalogueService", ["WatchCatalogue"], [Role.ROUTER]),
         ("AdapterDataService", ["FetchAdapter"], [Role.WORKER]),
+        ("StoreAdminService", ["PinImage", "UnpinImage", "ListPins"], [Role.ADMIN]),
         ("WorkerService", ["Attach", "GetWorkerStatus"], [Role.ROUTER]),
         (
             "WorkerAdminService",

@@ -1,0 +1,48 @@
+"""`lorry adapters pin`, `unpin` and `pins`: what a store keeps in memory whatever is wanted."""
+
+from cyclopts import App
+
+from lorry.client.commands.connection import DEFAULT, Connection
+from lorry.client.console import make_console, make_table, show_bytes
+
+
+def add_to(app: App) -> None:
+    app.command(pin)
+    app.command(unpin)
+    app.command(pins)
+
+
+async def pin(name: str, *, connection: Connection = DEFAULT) -> None:
+    """Keep an adapter's page images in the store's memory; needs the role admin.
+
+    Parameters
+    ----------
+    name
+        Id or full name of the adapter. What it publishes later is kept as well.
+    """
+    async with connection.client() as client:
+        pinned = await client.store_admin.pin(name)
+    print(f"pinned {pinned.name} version {pinned.version[:12]} {show_bytes(pinned.image_bytes)}")
+
+
+async def unpin(name: str, *, connection: Connection = DEFAULT) -> None:
+    """Let an adapter's page images be evicted again; needs the role admin.
+
+    Parameters
+    ----------
+    name
+        Id or full name of the adapter.
+    """
+    async with connection.client() as client:
+        await client.store_admin.unpin(name)
+    print(f"unpinned {name}")
+
+
+async def pins(*, connection: Connection = DEFAULT) -> None:
+    """List what is pinned in the store's memory; needs the role admin."""
+    table = make_table("name", "version", "images", "size")
+    async with connection.client() as client:
+        for each in await client.store_admin.pins():
+            size = show_bytes(each.image_bytes)
+            table.add_row(each.name, each.version[:12] or "-", str(each.images), size)
+    make_console().print(table)

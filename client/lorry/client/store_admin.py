@@ -1,0 +1,72 @@
+"""What operators ask of one store: its pins."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc.aio
+
+from lorry.client.generation import adapter_name
+from lorry.client.retry import RetryPolicy, retrying
+from lorry.rpc.channel import Metadata
+from lorry.v1 import store_admin_service_pb2 as pb
+from lorry.v1.store_admin_service_pb2_grpc import StoreAdminServiceStub
+
+Response = TypeVar("Response")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pin:
+    """An adapter whose page images a store keeps in memory."""
+
+    name: str
+    version: str  # in hex; empty if there is no such adapter now
+    images: int  # in memory, one for each layout
+    image_bytes: int
+
+    @classmethod
+    def from_proto(cls, message: pb.Pin) -> "Pin":
+        return cls(
+            name=message.name,
+            version=message.version.hex(),
+            images=message.images,
+            image_bytes=message.image_bytes,
+        )
+
+
+class StoreAdmin:
+    """For callers with the role admin. All calls may be repeated, so all are retried."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        *,
+        metadata: Metadata,
+        timeout_s: float,
+        retry: RetryPolicy,
+    ) -> None:
+        self._stub = StoreAdminServiceStub(channel)
+        self._metadata = metadata
+        self._timeout_s = timeout_s
+        self._retry = retry
+
+    async def pin(self, name: str) -> Pin:
+        """Keep an adapter's images in the store's memory; returns once they are there."""
+        response = await self._call(
+            self._stub.PinImage, pb.PinImageRequest(name=adapter_name(name))
+        )
+        return Pin.from_proto(response.pin)
+
+    async def unpin(self, name: str) -> None:
+        await self._call(self._stub.UnpinImage, pb.UnpinImageRequest(name=adapter_name(name)))
+
+    async def pins(self) -> Sequence[Pin]:
+        response = await self._call(self._stub.ListPins, pb.ListPinsRequest())
+        return [Pin.from_proto(message) for message in response.pins]
+
+    async def _call(self, method: Callable[..., Awaitable[Response]], request: object) -> Response:
+        return await retrying(
+            lambda _, remaining_s: method(request, timeout=remaining_s, metadata=self._metadata),
+            policy=self._retry,
+            timeout_s=self._timeout_s,
+        )
