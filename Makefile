@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		--editable '.[router,adapter-store,worker,client,dev]'
+		--editable '.[router,adapter-store,worker,client,bench,dev]'
 	touch $@
 
 demo: $(READY) ## serve eight adapters on this machine and check every answer

@@ -24,8 +24,8 @@ from benchmarks.driver import Driver
 from benchmarks.random_images import TARGETS, RandomImages, image_directory
 from benchmarks.results_file import RESULTS, write_result
 from benchmarks.roofline import MODELS, ideal_seconds
-from benchmarks.trace import TraceRequest, make_trace
 from benchmarks.trace_run import TraceRun
+from lorry.client.bench.trace import TraceRequest, TraceSpec, make_trace
 from lorry.worker.engine import Engine
 
 
@@ -37,7 +37,7 @@ def distinct_prompts(trace: Sequence[TraceRequest], vocabulary: int, seed: int) 
 def measure(arguments: argparse.Namespace, adapters: int, engine: Engine) -> dict[str, Any]:
     """Run the trace `arguments.runs` times; the metrics are those of the median run."""
     base_model, layout = model_of(arguments)
-    trace = make_trace(
+    spec = TraceSpec(
         requests=arguments.requests,
         adapters=adapters,
         alpha=arguments.alpha,
@@ -45,6 +45,7 @@ def measure(arguments: argparse.Namespace, adapters: int, engine: Engine) -> dic
         cv=arguments.cv,
         seed=arguments.seed,
     )
+    trace = make_trace(spec)
     runs = []
     with image_directory() as directory:
         images = RandomImages(directory, layout, arguments.ranks, adapters)

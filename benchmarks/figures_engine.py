@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from benchmarks.card import find_card
 from benchmarks.figures_text import Result, command
 from benchmarks.roofline import GIB, MODELS, ideal_seconds
-from benchmarks.trace import make_trace
+from lorry.client.bench.trace import TraceSpec, make_trace
 
 OFFLINE = (
     "Offline throughput of the engine on one GPU: all requests of a trace submitted at once, "
@@ -51,12 +51,13 @@ def ideal_req_per_s(row: Result) -> float | None:
     config, card = row["config"], find_card(row["device"])
     if card is None or config["model"] not in MODELS:
         return None
-    trace = make_trace(
+    spec = TraceSpec(
         requests=config["requests"],
         adapters=config["adapters"],
         alpha=config["alpha"],
         seed=config["trace_seed"],
     )
+    trace = make_trace(spec)
     model, pool_bytes = MODELS[config["model"]], config["pool_gib"] * GIB
     return len(trace) / ideal_seconds(card, model, trace, config["ranks"], pool_bytes=pool_bytes)
 

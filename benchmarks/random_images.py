@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.trace import NO_ADAPTER
+from lorry.client.bench.trace import NO_ADAPTER
 from lorry.kernels.page_layout import PageLayout
 from lorry.worker import messages as m
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.card import Card, find_card
-from benchmarks.trace import NO_ADAPTER, TraceRequest, make_trace
+from lorry.client.bench.trace import NO_ADAPTER, TraceRequest, TraceSpec, make_trace
 
 ITEM_BYTES = 2
 GIB = 1 << 30
@@ -120,9 +120,10 @@ def main() -> None:
     card = find_card(arguments.device)
     if card is None:
         parser.error(f"no results of products and kernels on {arguments.device}: run them there")
-    trace = make_trace(
+    spec = TraceSpec(
         requests=arguments.requests, adapters=arguments.adapters, alpha=arguments.alpha
     )
+    trace = make_trace(spec)
     pool_bytes = arguments.pool_gib * GIB
     seconds = ideal_seconds(
         card, MODELS[arguments.model], trace, arguments.ranks, pool_bytes=pool_bytes

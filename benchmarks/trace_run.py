@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.driver import Driver, greedy
 from benchmarks.random_images import RandomImages
-from benchmarks.trace import TraceRequest
+from lorry.client.bench.trace import TraceRequest
 from lorry.worker import messages as m
 from lorry.worker.engine import Engine
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.card import products_of
 from benchmarks.figures import figures
-from benchmarks.trace import make_trace
+from lorry.client.bench.trace import TraceSpec, make_trace
 from tests.support.command import REPO
 
 TINY = {
@@ -62,7 +62,7 @@ def test_a_trace_ends_every_request_at_its_length(tiny: Path) -> None:
 def test_requests_may_come_at_their_arrivals(tiny: Path) -> None:
     options = ("--requests", "4", "--adapters", "3", "--runs", "1", "--arrivals", "--rate", "8")
     result = run("engine", tiny, *options)
-    trace = make_trace(requests=4, adapters=3, rate=8.0)
+    trace = make_trace(TraceSpec(requests=4, adapters=3, rate=8.0))
     assert result["metrics"]["seconds"] > trace[-1].arrival_s > 0.2
     # Times count from a request's own arrival, which the last one's is long after the start.
     assert 0 < result["metrics"]["ttft_s"]["p50"] < result["metrics"]["latency_s"]["p50"]

@@ -27,6 +27,7 @@ COMMANDS = [
     ["adapters", "update"],
     ["adapters", "delete"],
     ["status"],
+    ["bench"],
 ]
 
 

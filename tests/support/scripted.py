@@ -76,7 +76,7 @@ class Script:
 
 
 class ScriptedInference(InferenceServiceServicer):
-    """Answers with the prompt's words, one token each."""
+    """Answers with the prompt's words, one token each; tokens with as many as were asked for."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class ScriptedInference(InferenceServiceServicer):
     ) -> inference_service_pb2.GenerateResponse:
         self.specs.append(request.spec)
         self.script.step()
-        words = request.spec.prompt.split()
+        words = _words(request.spec)
         return inference_service_pb2.GenerateResponse(
             text="".join(words),
             token_ids=range(len(words)),
@@ -113,7 +113,7 @@ class ScriptedInference(InferenceServiceServicer):
         self.script.step()
         if (prompt := _prompt_logprobs(request.spec)) is not None:
             yield inference_service_pb2.StreamGenerateResponse(prompt_logprobs=prompt)
-        for index, word in enumerate(request.spec.prompt.split()):
+        for index, word in enumerate(_words(request.spec)):
             if index == self._break_after:
                 raise _Broken("the connection broke")
             if index == self._pause_after:
@@ -127,6 +127,10 @@ class ScriptedInference(InferenceServiceServicer):
             await asyncio.sleep(0)
         completed = _completed(request.spec)
         yield inference_service_pb2.StreamGenerateResponse(completed=completed)
+
+
+def _words(spec: inference_service_pb2.GenerationSpec) -> list[str]:
+    return spec.prompt.split() or ["x"] * spec.stopping.max_tokens
 
 
 def _prompt_logprobs(

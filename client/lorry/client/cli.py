@@ -7,6 +7,7 @@ import sys
 from cyclopts import App
 
 from lorry.client.commands import adapters
+from lorry.client.commands.bench import bench
 from lorry.client.commands.generate import generate
 from lorry.client.commands.status import status
 from lorry.client.commands.up import up
@@ -27,6 +28,7 @@ app.command(up)
 app.command(generate)
 app.command(adapters.app)
 app.command(status)
+app.command(bench)
 
 
 def run() -> None:

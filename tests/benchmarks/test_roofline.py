@@ -1,37 +1,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.card import Card, find_card
 from benchmarks.roofline import MODELS, ideal_seconds
-from benchmarks.trace import NO_ADAPTER, make_trace
-
-
-def test_a_trace_is_the_same_every_time() -> None:
-    trace = make_trace(requests=50, adapters=8)
-    assert trace == make_trace(requests=50, adapters=8)
-    assert trace != make_trace(requests=50, adapters=8, seed=43)
-
-
-def test_lengths_do_not_depend_on_the_number_of_adapters() -> None:
-    few, many = (make_trace(requests=50, adapters=adapters) for adapters in (0, 1000))
-    assert [r.prompt_tokens for r in few] == [r.prompt_tokens for r in many]
-    assert [r.output_tokens for r in few] == [r.output_tokens for r in many]
-    assert {r.adapter for r in few} == {NO_ADAPTER}
-
-
-def test_popularity_follows_alpha() -> None:
-    zipf = np.bincount([r.adapter for r in make_trace(requests=5000, adapters=100)])
-    assert 0.15 < zipf[0] / 5000 < 0.25  # 1 / H(100) is 0.193
-    flat = np.bincount([r.adapter for r in make_trace(requests=5000, adapters=100, alpha=0)])
-    assert flat.max() < 100
-
-
-def test_arrivals_have_the_asked_rate() -> None:
-    last = make_trace(requests=4000, adapters=1, rate=5.0, cv=4.0)[-1].arrival_s
-    assert last == pytest.approx(800, rel=0.3)
+from lorry.client.bench.trace import TraceSpec, make_trace
 
 
 def h200() -> Card:
@@ -49,7 +23,7 @@ def test_ideal_products_grow_with_the_rows(model: str) -> None:
 
 def test_ideal_engine_pays_for_each_distinct_adapter_and_for_a_small_pool() -> None:
     def seconds(adapters: int, rank: int, pool_gib: int = 108) -> float:
-        trace = make_trace(requests=200, adapters=adapters)
+        trace = make_trace(TraceSpec(requests=200, adapters=adapters))
         model = MODELS["llama-3-8b"]
         return ideal_seconds(h200(), model, trace, [rank], pool_bytes=pool_gib << 30)
 
