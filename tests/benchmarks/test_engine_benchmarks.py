@@ -47,7 +47,7 @@ def run(name: str, tiny: Path, *options: str, common: Sequence[str] = ENGINE) ->
     )
     [path] = directory.glob("**/*.json")
     result: dict[str, Any] = json.loads(path.read_text())
-    assert (result["device"] in figures(directory)) == (name != "products")
+    assert (result["device"] in figures(directory)) == (name not in ("products", "ablation"))
     return result
 
 
@@ -68,6 +68,17 @@ def test_requests_may_come_at_their_arrivals(tiny: Path) -> None:
     assert 0 < result["metrics"]["ttft_s"]["p50"] < result["metrics"]["latency_s"]["p50"]
     assert result["metrics"]["ttft_s"]["p99"] < result["metrics"]["seconds"]
     assert result["config"]["rate"] == 8.0
+
+
+def test_every_variant_serves_the_same_trace_where_memory_binds(tiny: Path) -> None:
+    options = (
+        *("--requests", "6", "--adapters", "6", "--runs", "1", "--alpha", "0"),
+        *("--pool-gib", "0.0005", "--ranks", "32", "64"),
+    )
+    metrics = run("ablation", tiny, *options)["metrics"]
+    assert metrics.keys() == {"whole engine", "split pool", "padded ranks", "no prefetch"}
+    assert all(of["adapter_evictions"] > 0 for of in metrics.values())
+    assert metrics["padded ranks"]["adapter_loads"] >= metrics["whole engine"]["adapter_loads"]
 
 
 def test_every_case_of_a_step_is_measured_around_its_context(tiny: Path) -> None:

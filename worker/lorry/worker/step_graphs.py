@@ -103,6 +103,12 @@ class StepGraphs:
             self._graphs[samples, head].replay()
         self.replays += 1
 
+    def launch(self, rows: int, samples: int, groups: LoraGroups, head: HeadKind) -> None:
+        """The same as `replay` with a launch of each kernel, for comparison."""
+        self._body(rows, groups, self._model)
+        if samples:
+            self.head.run(samples, head)
+
     def report_prompt(self, targets: PromptTargets) -> torch.Tensor:
         """Packed logprobs of prompt tokens, of the step that was just replayed; see PromptHead."""
         return self._prompt_head.launch(targets, self._graphs[PROMPT_PIECE].replay)

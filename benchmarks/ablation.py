@@ -1,0 +1,126 @@
+"""What each part of the design is worth: a trace with the whole engine, and without one part.
+
+    python -m benchmarks.ablation --model llama-3-8b --pool-gib 32 --ranks 8 16 32 64
+
+All variants run in turns on one engine, so that a drift of clocks meets all;
+`benchmarks/variants.py` says what each leaves out. The pool is to be so small that memory binds: a
+run of the whole engine without evictions is an error.
+"""
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.building import build, device_name, engine_parser, model_of, pool_gib
+from benchmarks.driver import Driver
+from benchmarks.engine import distinct_prompts
+from benchmarks.random_images import RandomImages, image_directory
+from benchmarks.results_file import write_result
+from benchmarks.trace import TraceRequest, make_trace
+from benchmarks.trace_run import TraceRun
+from benchmarks.variants import PADDED_RANKS, WHOLE, variants_on
+from lorry.worker.engine import Engine
+
+KEPT = (
+    *("req_per_s", "out_tok_per_s", "ttft_s", "token_gap_s", "steps", "adapter_loads"),
+    *("adapter_evictions", "preemptions"),
+)
+
+
+def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
+    """By variant: the metrics of its median run, and its throughput in every run."""
+    base_model, layout = model_of(arguments)
+    trace = make_trace(
+        requests=arguments.requests,
+        adapters=arguments.adapters,
+        alpha=arguments.alpha,
+        seed=arguments.seed,
+    )
+    variants = variants_on(arguments.device, arguments.adapter_share)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+    with image_directory() as exact, image_directory() as padded:
+        images = RandomImages(exact, layout, arguments.ranks, arguments.adapters)
+        alike = RandomImages(padded, layout, [max(arguments.ranks)], arguments.adapters)
+        for number in range(arguments.runs):
+            prompts = distinct_prompts(trace, base_model.vocab_size, number)
+            for name, variant in variants.items():
+                used = alike if name == PADDED_RANKS else images
+                with variant(engine):
+                    runs[name].append(_run(engine, used, trace, prompts))
+                print(f"run {number}, {name}: {runs[name][-1]['req_per_s']:.2f} req/s", flush=True)
+    evictions = min(run["adapter_evictions"] for run in runs[WHOLE])
+    if not evictions:
+        raise SystemExit("no adapter was evicted: give a smaller --pool-gib or more --adapters")
+    return {name: _summary(of) for name, of in runs.items()}
+
+
+def _run(
+    engine: Engine,
+    images: RandomImages,
+    trace: Sequence[TraceRequest],
+    prompts: Sequence[list[int]],
+) -> dict[str, Any]:
+    run = TraceRun(engine, images, trace, first=time.time_ns(), at_arrivals=False)
+    metrics = run.run(prompts, engine.scheduler.limits.max_context_tokens)
+    Driver(engine, images, []).evict_all()
+    return metrics
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    middle = sorted(runs, key=lambda run: run["req_per_s"])[len(runs) // 2]
+    kept = {name: middle[name] for name in KEPT}
+    return kept | {"req_per_s_of_runs": [run["req_per_s"] for run in runs]}
+
+
+def _print(metrics: dict[str, Any]) -> None:
+    print(f"{'variant':24}{'req/s':>9}{'of whole':>10}{'loads':>8}{'evictions':>11}")
+    whole = metrics[WHOLE]["req_per_s_of_runs"]
+    for name, of in metrics.items():
+        shares = [one / other for one, other in zip(of["req_per_s_of_runs"], whole, strict=True)]
+        print(
+            f"{name:24}{of['req_per_s']:9.2f}{median(shares):10.2f}{of['adapter_loads']:8}"
+            f"{of['adapter_evictions']:11}"
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    result = engine_parser(__doc__)
+    result.set_defaults(pool_gib=32.0, ranks=[8, 16, 32, 64])
+    result.add_argument("--requests", type=int, default=500)
+    result.add_argument("--adapters", type=int, default=400)
+    result.add_argument("--alpha", type=float, default=1.0, help="0 is uniform, 1 is Zipf")
+    result.add_argument("--seed", type=int, default=42, help="of the trace")
+    result.add_argument("--runs", type=int, default=3)
+    result.add_argument(
+        "--adapter-share", type=float, default=0.25, help="of the pool, where it is split"
+    )
+    return result
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO)
+    arguments = parser().parse_args()
+    base_model, layout = model_of(arguments)
+    engine, _ = build(arguments, base_model, layout)
+    metrics = measure(engine, arguments)
+    _print(metrics)
+    names = ("model", "ranks", "adapters", "requests", "alpha", "dtype", "adapter_share")
+    config = {name: getattr(arguments, name) for name in names}
+    write_result(
+        f"ablation-{Path(arguments.model).name}",
+        benchmark="ablation",
+        device=device_name(arguments.device),
+        config=config
+        | {"trace_seed": arguments.seed, "pool_gib": round(pool_gib(engine, layout), 2)},
+        metrics=metrics,
+        directory=arguments.directory,
+        commit=arguments.commit,
+    )
+
+
+if __name__ == "__main__":
+    main()
