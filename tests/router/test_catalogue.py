@@ -2,7 +2,7 @@ from lorry.router.catalogue import AdapterVersion, Catalogue, Change
 from lorry.rpc.names import AdapterName
 
 A, B = AdapterName("t", "a"), AdapterName("t", "b")
-ONE, TWO = AdapterVersion(b"1", 8), AdapterVersion(b"2", 16)
+ONE, TWO = AdapterVersion(b"1", 8, 0), AdapterVersion(b"2", 16, 0)
 
 
 def snapshot(*changes: Change, revision: int = 5, store_id: str = "s") -> Catalogue:

@@ -16,6 +16,8 @@ from lorry.router.config import Config
         ({"worker_wait_s": -0.5}, "worker_wait_s must not be negative, got -0.5"),
         ({"worker": ()}, "worker must name at least one"),
         ({"worker": ("h:1", "h:1")}, "worker must name each"),
+        ({"slo_ttft_s": 0}, "slo_ttft_s must be positive, got 0"),
+        ({"cluster_wait_s": -1}, "cluster_wait_s must not be negative, got -1"),
     ],
 )
 def test_a_wrong_option_is_named_with_its_value(fields: dict[str, Any], said: str) -> None:

@@ -22,7 +22,7 @@ from tests.support.router_stack import error_of, router_stack
 from tests.support.waiting import until
 
 A = AdapterName("t", "a")
-ONE, TWO = AdapterVersion(b"1", 8), AdapterVersion(b"2", 16)
+ONE, TWO = AdapterVersion(b"1", 8, 0), AdapterVersion(b"2", 16, 0)
 
 
 @contextlib.asynccontextmanager

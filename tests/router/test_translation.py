@@ -8,6 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import ParseDict
 
 from lorry.router.generation import Chat, ChatMessage, Completion, FinishReason
+from lorry.router.slo import Slo
 from lorry.router.translation import SpecReader, to_completed
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import (
@@ -216,10 +217,20 @@ def test_what_is_not_served_yet_is_refused_by_name(
     assert refusal.value.metadata == {"field": field}
 
 
-def test_an_slo_is_refused_until_it_is_served(reader: SpecReader) -> None:
+def test_an_slo_may_ask_for_either_time(reader: SpecReader) -> None:
+    assert reader.read(spec(), tenant="t").slo == Slo()
     asked = spec()
-    asked.slo.ttft.CopyFrom(Duration(seconds=1))
-    with pytest.raises(FeatureUnsupported, match="slo"):
+    asked.slo.ttft.CopyFrom(Duration(seconds=1, nanos=500_000_000))
+    assert reader.read(asked, tenant="t").slo == Slo(ttft_s=1.5)
+    asked.slo.tpot.CopyFrom(Duration(nanos=50_000_000))
+    assert reader.read(asked, tenant="t").slo == Slo(ttft_s=1.5, tpot_s=0.05)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 86401])
+def test_an_slo_that_cannot_be_meant_is_refused(reader: SpecReader, seconds: int) -> None:
+    asked = spec()
+    asked.slo.tpot.CopyFrom(Duration(seconds=seconds))
+    with pytest.raises(InvalidRequest, match=rf"slo.tpot: must be in .*, got {seconds}"):
         reader.read(asked, tenant="t")
 
 

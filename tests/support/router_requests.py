@@ -68,7 +68,7 @@ def places(
 ) -> Places:
     return Places(
         limit=Amount(max_requests, max_tokens),
-        tenant_limit=Amount(max_requests_per_tenant, max_tokens_per_tenant),
+        tenant_limit=lambda tenant: Amount(max_requests_per_tenant, max_tokens_per_tenant),
     )
 
 

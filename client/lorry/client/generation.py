@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from lorry.rpc.durations import to_seconds
+from lorry.rpc.durations import to_duration, to_seconds
 from lorry.v1 import common_pb2, inference_service_pb2
 
 
@@ -44,6 +44,8 @@ class Request:
     ignore_eos: bool = False
     top_logprobs: int | None = None  # alternatives of each token, 0 to 20; None = no logprobs
     prompt_logprobs: int | None = None  # the same, of the prompt's tokens but the first
+    slo_ttft_s: float | None = None  # seconds to the first token that are asked for
+    slo_tpot_s: float | None = None  # seconds per output token
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def to_proto(self) -> inference_service_pb2.GenerationSpec:
@@ -56,6 +58,7 @@ class Request:
             response=common_pb2.ResponseOptions(
                 top_logprobs=self.top_logprobs, prompt_logprobs=self.prompt_logprobs
             ),
+            slo=self._slo(),
             labels=self.labels,
         )
         _set_prompt(spec, self.prompt)
@@ -72,6 +75,12 @@ class Request:
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias,
             seed=self.seed,
+        )
+
+    def _slo(self) -> common_pb2.Slo:
+        return common_pb2.Slo(
+            ttft=None if self.slo_ttft_s is None else to_duration(self.slo_ttft_s),
+            tpot=None if self.slo_tpot_s is None else to_duration(self.slo_tpot_s),
         )
 
     def _stopping(self) -> common_pb2.StoppingOptions:

@@ -11,6 +11,7 @@ class AdapterVersion(NamedTuple):
 
     version: bytes
     rank: int
+    num_bytes: int  # of its tensors
 
 
 class Change(NamedTuple):

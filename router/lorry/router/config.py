@@ -7,6 +7,8 @@ import cyclopts
 
 from lorry.router.discovery import Target
 from lorry.router.policy_options import PolicyOptions
+from lorry.router.slo import Slo
+from lorry.router.tenants import Tenant
 from lorry.rpc.command import check_not_negative, check_positive
 from lorry.rpc.service_config import ServiceConfig
 
@@ -44,6 +46,16 @@ class Config(PolicyOptions, ServiceConfig):
 
     max_queued_tokens_per_tenant: int = 4 << 20
     """Prompt tokens of one tenant that may wait; more is refused with TENANT_LIMIT."""
+
+    tenants: Path | None = None
+    """JSON file of tenants' weights, limits and SLOs; without one all have weight 1 and what the
+    options here say."""
+
+    slo_ttft_s: float | None = None
+    """Seconds to the first token that a request asks for which names none, nor does its tenant."""
+
+    slo_tpot_s: float | None = None
+    """Seconds per output token, likewise."""
 
     max_request_s: float = 3600.0
     """Seconds that a request may live; also the deadline of a request that names none."""
@@ -84,6 +96,8 @@ class Config(PolicyOptions, ServiceConfig):
             "max_queued_requests_per_tenant",
             "max_queued_tokens",
             "max_queued_tokens_per_tenant",
+            "slo_ttft_s",
+            "slo_tpot_s",
             "max_request_s",
             "max_unsent_tokens",
             "client_stall_s",
@@ -100,6 +114,15 @@ class Config(PolicyOptions, ServiceConfig):
             raise ValueError(f"worker must name each HOST:PORT once, got {self.worker}")
         for text in self.worker:
             Target.parse(text)
+
+    @property
+    def other_tenants(self) -> Tenant:
+        """What a tenant gets that the file does not name."""
+        return Tenant(
+            max_queued_requests=self.max_queued_requests_per_tenant,
+            max_queued_tokens=self.max_queued_tokens_per_tenant,
+            slo=Slo(ttft_s=self.slo_ttft_s, tpot_s=self.slo_tpot_s),
+        )
 
     @property
     def served_model(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lorry.router.slo import NO_SLO, Slo
 from lorry.rpc.names import AdapterName
 
 
@@ -58,6 +59,7 @@ class Generation:
     stop_token_ids: frozenset[int] = frozenset()  # with the model's end-of-sequence tokens
     top_logprobs: int | None = None  # alternatives of each token; None: no logprobs at all
     prompt_logprobs: int | None = None  # the same, of the prompt's tokens
+    slo: Slo = NO_SLO
     labels: Mapping[str, str] = field(default_factory=dict)
 
 

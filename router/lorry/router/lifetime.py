@@ -22,6 +22,7 @@ from lorry.router.roster import Roster
 from lorry.router.router import Router
 from lorry.router.service import SERVICE, InferenceService
 from lorry.router.store import Store
+from lorry.router.tenants import Tenants, read_tenants
 from lorry.router.tokenizer import Tokenizer
 from lorry.router.translation import SpecReader
 from lorry.router.worker_link import WorkerLink
@@ -49,9 +50,10 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIterator[Running]:
-    """Raises ValueError for a model, token file or address that cannot be served."""
+    """Raises ValueError for a model, file or address that cannot be served."""
     base_model = await asyncio.to_thread(read_base_model, config.model)
     metadata = bearer(read_token(config.token_file))
+    tenants = read_tenants(config.tenants, config.other_tenants)
     readiness = Readiness()
     async with contextlib.AsyncExitStack() as stack:
         tokenizer = await _tokenizer(config)
@@ -63,7 +65,7 @@ async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIt
             timeout_s=config.store_timeout_s,
             on_synced=readiness.set_catalogue_synced,
         )
-        dispatcher = _dispatcher(config)
+        dispatcher = _dispatcher(config, tenants)
         active = ActiveRequests(dispatcher)
         fleet = Fleet(config, dispatcher, active, on_workers=readiness.set_workers)
         roster = _roster(config, _link_maker(config, fleet, base_model, metadata), resolve)
@@ -75,6 +77,7 @@ async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIt
             fleet,
             tokenizer,
             store,
+            tenants,
             max_context_tokens=base_model.max_context_tokens,
         )
         calls = CallCounts()
@@ -107,14 +110,15 @@ async def _tokenizer(config: Config) -> Tokenizer:
     )
 
 
-def _dispatcher(config: Config) -> Dispatcher:
+def _dispatcher(config: Config, tenants: Tenants) -> Dispatcher:
     places = Places(
         limit=Amount(config.max_queued_requests, config.max_queued_tokens),
-        tenant_limit=Amount(
-            config.max_queued_requests_per_tenant, config.max_queued_tokens_per_tenant
+        tenant_limit=lambda tenant: Amount(
+            tenants[tenant].max_queued_requests, tenants[tenant].max_queued_tokens
         ),
     )
-    return Dispatcher(places, make_policies(config), max_prefetch=config.prefetch_versions)
+    policies = make_policies(config, weight=tenants.weight)
+    return Dispatcher(places, policies, max_prefetch=config.prefetch_versions)
 
 
 def _roster(config: Config, make_link: Callable[[str], WorkerLink], resolve: Resolve) -> Roster:

@@ -1,6 +1,7 @@
 """The places of requests that wait, within limits."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class Places:
     The limits hold for arrivals only: a request that comes back from a lost worker is not refused.
     """
 
-    def __init__(self, *, limit: Amount, tenant_limit: Amount) -> None:
+    def __init__(self, *, limit: Amount, tenant_limit: Callable[[str], Amount]) -> None:
         self._tenant_limit = tenant_limit
         self._all = Waiting(limit)
         self._tenants: dict[str, Waiting] = {}
@@ -102,6 +103,8 @@ class Places:
             assert waiting.num_tokens == sum(held[request] for request in waiting.tokens)
 
     def _hold(self, request: Request) -> None:
-        tenant = self._tenants.setdefault(request.tenant, Waiting(self._tenant_limit))
+        tenant = self._tenants.get(request.tenant)
+        if tenant is None:
+            tenant = self._tenants[request.tenant] = Waiting(self._tenant_limit(request.tenant))
         for waiting in (self._all, tenant):
             waiting.hold(request, request.num_prompt_tokens)

@@ -18,12 +18,13 @@ from lorry.router.fleet import Fleet
 from lorry.router.generation import Generation
 from lorry.router.output import Output
 from lorry.router.request import Request, RequestState
+from lorry.router.tenants import Tenants
 from lorry.router.text_stream import TextStream
 from lorry.router.tokenizer import Tokenizer
 from lorry.rpc.errors import Draining, Interrupted, LorryError, SlowReader
 from lorry.rpc.names import AdapterName
 
-BASE_MODEL = AdapterVersion(version=b"", rank=0)
+BASE_MODEL = AdapterVersion(version=b"", rank=0, num_bytes=0)
 S = RequestState
 
 
@@ -40,6 +41,7 @@ class Router:
         fleet: Fleet,
         tokenizer: Tokenizer,
         resolver: Resolver,
+        tenants: Tenants,
         *,
         max_context_tokens: int,
     ) -> None:
@@ -49,6 +51,7 @@ class Router:
         self._fleet = fleet
         self._tokenizer = tokenizer
         self._resolver = resolver
+        self._tenants = tenants
         self._max_context_tokens = max_context_tokens
         self._loop = asyncio.get_running_loop()
 
@@ -106,6 +109,7 @@ class Router:
             generation,
             seed=random.getrandbits(64) if generation.seed is None else generation.seed,
             arrival_s=now_s,
+            slo=generation.slo.over(self._tenants[generation.tenant].slo),
             deadline_s=now_s + (life_s if remaining_s is None else min(remaining_s, life_s)),
         )
         self._active.counts.received += 1
@@ -140,7 +144,7 @@ class Router:
         if request.ended:  # by its deadline
             return
         limits = (self._max_context_tokens, self._dispatcher.max_context_tokens)
-        request.version, request.rank = published
+        request.version, request.rank, request.adapter_bytes = published
         request.prompt_ids = prompt_ids
         request.max_tokens = resolve_max_tokens(
             generation,

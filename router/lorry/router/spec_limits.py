@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from lorry.rpc.durations import to_seconds
 from lorry.rpc.errors import InvalidRequest, InvalidSampling
 from lorry.v1 import common_pb2
 
@@ -12,6 +13,7 @@ MAX_STOP_STRING_CHARS = 64
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 300
 MAX_TOP_LOGPROBS = 20
+MAX_SLO_S = 86400
 SHOWN_CHARS = 200  # of a wrong value, in the error that names it
 
 
@@ -88,6 +90,13 @@ def check_response(response: common_pb2.ResponseOptions) -> None:
             f"must be in [0, {MAX_TOP_LOGPROBS}]",
             value,
         )
+
+
+def check_slo(slo: common_pb2.Slo) -> None:
+    for field, duration in slo.ListFields():
+        seconds = to_seconds(duration)
+        what = f"must be in (0, {MAX_SLO_S}] seconds"
+        check(f"slo.{field.name}", 0 < seconds <= MAX_SLO_S, what, seconds)
 
 
 def check(field: str, holds: bool, description: str, value: object = None) -> None:

@@ -160,4 +160,6 @@ def _change(event: pb.AdapterEvent) -> Change:
 
 
 def _published(adapter: adapter_pb.Adapter) -> AdapterVersion:
-    return AdapterVersion(adapter.version, adapter.published.max_rank)
+    return AdapterVersion(
+        adapter.version, adapter.published.max_rank, adapter.published.weights_bytes
+    )

@@ -16,17 +16,19 @@ from lorry.router.generation import (
     PromptLogprobs,
     TokenLogprobs,
 )
+from lorry.router.slo import Slo
 from lorry.router.spec_limits import (
     check,
     check_prompt_size,
     check_response,
     check_sampling,
+    check_slo,
     check_stopping,
     shown,
 )
 from lorry.router.store import adapter_not_found
 from lorry.rpc.base_model import BaseModel
-from lorry.rpc.durations import to_duration
+from lorry.rpc.durations import to_duration, to_seconds
 from lorry.rpc.errors import InvalidRequest, InvalidSampling, ModelNotFound
 from lorry.rpc.labels import check_labels
 from lorry.rpc.names import AdapterName
@@ -61,6 +63,7 @@ class SpecReader:
         check_sampling(spec.sampling)
         check_stopping(spec.stopping)
         check_response(spec.response)
+        check_slo(spec.slo)
         refuse_unsupported(spec)
         stopping, sampling, response = spec.stopping, spec.sampling, spec.response
         return Generation(
@@ -87,6 +90,7 @@ class SpecReader:
             prompt_logprobs=(
                 response.prompt_logprobs if response.HasField("prompt_logprobs") else None
             ),
+            slo=_slo(spec.slo),
             labels=dict(spec.labels),
         )
 
@@ -121,6 +125,13 @@ class SpecReader:
     def _check_token_ids(self, field: str, token_ids: Iterable[int]) -> None:
         largest = max(token_ids, default=0)
         check(field, largest < self._vocab_size, f"must be below {self._vocab_size}", largest)
+
+
+def _slo(slo: common_pb2.Slo) -> Slo:
+    return Slo(
+        ttft_s=to_seconds(slo.ttft) if slo.HasField("ttft") else None,
+        tpot_s=to_seconds(slo.tpot) if slo.HasField("tpot") else None,
+    )
 
 
 def to_chunk(chunk: Chunk) -> pb.StreamGenerateResponse:

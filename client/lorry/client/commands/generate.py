@@ -34,6 +34,8 @@ async def generate(
     chat: Annotated[bool, Parameter(negative="")] = False,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    slo_ttft_s: float | None = None,
+    slo_tpot_s: float | None = None,
     stats: Annotated[bool, Parameter(negative="")] = False,
     connection: Connection = DEFAULT,
 ) -> None:
@@ -82,6 +84,11 @@ async def generate(
         20, to standard error at the end; default: none.
     prompt_logprobs
         The same for each token of the prompt but the first.
+    slo_ttft_s
+        Seconds to the first token that are acceptable; a router that is too busy for it refuses
+        at once.
+    slo_tpot_s
+        Seconds per further token that are acceptable.
     stats
         Print token counts and times to standard error at the end.
     """
@@ -106,6 +113,8 @@ async def generate(
         ignore_eos=ignore_eos,
         top_logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        slo_ttft_s=slo_ttft_s,
+        slo_tpot_s=slo_tpot_s,
     )
     reported: list[TokenLogprobs] = []
     async with connection.client() as client, client.stream(request) as stream:

@@ -8,11 +8,5 @@ def refuse_unsupported(
     message: inference_service_pb2.GenerationSpec | worker_service_pb2.Submit,
 ) -> None:
     """Raise FeatureUnsupported for what is asked for; a value that changes nothing is not."""
-    asked = {
-        "guided": message.HasField("guided"),
-        "slo": isinstance(message, inference_service_pb2.GenerationSpec)
-        and message.HasField("slo"),
-    }
-    for field, is_asked in asked.items():
-        if is_asked:
-            raise FeatureUnsupported(f"{field} is not supported yet", field=field)
+    if message.HasField("guided"):
+        raise FeatureUnsupported("guided is not supported yet", field="guided")

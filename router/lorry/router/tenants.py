@@ -1,0 +1,72 @@
+"""What the deployment grants each tenant: a weight, limits and default objectives.
+
+The file is JSON, ``{"tenants": [{"tenant": id, "weight": 3, "max_queued_requests": 100,
+"max_queued_tokens": 100000, "slo_ttft_s": 1.5, "slo_tpot_s": 0.1}, ...]}``. What an entry leaves
+out, and a tenant that has none, gets the router's options and the weight 1.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lorry.router.slo import NO_SLO, Slo
+from lorry.rpc.errors import InvalidRequest
+from lorry.rpc.names import check_id
+
+LIMITS = ("max_queued_requests", "max_queued_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    weight: float = 1.0  # its share of service, beside other tenants that wait
+    max_queued_requests: int
+    max_queued_tokens: int  # of prompts
+    slo: Slo = NO_SLO
+
+
+@dataclass(frozen=True, slots=True)
+class Tenants:
+    others: Tenant  # every tenant that is not named
+    named: Mapping[str, Tenant] = field(default_factory=dict)
+
+    def __getitem__(self, tenant: str) -> Tenant:
+        return self.named.get(tenant, self.others)
+
+    def weight(self, tenant: str) -> float:
+        return self[tenant].weight
+
+
+def read_tenants(path: Path | None, others: Tenant) -> Tenants:
+    """Raises ValueError naming the entry and the value that is malformed."""
+    if path is None:
+        return Tenants(others)
+    try:
+        entries = json.loads(path.read_text())["tenants"]
+        named = {check_id(e["tenant"], field="tenant"): _tenant(e, others) for e in entries}
+        if len(named) < len(entries):
+            raise ValueError("a tenant has two entries")
+    except (OSError, ValueError, KeyError, TypeError, InvalidRequest) as error:
+        raise ValueError(f"tenants file {path}: {error!r}") from error
+    return Tenants(others, named)
+
+
+def _tenant(entry: Mapping[str, Any], others: Tenant) -> Tenant:
+    numbers = {name: _number(entry, name) for name in entry if name != "tenant"}
+    slo = Slo(**{f.name: numbers.pop(f"slo_{f.name}", None) for f in fields(Slo)})
+    defaults = {name: getattr(others, name) for name in ("weight", *LIMITS)}
+    for name in numbers:
+        if name not in defaults:
+            raise ValueError(f"{entry['tenant']}: there is no {name}")
+        if name in LIMITS and not isinstance(numbers[name], int):
+            raise ValueError(f"{entry['tenant']}: {name} must be whole, got {numbers[name]}")
+    return Tenant(**(defaults | numbers), slo=slo.over(others.slo))
+
+
+def _number(entry: Mapping[str, Any], name: str) -> Any:
+    value = entry[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{entry['tenant']}: {name} must be a positive number, got {value!r}")
+    return value

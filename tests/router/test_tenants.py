@@ -1,0 +1,59 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorry.router.slo import Slo
+from lorry.router.tenants import Tenant, read_tenants
+
+OTHERS = Tenant(max_queued_requests=10, max_queued_tokens=1000, slo=Slo(ttft_s=2.0, tpot_s=0.5))
+
+
+def written(tmp_path: Path, *entries: Any) -> Path:
+    path = tmp_path / "tenants.json"
+    path.write_text(json.dumps({"tenants": entries}))
+    return path
+
+
+def test_without_a_file_all_tenants_are_equal() -> None:
+    tenants = read_tenants(None, OTHERS)
+    assert tenants["anyone"] == OTHERS
+    assert tenants.weight("anyone") == 1.0
+
+
+def test_an_entry_overrules_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        {"tenant": "red", "weight": 3, "slo_ttft_s": 0.5},
+        {"tenant": "blue", "max_queued_requests": 7, "max_queued_tokens": 70},
+    )
+    tenants = read_tenants(path, OTHERS)
+    assert tenants.weight("red") == 3
+    assert tenants["red"].slo == Slo(ttft_s=0.5, tpot_s=0.5)
+    assert tenants["red"].max_queued_requests == 10
+    assert (tenants["blue"].max_queued_requests, tenants["blue"].max_queued_tokens) == (7, 70)
+    assert tenants["green"] == OTHERS
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"tenant": "red", "weight": 0}, "red: weight must be a positive number, got 0"),
+        ({"tenant": "red", "weight": True}, "weight must be a positive number, got True"),
+        ({"tenant": "red", "slo_ttft_s": "1"}, "slo_ttft_s must be a positive number, got '1'"),
+        ({"tenant": "red", "max_queued_requests": 1.5}, "max_queued_requests must be whole"),
+        ({"tenant": "red", "wait": 1}, "red: there is no wait"),
+        ({"tenant": "Red"}, "tenant"),
+        ({"weight": 1}, "tenant"),
+        ([], "tenants.json"),
+    ],
+)
+def test_what_is_malformed_is_named(tmp_path: Path, entry: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_tenants(written(tmp_path, entry), OTHERS)
+
+
+def test_a_tenant_has_one_entry(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two entries"):
+        read_tenants(written(tmp_path, {"tenant": "red"}, {"tenant": "red"}), OTHERS)
