@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from lorry.adapter_store.limits import Limits
+from lorry.adapter_store.limits import Limits, TenantLimits
 from lorry.rpc.errors import (
     AdapterInvalid,
     AdapterNotFound,
@@ -248,9 +248,9 @@ async def test_finished_uploads_leave_no_bytes_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limits", "what"),
     [
-        (Limits(tenant_uploads=1), "uploads"),
-        (Limits(tenant_adapters=1), "adapters"),
-        (Limits(tenant_bytes=2 * len(WEIGHTS) - 1), "bytes"),
+        (Limits(tenant=TenantLimits(uploads=1)), "uploads"),
+        (Limits(tenant=TenantLimits(adapters=1)), "adapters"),
+        (Limits(tenant=TenantLimits(bytes=2 * len(WEIGHTS) - 1)), "bytes"),
     ],
 )
 async def test_a_tenant_has_limits_and_is_told_which(
@@ -266,7 +266,7 @@ async def test_a_tenant_has_limits_and_is_told_which(
 async def test_stored_versions_count_against_the_limit_until_they_are_deleted(
     tmp_path: Path,
 ) -> None:
-    async with running_store(tmp_path, limits=Limits(tenant_adapters=1)) as running:
+    async with running_store(tmp_path, limits=Limits(tenant=TenantLimits(adapters=1))) as running:
         client = running.client
         await client.push("one", CONFIG, WEIGHTS)
         with pytest.raises(TenantLimit):

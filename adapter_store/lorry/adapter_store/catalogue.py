@@ -44,6 +44,8 @@ class Catalogue:
         self._names: list[AdapterName] = []  # sorted
         self._references: Counter[bytes] = Counter()  # names that hold each version
         self._uploads: dict[str, AdapterName] = {}  # by the keys of what brought their versions
+        self._adapters_of: Counter[str] = Counter()  # by tenant
+        self._bytes_of: Counter[str] = Counter()  # of weights, by tenant
         self._changes: deque[Change] = deque(maxlen=changes_kept)  # the last ones up to `revision`
         self._changed = asyncio.Event()  # replaced at each change
         self._one_at_a_time = asyncio.Lock()
@@ -67,13 +69,12 @@ class Catalogue:
         names = self._names
         return (self._adapters[names[i]] for i in range(start, len(names)))
 
-    def of_tenant(self, tenant: str) -> list[Adapter]:
-        start = bisect.bisect_left(self._names, (tenant,))
-        names = itertools.islice(self._names, start, None)
-        return [
-            self._adapters[name]
-            for name in itertools.takewhile(lambda name: name.tenant == tenant, names)
-        ]
+    def adapters_of(self, tenant: str) -> int:
+        return self._adapters_of[tenant]
+
+    def bytes_of(self, tenant: str) -> int:
+        """Of the weights of all versions of a tenant's adapters."""
+        return self._bytes_of[tenant]
 
     def refers_to(self, digest: bytes) -> bool:
         return self._references[digest] > 0
@@ -143,6 +144,10 @@ class Catalogue:
 
     def _put(self, name: AdapterName, adapter: Adapter | None) -> None:
         before = self._adapters.pop(name, None)
+        for each, sign in ((before, -1), (adapter, 1)):
+            if each is not None:
+                self._adapters_of[name.tenant] += sign
+                self._bytes_of[name.tenant] += sign * sum(v.weights_bytes for v in each.versions)
         if before is not None:
             self._references.subtract(version.digest for version in before.versions)
             for version in before.versions:

@@ -1,13 +1,13 @@
 """The options of an adapter store."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import cyclopts
 
-from lorry.adapter_store.limits import Limits
-from lorry.kernels.page_layout import Dtype
+from lorry.adapter_store.limits import Limits, TenantLimits, read_tenant_limits
+from lorry.kernels.page_layout import MAX_RANK, Dtype
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.command import check_positive
 from lorry.rpc.service_config import DTYPES, DtypeName, ServiceConfig
@@ -54,6 +54,13 @@ class Config(ServiceConfig):
     tenant_bytes: int = 1 << 40
     """Bytes of all versions and uploads that a tenant may have."""
 
+    tenant_rank: int = MAX_RANK
+    """Largest rank of an adapter that a tenant may have."""
+
+    limits_file: Path | None = None
+    """JSON file of tenants that may have more or less than that: {"tenants": {ID: {"uploads": N,
+    "adapters": N, "bytes": N, "rank": N}}}; what an entry leaves out is as above."""
+
     upload_expiry_s: int = 3600
     """Seconds without a new chunk after which an upload is forgotten."""
 
@@ -65,7 +72,10 @@ class Config(ServiceConfig):
         backend = urlsplit(self.backend)
         if backend.scheme != "file" or backend.netloc or not backend.path.startswith("/"):
             raise ValueError(f"backend must be file:///DIRECTORY, got {self.backend!r}")
-        check_positive(self, "ram_bytes", "builders", *Limits.__dataclass_fields__)
+        check_positive(self, "ram_bytes", "builders", "max_weights_bytes", "upload_expiry_s")
+        check_positive(
+            self, "versions_kept", *(f"tenant_{each.name}" for each in fields(TenantLimits))
+        )
 
     @property
     def backend_directory(self) -> Path:
@@ -73,7 +83,18 @@ class Config(ServiceConfig):
 
     @property
     def limits(self) -> Limits:
-        return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+        """Raises ValueError naming what is wrong in the limits file."""
+        tenant = TenantLimits(
+            **{each.name: getattr(self, f"tenant_{each.name}") for each in fields(TenantLimits)}
+        )
+        path = self.limits_file
+        return Limits(
+            max_weights_bytes=self.max_weights_bytes,
+            upload_expiry_s=self.upload_expiry_s,
+            versions_kept=self.versions_kept,
+            tenant=tenant,
+            tenants={} if path is None else read_tenant_limits(path, tenant),
+        )
 
     def finite_in(self, base_model: BaseModel) -> Dtype:
         """The type of the finite check; for a model that tells none, bf16."""

@@ -93,9 +93,8 @@ class FileBackend:
         yield self._uploads / key / PART
 
     def keep(self, key: str, digest: bytes, content: Content) -> None:
+        """The same steps whether or not it is there: their time would tell what others have."""
         target = self._versions / digest.hex()
-        if target.exists():
-            return
         new = self._versions / f".{digest.hex()}"
         shutil.rmtree(new, ignore_errors=True)
         with _disk_errors():
@@ -105,7 +104,10 @@ class FileBackend:
             os.link(part, new / WEIGHTS)
             fields = {"spec": content.spec.to_json(), "file_crc32c": content.file_crc32c}
             write_durably(new / CONTENT, json.dumps(fields).encode())
-            new.rename(target)
+            if target.exists():
+                shutil.rmtree(new)
+            else:
+                new.rename(target)
             sync_directory(self._versions)
 
     def drop_upload(self, key: str) -> None:

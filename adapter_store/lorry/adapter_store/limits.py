@@ -1,21 +1,37 @@
 """What each tenant may have, and what one adapter may be."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 from lorry.adapter_store.catalogue import Catalogue
 from lorry.adapter_store.records import UploadRecord
+from lorry.kernels.page_layout import MAX_RANK
 from lorry.rpc.errors import InvalidRequest, TenantLimit
+from lorry.rpc.names import check_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantLimits:
+    """Of one tenant."""
+
+    uploads: int = 64  # under way at once
+    adapters: int = 20_000
+    bytes: int = 1 << 40  # of all versions and uploads
+    rank: int = MAX_RANK  # of an adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     max_weights_bytes: int = 4 << 30  # of one adapter
-    tenant_uploads: int = 64  # under way at once
-    tenant_adapters: int = 20_000
-    tenant_bytes: int = 1 << 40  # of all versions and uploads
     upload_expiry_s: int = 3600
     versions_kept: int = 8  # of a name, to roll back to
+    tenant: TenantLimits = field(default_factory=TenantLimits)  # where `tenants` has no other
+    tenants: Mapping[str, TenantLimits] = field(default_factory=dict)
+
+    def of(self, tenant: str) -> TenantLimits:
+        return self.tenants.get(tenant, self.tenant)
 
     def check(
         self, new: UploadRecord, under_way: Iterable[UploadRecord], catalogue: Catalogue
@@ -29,20 +45,46 @@ class Limits:
                 "weights_bytes",
                 f"must be in [1, {self.max_weights_bytes}], got {new.weights_bytes}",
             )
-        uploads = [u for u in under_way if u.name.tenant == new.name.tenant]
-        adapters = catalogue.of_tenant(new.name.tenant)
-        stored = sum(v.weights_bytes for adapter in adapters for v in adapter.versions)
-        names = {adapter.name for adapter in adapters} | {u.name for u in uploads} | {new.name}
+        limits, tenant = self.of(new.name.tenant), new.name.tenant
+        uploads = [u for u in under_way if u.name.tenant == tenant]
+        begun = {new.name, *(u.name for u in uploads)}
+        new_names = sum(catalogue.get(name) is None for name in begun)
         promised = sum(u.weights_bytes for u in uploads) + new.weights_bytes
-        _check("uploads", len(uploads) + 1, self.tenant_uploads)
-        _check("adapters", len(names), self.tenant_adapters)
-        _check("bytes", stored + promised, self.tenant_bytes)
+        _check("rank", new.spec.max_rank, limits.rank)
+        _check("uploads", len(uploads) + 1, limits.uploads)
+        _check("adapters", catalogue.adapters_of(tenant) + new_names, limits.adapters)
+        _check("bytes", catalogue.bytes_of(tenant) + promised, limits.bytes)
+
+
+def read_tenant_limits(path: Path, default: TenantLimits) -> dict[str, TenantLimits]:
+    """``{"tenants": {ID: {"uploads": 8, "adapters": 100, "bytes": 1000000000, "rank": 64}}}``.
+
+    What an entry leaves out is as in `default`. Raises ValueError naming what is wrong.
+    """
+    try:
+        entries = json.loads(path.read_text())["tenants"]
+        return {
+            check_id(tenant, field="tenant"): _tenant_limits(tenant, entry, default)
+            for tenant, entry in entries.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidRequest) as error:
+        raise ValueError(f"limits file {path}: {error}") from error
+
+
+def _tenant_limits(tenant: str, entry: Mapping[str, int], default: TenantLimits) -> TenantLimits:
+    known = [each.name for each in fields(TenantLimits)]
+    for name, value in entry.items():
+        if name not in known:
+            raise ValueError(f"{tenant}.{name} is none of {', '.join(known)}")
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{tenant}.{name} must be a number of at least 0, got {value!r}")
+    return replace(default, **entry)
 
 
 def _check(what: str, wanted: int, limit: int) -> None:
     if wanted > limit:
         raise TenantLimit(
-            f"the tenant may have {limit} {what}, this would be {wanted}",
+            f"{what}: the tenant may have {limit}, this would be {wanted}",
             limit=limit,
             wanted=wanted,
             what=what,
