@@ -174,7 +174,7 @@ async def test_draining_ends_a_watch_with_a_status(running: RunningStore) -> Non
 async def test_a_change_that_is_not_durable_is_seen_by_nobody(
     running: RunningStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(change: object) -> None:
+    def full(*_: object) -> None:
         raise StoreFull("no room")
 
     backend: Any = running.store.catalogue._backend
@@ -191,7 +191,7 @@ async def test_a_change_that_is_not_durable_is_seen_by_nobody(
 async def test_an_upload_whose_publication_failed_for_lack_of_room_may_be_finished_later(
     running: RunningStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(change: object) -> None:
+    def full(*_: object) -> None:
         raise StoreFull("no room")
 
     upload_id = await running.client.begin("a", CONFIG, WEIGHTS)

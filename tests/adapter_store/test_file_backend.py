@@ -36,15 +36,18 @@ def test_uploads_and_contents_are_found_again(tmp_path: Path) -> None:
     backend = opened(tmp_path)
     store_id = backend.load().store_id
     backend.create_upload(UPLOAD)
-    backend.append(UPLOAD.key, b"abc")
-    backend.append(UPLOAD.key, b"def")
+    backend.append(UPLOAD.key, 0, b"abc")
+    backend.append(UPLOAD.key, 3, b"def")
     backend.keep(UPLOAD.key, DIGEST, Content(SPEC, 7))
     backend.close()
     backend = opened(tmp_path)
     loaded = backend.load()
     assert loaded.store_id == store_id
-    assert loaded.digests == {DIGEST}
-    assert loaded.uploads == [(UPLOAD, 6)]
+    assert backend.unreferenced() == [DIGEST]
+    assert loaded.uploads == [UPLOAD]
+    found = backend.find_upload(UPLOAD.key)
+    assert found is not None
+    assert (found.record, found.received_bytes) == (UPLOAD, 6)
     backend.drop_upload(UPLOAD.key)
     with backend.weights(DIGEST) as (content, path):
         assert content == Content(SPEC, 7)
@@ -75,7 +78,7 @@ def test_a_content_is_synchronised_before_it_has_its_name(
     rename = Path.rename
     backend = opened(tmp_path)
     backend.create_upload(UPLOAD)
-    backend.append(UPLOAD.key, b"abcdef")
+    backend.append(UPLOAD.key, 0, b"abcdef")
     monkeypatch.setattr(os, "fsync", recording)
     monkeypatch.setattr(Path, "rename", checked)
     backend.keep(UPLOAD.key, DIGEST, Content(SPEC, 7))
@@ -93,7 +96,7 @@ def test_what_a_crash_left_half_done_is_removed(tmp_path: Path) -> None:
         (path / "weights.part").write_bytes(b"x")
     backend = opened(tmp_path)
     loaded = backend.load()
-    assert (loaded.digests, loaded.uploads) == (set(), [])
+    assert (backend.unreferenced(), loaded.uploads) == ([], [])
     assert not list((tmp_path / "versions").iterdir())
     assert not list((tmp_path / "uploads").iterdir())
     backend.close()
@@ -104,7 +107,7 @@ def test_a_content_is_kept_again_after_a_failure(
 ) -> None:
     backend = opened(tmp_path)
     backend.create_upload(UPLOAD)
-    backend.append(UPLOAD.key, b"abcdef")
+    backend.append(UPLOAD.key, 0, b"abcdef")
 
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "full")
@@ -114,7 +117,7 @@ def test_a_content_is_kept_again_after_a_failure(
         with pytest.raises(StoreFull):
             backend.keep(UPLOAD.key, DIGEST, Content(SPEC, 7))
     backend.keep(UPLOAD.key, DIGEST, Content(SPEC, 7))
-    assert backend.load().digests == {DIGEST}
+    assert backend.unreferenced() == [DIGEST]
     backend.close()
 
 

@@ -39,7 +39,7 @@ assert len(WEIGHTS) > 8 * CHUNK_BYTES
 
 
 async def until_received(running: RunningStore, upload_id: str, num_bytes: int) -> None:
-    upload = running.store.uploads.get(upload_id, "default")
+    upload = await running.store.uploads.get(upload_id, "default")
     await until(lambda: upload.received_bytes >= num_bytes)
 
 
@@ -202,9 +202,9 @@ async def test_an_upload_is_known_only_to_its_tenant_and_while_its_version_is_ke
     client = running.client
     upload_id = await client.begin("sql", CONFIG, WEIGHTS)
     await client.send(upload_id, WEIGHTS)
-    assert running.store.uploads.published(upload_id, "other") is None
+    assert await running.store.uploads.published(upload_id, "other") is None
     await client.call(client.adapters.DeleteAdapter, pb.DeleteAdapterRequest(name="adapters/sql"))
-    assert running.store.uploads.published(upload_id, "default") is None
+    assert await running.store.uploads.published(upload_id, "default") is None
 
 
 async def test_publishing_goes_on_when_the_client_leaves_after_the_last_byte(
@@ -220,9 +220,9 @@ async def test_publishing_goes_on_when_the_client_leaves_after_the_last_byte(
 
 
 async def test_an_upload_that_nobody_moves_on_is_forgotten(tmp_path: Path) -> None:
-    now_s = 1_000_000
+    now_s = 1_000_000.0
 
-    async with running_store(tmp_path, now_ns=lambda: now_s * 10**9) as running:
+    async with running_store(tmp_path, clock=lambda: now_s) as running:
         client = running.client
         upload_id = await client.begin("sql", CONFIG, WEIGHTS)
         now_s += 3599

@@ -158,6 +158,7 @@ async def running_store(
     dtype: Dtype = Dtype.FP32,
     tokens: Mapping[bytes, Caller] | None = None,
     now_ns: Callable[[], int] = time.time_ns,
+    clock: Callable[[], float] = time.monotonic,
     shm_dir: Path | None = None,
     model: Path | None = None,
 ) -> AsyncIterator[RunningStore]:
@@ -166,7 +167,7 @@ async def running_store(
     shm_dir, backend_dir = shm_dir or directory / "shm", directory / "adapters"
     async with (
         opened(
-            lambda: FileBackend(backend_dir, model_digest=base_model.digest),
+            lambda: FileBackend(backend_dir, model_digest=base_model.digest, clock=clock),
             geometry=base_model.geometry,
             shm_dir=shm_dir,
             ram_bytes=ram_bytes,
@@ -175,6 +176,7 @@ async def running_store(
             builder_processes=2,
             memory_dir=backend_dir,
             now_ns=now_ns,
+            clock=clock,
         ) as store,
         serving(
             lambda server: register(server, store, base_model),

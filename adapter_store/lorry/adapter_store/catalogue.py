@@ -1,28 +1,33 @@
 """The names of all tenants as they are now, and the changes that led there.
 
 Revisions count changes from 1 on and are never reused. Watchers hold a revision, not a queue: one
-that falls behind the changes kept here must list again.
+that falls behind the changes kept here must list again. Where several stores share a backend, it
+decides whose change comes first, and each learns the others' in the order of their revisions.
 """
 
 import asyncio
 import bisect
 import contextlib
 import itertools
+import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import NamedTuple
 
-from lorry.adapter_store.backend import Backend, Loaded
+from lorry.adapter_store.backend import Loaded, Outdated, Position
 from lorry.adapter_store.records import Adapter, Change, Published
+from lorry.adapter_store.storage import Storage
 from lorry.adapter_store.tasks import Tasks
-from lorry.rpc.errors import Draining, RevisionCompacted
+from lorry.rpc.errors import Draining, RevisionCompacted, StoreUnavailable
 from lorry.rpc.names import AdapterName
 
 CHANGES_KEPT = 10_000
 CHANGES_PER_UPDATE = 200  # of at most 5 KB each, for messages under 2 MiB
 HEARTBEAT_S = 10.0
+MAX_ATTEMPTS = 100  # at a change that other stores come before again and again
 
 Edit = Callable[[Adapter | None], Adapter | None]
+log = logging.getLogger(__name__)
 
 
 class WatchUpdate(NamedTuple):
@@ -34,27 +39,15 @@ class WatchUpdate(NamedTuple):
 
 
 class Catalogue:
-    """Owns the names; all changes go through `change`, one at a time."""
+    """Owns the names; all changes of this store go through `change`, one at a time."""
 
-    def __init__(self, backend: Backend, loaded: Loaded, *, changes_kept: int = CHANGES_KEPT):
-        self.store_id = loaded.store_id
-        self.revision = loaded.base_revision
-        self._backend = backend
-        self._adapters: dict[AdapterName, Adapter] = {}
-        self._names: list[AdapterName] = []  # sorted
-        self._references: Counter[bytes] = Counter()  # names that hold each version
-        self._uploads: dict[str, AdapterName] = {}  # by the keys of what brought their versions
-        self._adapters_of: Counter[str] = Counter()  # by tenant
-        self._bytes_of: Counter[str] = Counter()  # of weights, by tenant
-        self._changes: deque[Change] = deque(maxlen=changes_kept)  # the last ones up to `revision`
+    def __init__(self, storage: Storage, loaded: Loaded) -> None:
+        self._storage, self._backend = storage, storage.backend
         self._changed = asyncio.Event()  # replaced at each change
         self._one_at_a_time = asyncio.Lock()
         self._tasks = Tasks()
         self._closed = False
-        for adapter in loaded.adapters:
-            self._put(adapter.name, adapter)
-        for change in loaded.changes:
-            self._apply(change)
+        self._reset(loaded)
 
     @property
     def num_adapters(self) -> int:
@@ -94,6 +87,26 @@ class Catalogue:
         """
         return await self._tasks.finish(self._change(name, edit))
 
+    async def catch_up(self, *, wait: bool = False) -> None:
+        """Learn what other stores have changed; with `wait`, rather in a second than nothing."""
+        if not self._backend.shared:
+            return
+        read = self._backend.wait_for_changes if wait else self._backend.changes
+        more = True
+        while more:
+            store_id, position = self.store_id, self._position
+            try:
+                changes = await self._storage.run(read, position)
+            except RevisionCompacted:
+                log.warning("changes after revision %s are not known any more", self.revision)
+                self._reset(await self._storage.run(self._backend.load))
+                return
+            if store_id == self.store_id:
+                for change in changes:
+                    if change.revision > self.revision:
+                        self._apply(change)
+            more, read = bool(changes), self._backend.changes
+
     async def watch(self, store_id: str, after: int) -> AsyncIterator[WatchUpdate]:
         """Changes after a revision, or with revision 0 all adapters and then the changes.
 
@@ -104,15 +117,18 @@ class Catalogue:
             for update in self._snapshot():
                 yield update
         else:
-            if store_id != self.store_id:
-                raise RevisionCompacted(f"the revision belongs to another store than {store_id!r}")
+            if after > self.revision:
+                await self.catch_up()
+            self._check_store_id(store_id)
             self._since(after)  # raises if they are not known
             yield WatchUpdate(after, [])
+        store_id = self.store_id
         while True:
             changed = self._changed
             changes = self._since(after)
             if not changes:
                 await _wait(changed)
+                self._check_store_id(store_id)
                 changes = self._since(after)
             after = changes[-1].revision if changes else after
             yield WatchUpdate(after, changes)
@@ -125,20 +141,55 @@ class Catalogue:
 
     async def _change(self, name: AdapterName, edit: Edit) -> Change:
         async with self._one_at_a_time:
-            before = self.get(name)
-            after = edit(before)
-            if after is before:
-                return Change(self.revision, name, after)
-            change = Change(self.revision + 1, name, after)
-            await asyncio.to_thread(self._backend.commit, change)
+            for _ in range(MAX_ATTEMPTS):
+                await self.catch_up()
+                before = self.get(name)
+                after = edit(before)
+                if after is before:
+                    return Change(self.revision, name, after)
+                try:
+                    change = await self._storage.run(self._backend.commit, name, before, after)
+                except Outdated:
+                    continue
+                await self._learn(change)
+                return change
+        raise StoreUnavailable(f"other stores keep changing {name}", retry_after_s=1.0)
+
+    async def _learn(self, change: Change) -> None:
+        """Apply a change of this store, which is durable, after those before it."""
+        if change.revision == self.revision + 1:
             self._apply(change)
-            return change
+        elif change.revision > self.revision:
+            with contextlib.suppress(StoreUnavailable):  # it comes once the backend is back
+                await self.catch_up()
+
+    @property
+    def _position(self) -> Position:
+        return Position(self.revision, self._changes[-1].commit if self._changes else "")
+
+    def _reset(self, loaded: Loaded) -> None:
+        """Begin anew with everything that the backend holds."""
+        self.store_id = loaded.store_id
+        self.revision = loaded.position.revision
+        self._adapters: dict[AdapterName, Adapter] = {}
+        self._names: list[AdapterName] = []  # sorted
+        self._references: Counter[bytes] = Counter()  # names that hold each version
+        self._uploads: dict[str, AdapterName] = {}  # by the keys of what brought their versions
+        self._adapters_of: Counter[str] = Counter()  # by tenant
+        self._bytes_of: Counter[str] = Counter()  # of weights, by tenant
+        self._changes = deque(loaded.changes, CHANGES_KEPT)  # the last ones up to `revision`
+        for adapter in sorted(loaded.adapters, key=lambda adapter: adapter.name):
+            self._put(adapter.name, adapter)
+        self._tell()
 
     def _apply(self, change: Change) -> None:
         assert change.revision == self.revision + 1, f"{change.revision} after {self.revision}"
         self._put(change.name, change.adapter)
         self.revision = change.revision
         self._changes.append(change)
+        self._tell()
+
+    def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -170,6 +221,10 @@ class Catalogue:
             )
             for start in starts
         ]
+
+    def _check_store_id(self, store_id: str) -> None:
+        if store_id != self.store_id:
+            raise RevisionCompacted(f"the revision belongs to another store than {store_id!r}")
 
     def _since(self, revision: int) -> list[Change]:
         """The next changes after `revision`."""

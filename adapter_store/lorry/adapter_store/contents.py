@@ -5,25 +5,25 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
-from lorry.adapter_store.backend import Backend
 from lorry.adapter_store.catalogue import Catalogue
 from lorry.adapter_store.records import Content
+from lorry.adapter_store.storage import Storage
 from lorry.rpc.errors import VersionNotFound
 
 
 class Contents:
-    """Knows which contents there are and who uses them."""
+    """Knows who in this store uses which contents; the backend knows those that there are."""
 
-    def __init__(self, backend: Backend, catalogue: Catalogue, digests: set[bytes]) -> None:
-        self._backend = backend
+    def __init__(self, storage: Storage, catalogue: Catalogue) -> None:
+        self._storage = storage
         self._catalogue = catalogue
-        self._digests = digests
         self._holds: Counter[bytes] = Counter()
+        self._going: set[bytes] = set()  # being dropped
         self._one_at_a_time = asyncio.Lock()  # keeping and dropping
 
     def hold(self, digest: bytes) -> None:
-        """Keep a content until `release`; raises VersionNotFound."""
-        if digest not in self._digests:
+        """Keep a content until `release`; raises VersionNotFound if it is being dropped."""
+        if digest in self._going:
             raise VersionNotFound(f"no version {digest.hex()}", version=digest.hex())
         self._holds[digest] += 1
 
@@ -41,21 +41,29 @@ class Contents:
         finally:
             self.release(digest)
 
+    def is_referenced(self, digest: bytes) -> bool:
+        return self._holds[digest] > 0 or self._catalogue.refers_to(digest)
+
     async def keep(self, key: str, digest: bytes, content: Content) -> None:
         """Make an upload's bytes a content; the caller holds it."""
         async with self._one_at_a_time:
-            await asyncio.to_thread(self._backend.keep, key, digest, content)
-            self._digests.add(digest)
+            await self._storage.run(self._storage.backend.keep, key, digest, content)
 
-    def unreferenced(self) -> list[bytes]:
-        return [digest for digest in self._digests if not self._is_referenced(digest)]
+    async def lease(self) -> None:
+        """Tell other stores what this one hands out."""
+        if self._holds:
+            await self._storage.run(self._storage.backend.lease, list(self._holds))
 
-    async def drop(self, digest: bytes) -> None:
-        """Delete a content unless something refers to it again."""
-        async with self._one_at_a_time:
-            if digest in self._digests and not self._is_referenced(digest):
-                self._digests.discard(digest)
-                await asyncio.to_thread(self._backend.drop, digest)
+    async def drop_unreferenced(self) -> None:
+        """Delete the contents that nothing refers to."""
+        for digest in await self._storage.run(self._storage.backend.unreferenced):
+            async with self._one_at_a_time:
+                if not self.is_referenced(digest):
+                    await self._drop(digest)
 
-    def _is_referenced(self, digest: bytes) -> bool:
-        return self._holds[digest] > 0 or self._catalogue.refers_to(digest)
+    async def _drop(self, digest: bytes) -> None:
+        self._going.add(digest)
+        try:
+            await self._storage.run(self._storage.backend.drop, digest)
+        finally:
+            self._going.discard(digest)

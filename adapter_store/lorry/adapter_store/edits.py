@@ -44,7 +44,12 @@ def check_replaceable(
 def publish(
     before: Adapter | None, upload: UploadRecord, version: Version, *, now_ns: int, kept: int
 ) -> Adapter:
-    """The adapter with `version` as its newest and published one."""
+    """The adapter with `version` as its newest and published one.
+
+    It is returned as it was if this upload has brought that version already.
+    """
+    if before is not None and any(v.upload == upload.key for v in before.versions):
+        return before
     replaced = check_replaceable(before, upload.name, upload.expected_etag)
     if replaced is None:
         return Adapter(

@@ -7,16 +7,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-from lorry.adapter_store.backend import Backend
 from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.counts import ImageCounts
 from lorry.adapter_store.image import image_bytes, image_header
 from lorry.adapter_store.image_key import ImageKey
 from lorry.adapter_store.leases import Image, ImageState, Lease
 from lorry.adapter_store.records import Content
-from lorry.adapter_store.tasks import InThread, Tasks
+from lorry.adapter_store.storage import Storage
+from lorry.adapter_store.tasks import Tasks
 from lorry.kernels.page_layout import PageLayout
-from lorry.rpc.errors import LayoutUnsupported, StoreFull
+from lorry.rpc.errors import DigestMismatch, LayoutUnsupported, StoreFull
 from lorry.rpc.shared_directory import SharedDirectory
 
 RECLAIM_WAIT_S = 6.0  # readers have 5 s to end their leases
@@ -28,13 +28,13 @@ class ImageTier:
     """Owns the images and their byte budget."""
 
     def __init__(
-        self, directory: SharedDirectory, *, budget_bytes: int, backend: Backend, builders: Builders
+        self, directory: SharedDirectory, *, budget_bytes: int, storage: Storage, builders: Builders
     ) -> None:
         self.counts = ImageCounts()
         self.pinned: Callable[[], frozenset[bytes]] = frozenset  # versions; set by who knows
         self._directory = directory
         self._budget_bytes = budget_bytes
-        self._backend = backend
+        self._storage = storage
         self._builders = builders
         self._images: OrderedDict[ImageKey, Image] = OrderedDict()  # least recently used first
         self._used_bytes = 0
@@ -49,6 +49,11 @@ class ImageTier:
     @property
     def budget_bytes(self) -> int:
         return self._budget_bytes
+
+    @property
+    def versions(self) -> set[bytes]:
+        """Of which there are images."""
+        return {key.version for key in self._images}
 
     @property
     def num_images(self) -> int:
@@ -135,7 +140,8 @@ class ImageTier:
         """Reads, reserves, packs and publishes; on failure everything is given back."""
         started_s = time.monotonic()
         try:
-            async with InThread(self._backend.weights(key.version)) as (content, weights):
+            reading = self._storage.backend.weights(key.version)
+            async with self._storage.entered(reading) as (content, weights):
                 self.counts.read_s.observe(time.monotonic() - started_s)
                 num_bytes = image_bytes(content.spec, key.layout)
                 temporary = await self._reserve(num_bytes)
@@ -158,13 +164,17 @@ class ImageTier:
     async def _pack(
         self, key: ImageKey, content: Content, weights: Path, temporary: Path
     ) -> tuple[Path, int]:
-        checksum = await self._builders.build(
-            temporary,
-            weights=weights,
-            crc32c=content.file_crc32c,
-            spec=content.spec,
-            layout=key.layout,
-        )
+        try:
+            checksum = await self._builders.build(
+                temporary,
+                weights=weights,
+                crc32c=content.file_crc32c,
+                spec=content.spec,
+                layout=key.layout,
+            )
+        except DigestMismatch:
+            await self._storage.run(self._storage.backend.quarantine, key.version)
+            raise DigestMismatch.of_version(key.version) from None
         return self._directory.publish(temporary, key.file_name), checksum
 
     async def _reserve(self, num_bytes: int) -> Path:

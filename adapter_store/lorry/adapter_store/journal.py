@@ -9,13 +9,14 @@ import errno
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from crc32c import crc32c
 
 from lorry.adapter_store.durable import write_durably
-from lorry.adapter_store.records import Change, adapter_from_json, adapter_to_json
+from lorry.adapter_store.records import Adapter, Change, adapter_from_json, adapter_to_json
 from lorry.rpc.errors import StoreFull, StoreUnavailable
 from lorry.rpc.names import AdapterName
 
@@ -39,10 +40,16 @@ class Journal:
         self.base_revision: int = lines[0]["revision"]
         self.snapshot = [adapter_from_json(fields) for fields in lines[0]["adapters"]]
         self.changes = [_change(line) for line in lines[1:]]
+        self.revision = self.base_revision
         self._adapters = {adapter.name: adapter for adapter in self.snapshot}
         for change in self.changes:
             self._apply(change)
         self._open(good_bytes)
+
+    @property
+    def adapters(self) -> Mapping[AdapterName, Adapter]:
+        """As they are now."""
+        return self._adapters
 
     def append(self, change: Change) -> None:
         """Make a change durable; raises StoreFull or StoreUnavailable, and then it never was."""
@@ -97,6 +104,7 @@ class Journal:
         self._open(len(content))
 
     def _apply(self, change: Change) -> None:
+        self.revision = change.revision
         if change.adapter is None:
             self._adapters.pop(change.name, None)
         else:

@@ -59,6 +59,7 @@ class Change:
     revision: int
     name: AdapterName
     adapter: Adapter | None  # None: deleted
+    commit: str = ""  # which commit made it, where several stores write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,20 +119,22 @@ class AdapterServicer(adapter_grpc.AdapterServiceServicer):
             expected_etag=request.expected_etag,
         )
         return pb.CreateUploadResponse(
-            upload_id=upload_id, expire_time=translation.timestamp(upload.expire_time_ns)
+            upload_id=upload_id,
+            expire_time=translation.timestamp(self._store.uploads.expire_time_ns(upload)),
         )
 
     async def GetUpload(
         self, request: pb.GetUploadRequest, context: Context
     ) -> pb.GetUploadResponse:
         tenant = current_caller().tenant
-        published = self._store.uploads.published(request.upload_id, tenant)
+        uploads = self._store.uploads
+        published = await uploads.published(request.upload_id, tenant)
         if published is not None:
             return translation.published_upload_to_proto(published)
-        upload = self._store.uploads.get(request.upload_id, tenant)
+        upload = await uploads.get(request.upload_id, tenant)
         return pb.GetUploadResponse(
             received_bytes=upload.received_bytes,
-            expire_time=translation.timestamp(upload.expire_time_ns),
+            expire_time=translation.timestamp(uploads.expire_time_ns(upload)),
         )
 
     async def UploadAdapter(

@@ -9,11 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from lorry.adapter_store import edits
-from lorry.adapter_store.backend import Backend
+from lorry.adapter_store.backend import Backend, Loaded
 from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.catalogue import Catalogue
 from lorry.adapter_store.contents import Contents
 from lorry.adapter_store.counts import FetchCounts
+from lorry.adapter_store.follower import Follower
 from lorry.adapter_store.image_key import ImageKey
 from lorry.adapter_store.images import ImageTier
 from lorry.adapter_store.leases import Lease
@@ -21,11 +22,15 @@ from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.memory_file import MemoryFile
 from lorry.adapter_store.ram_budget import ram_budget
 from lorry.adapter_store.records import Adapter, UploadRecord
-from lorry.adapter_store.uploads import Upload, Uploads
+from lorry.adapter_store.storage import Storage
+from lorry.adapter_store.upload import Upload
+from lorry.adapter_store.uploads import Uploads
 from lorry.adapter_store.warmer import Warmer
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
+from lorry.rpc.errors import StoreUnavailable
 from lorry.rpc.labels import check_labels
 from lorry.rpc.names import AdapterName
+from lorry.rpc.repeated_log import RepeatedLog
 from lorry.rpc.shared_directory import SharedDirectory
 from lorry.rpc.shared_memory import shm_namespace_id
 
@@ -40,7 +45,8 @@ class Store:
     def __init__(
         self,
         *,
-        backend: Backend,
+        storage: Storage,
+        loaded: Loaded,
         builders: Builders,
         shared: SharedDirectory,
         ram_bytes: int,
@@ -49,13 +55,14 @@ class Store:
         geometry: ModelGeometry,
         memory_dir: Path | None,
         now_ns: Callable[[], int] = time.time_ns,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        loaded = backend.load()
-        self.catalogue = Catalogue(backend, loaded)
-        self.contents = Contents(backend, self.catalogue, loaded.digests)
-        self.images = ImageTier(shared, budget_bytes=ram_bytes, backend=backend, builders=builders)
+        self.catalogue = Catalogue(storage, loaded)
+        self.follower = Follower(self.catalogue)
+        self.contents = Contents(storage, self.catalogue)
+        self.images = ImageTier(shared, budget_bytes=ram_bytes, storage=storage, builders=builders)
         self.uploads = Uploads(
-            backend=backend,
+            storage=storage,
             builders=builders,
             catalogue=self.catalogue,
             contents=self.contents,
@@ -63,6 +70,7 @@ class Store:
             dtype=dtype,
             stored=loaded.uploads,
             now_ns=now_ns,
+            clock=clock,
         )
         self.warmer = Warmer(
             MemoryFile(memory_dir, geometry),
@@ -76,6 +84,7 @@ class Store:
         self._builders = builders
         self._now_ns = now_ns
         self._sweep_wanted = asyncio.Event()
+        self._sweep_log = RepeatedLog(log)
 
     async def begin_upload(
         self,
@@ -89,6 +98,7 @@ class Store:
     ) -> tuple[str, Upload]:
         """Validate what can be known before any weights travel, and reserve their place."""
         check_labels(labels)
+        await self.catalogue.catch_up()
         edits.check_replaceable(self.catalogue.get(name), name, expected_etag)
         record = UploadRecord(
             key="",
@@ -138,10 +148,12 @@ class Store:
 
     async def sweep(self) -> None:
         """Forget expired uploads and delete the contents and images that nothing refers to."""
+        for version in self.images.versions:
+            if not self.contents.is_referenced(version):
+                await self.images.discard(version)
         await self.uploads.drop_expired()
-        for digest in self.contents.unreferenced():
-            await self.images.discard(digest)
-            await self.contents.drop(digest)
+        await self.contents.lease()
+        await self.contents.drop_unreferenced()
         await self.warmer.keep_pins()
         await self.warmer.save_at_times()
 
@@ -155,6 +167,8 @@ class Store:
             self._sweep_wanted.clear()
             try:
                 await self.sweep()
+            except StoreUnavailable as error:
+                self._sweep_log.failed(str(error), logging.WARNING, "sweeping failed: %s", error)
             except Exception:
                 log.exception("sweeping failed; it is tried again")
 
@@ -183,6 +197,7 @@ async def opened(
     builder_processes: int,
     memory_dir: Path | None = None,
     now_ns: Callable[[], int] = time.time_ns,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[Store]:
     """A store that sweeps and builds ahead for as long as the block runs.
 
@@ -192,10 +207,13 @@ async def opened(
         shared = SharedDirectory(shm_dir)
         stack.callback(shared.close)
         backend = await asyncio.to_thread(open_backend)
-        stack.callback(backend.close)
+        storage = Storage(backend)
+        stack.callback(storage.close)
+        loaded = await storage.run(backend.load)
         builders = Builders(geometry, processes=builder_processes)
         store = Store(
-            backend=backend,
+            storage=storage,
+            loaded=loaded,
             builders=builders,
             shared=shared,
             ram_bytes=ram_budget(shm_dir, ram_bytes),
@@ -204,10 +222,12 @@ async def opened(
             geometry=geometry,
             memory_dir=memory_dir,
             now_ns=now_ns,
+            clock=clock,
         )
-        background = [
-            asyncio.create_task(work) for work in (store.sweep_regularly(), store.warmer.prefetch())
-        ]
+        work = [store.sweep_regularly(), store.warmer.prefetch()]
+        if backend.shared:
+            work.append(store.follower.run())
+        background = [asyncio.create_task(each) for each in work]
         try:
             yield store
         finally:

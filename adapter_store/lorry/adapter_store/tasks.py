@@ -2,9 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
-from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -34,21 +32,3 @@ class Tasks:
         self._running.discard(task)
         if not task.cancelled():
             task.exception()  # its caller may be gone
-
-
-class InThread(Generic[T]):
-    """Enters and leaves a context manager that blocks, in threads."""
-
-    def __init__(self, manager: AbstractContextManager[T]) -> None:
-        self._manager = manager
-
-    async def __aenter__(self) -> T:
-        return await asyncio.to_thread(self._manager.__enter__)
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await asyncio.to_thread(self._manager.__exit__, kind, error, traceback)

@@ -1,21 +1,15 @@
-"""Uploads: bytes that arrive in pieces, over several streams if need be, and end as a version.
-
-RECEIVING ──> FINISHING ──> PUBLISHED
-    ^             ├───────> FAILED
-    └─────────────┘ (the store failed, not the upload: it may be tried again)
-"""
+"""Uploads: bytes that arrive in pieces, over several streams if need be, and end as a version."""
 
 import asyncio
-import enum
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from hashlib import sha256
 
 from crc32c import crc32c
 
-from lorry.adapter_store.backend import Backend
+from lorry.adapter_store.backend import Outdated
 from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.catalogue import Catalogue
 from lorry.adapter_store.chunks import Chunk
@@ -24,7 +18,9 @@ from lorry.adapter_store.counts import UploadCounts
 from lorry.adapter_store.edits import publish
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.records import Content, Published, UploadRecord, Version
-from lorry.adapter_store.tasks import InThread, Tasks
+from lorry.adapter_store.storage import Storage
+from lorry.adapter_store.tasks import Tasks
+from lorry.adapter_store.upload import Upload, UploadState
 from lorry.kernels.page_layout import Dtype
 from lorry.rpc.errors import (
     DeadlineExpired,
@@ -40,101 +36,67 @@ from lorry.rpc.protocol import MAX_CHUNK_BYTES
 
 ID_BYTES = 32
 CHUNK_WAIT_S = 60
-FAILURE_KEPT_NS = 60 * 1_000_000_000
-
-
-class UploadState(enum.Enum):
-    RECEIVING = "receiving"
-    FINISHING = "finishing"
-    PUBLISHED = "published"
-    FAILED = "failed"
-
-
-TRANSITIONS: Mapping[UploadState, frozenset[UploadState]] = {
-    UploadState.RECEIVING: frozenset({UploadState.FINISHING}),
-    UploadState.FINISHING: frozenset(
-        {UploadState.PUBLISHED, UploadState.FAILED, UploadState.RECEIVING}
-    ),
-    UploadState.PUBLISHED: frozenset(),
-    UploadState.FAILED: frozenset(),
-}
-
-
-@dataclass(eq=False, slots=True)
-class Upload:
-    record: UploadRecord
-    expire_time_ns: int
-    received_bytes: int = 0
-    state: UploadState = UploadState.RECEIVING
-    finishing: "asyncio.Task[Published] | None" = None
-    writer: object = None  # the stream that may append
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def is_open(self) -> bool:
-        return self.state in (UploadState.RECEIVING, UploadState.FINISHING)
-
-    @property
-    def missing_bytes(self) -> int:
-        return self.record.weights_bytes - self.received_bytes
-
-    def move_to(self, state: UploadState) -> None:
-        assert state in TRANSITIONS[self.state], f"{self.record.name}: {self.state} to {state}"
-        self.state = state
+RESULT_KEPT_S = 60.0
 
 
 class Uploads:
-    """Owns the uploads of all tenants."""
+    """Owns the uploads that came here; the backend knows those of all stores that share it."""
 
     def __init__(
         self,
         *,
-        backend: Backend,
+        storage: Storage,
         builders: Builders,
         catalogue: Catalogue,
         contents: Contents,
         limits: Limits,
         dtype: Dtype,
-        stored: list[tuple[UploadRecord, int]],
+        stored: list[UploadRecord],
         now_ns: Callable[[], int] = time.time_ns,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counts = UploadCounts()
-        self._backend, self._builders = backend, builders
+        self._storage, self._backend, self._builders = storage, storage.backend, builders
         self._catalogue, self._contents = catalogue, contents
-        self._limits, self._dtype, self._now_ns = limits, dtype, now_ns
-        self._uploads = {
-            record.key: Upload(record, self._expiry_ns(), received_bytes=received)
-            for record, received in stored
-        }
-        for upload in self._uploads.values():
-            if catalogue.published(upload.record.key) is not None:
-                upload.state, upload.expire_time_ns = UploadState.PUBLISHED, now_ns()
+        self._limits, self._dtype, self._now_ns, self._clock = limits, dtype, now_ns, clock
+        self._uploads: dict[str, Upload] = {}
+        # Their stores ended between publishing them and dropping their bytes.
+        self._leftovers = [r.key for r in stored if catalogue.published(r.key) is not None]
         self._tasks = Tasks()
 
     async def create(self, record: UploadRecord) -> tuple[str, Upload]:
         """Begin an upload; returns its id, which is kept nowhere, and the upload."""
-        self._limits.check(record, self._open_records(), self._catalogue)
         upload_id = secrets.token_urlsafe(ID_BYTES)
-        upload = Upload(replace(record, key=_key(upload_id)), self._expiry_ns())
-        self._uploads[upload.record.key] = upload
-        await self._tasks.finish(self._create(upload))
-        return upload_id, upload
+        record = replace(record, key=_key(upload_id))
+        return upload_id, await self._tasks.finish(self._create(record))
 
-    def published(self, upload_id: str, tenant: str) -> Published | None:
+    async def published(self, upload_id: str, tenant: str) -> Published | None:
         """What an upload of this tenant has become: known as long as its version is.
 
-        So a client that lost the answer learns it in any later life of the store.
+        So a client that lost the answer learns it in any later life of the store, and of any store.
         """
         published = self._catalogue.published(_key(upload_id))
+        if published is None:
+            await self._catalogue.catch_up()
+            published = self._catalogue.published(_key(upload_id))
         ours = published is not None and published.adapter.name.tenant == tenant
         return published if ours else None
 
-    def get(self, upload_id: str, tenant: str) -> Upload:
+    async def get(self, upload_id: str, tenant: str) -> Upload:
         """An upload of this tenant that is not published; raises UploadNotFound."""
-        upload = self._uploads.get(_key(upload_id))
-        if upload is None or upload.record.name.tenant != tenant:
+        key = _key(upload_id)
+        upload = self._uploads.get(key) or await self._found(key)
+        if upload is not None and upload.state is UploadState.RECEIVING:
+            async with upload.lock:
+                await self._refresh(upload)
+        if upload is None or key not in self._uploads or upload.record.name.tenant != tenant:
             raise UploadNotFound("no such upload, or it has expired")
         return upload
+
+    def expire_time_ns(self, upload: Upload) -> int:
+        """When it is forgotten unless somebody moves it on, in Unix time."""
+        left_s = upload.active_s + self._limits.upload_expiry_s - self._clock()
+        return self._now_ns() + int(left_s * 1e9)
 
     async def receive(
         self, upload_id: str, tenant: str, offset: int, chunks: AsyncIterator[Chunk]
@@ -143,10 +105,10 @@ class Uploads:
 
         Broken off, by either side, the upload keeps what it has.
         """
-        published = self.published(upload_id, tenant)
+        published = await self.published(upload_id, tenant)
         if published is not None:
             return published
-        upload = self.get(upload_id, tenant)
+        upload = await self.get(upload_id, tenant)
         writer = upload.writer = object()
         async with upload.lock:
             _check_offset(upload, offset)
@@ -166,25 +128,63 @@ class Uploads:
         return sum(upload.is_open for upload in self._uploads.values())
 
     async def drop_expired(self) -> None:
-        """Forget uploads that nobody has moved on for too long."""
-        for upload in list(self._uploads.values()):
-            expired = self._now_ns() >= upload.expire_time_ns
-            if expired and upload.state is not UploadState.FINISHING:
-                async with upload.lock:
-                    self.counts.ended["expired",] += upload.is_open
-                    upload.writer = None
-                    del self._uploads[upload.record.key]
-                    await asyncio.to_thread(self._backend.drop_upload, upload.record.key)
+        """Forget uploads that nobody has moved on for too long, and results after a minute."""
+        while self._leftovers:
+            await self._storage.run(self._backend.drop_upload, self._leftovers[-1])
+            self._leftovers.pop()
+        finishing = UploadState.FINISHING
+        busy = {key for key, upload in self._uploads.items() if upload.state is finishing}
+        expiry_s = self._limits.upload_expiry_s
+        for key in await self._storage.run(self._backend.drop_expired, expiry_s, busy=busy):
+            self.counts.ended["expired",] += 1
+            self._forget(key)
+        for key, upload in list(self._uploads.items()):
+            kept_s = expiry_s if upload.is_open else RESULT_KEPT_S
+            if upload.state is not finishing and self._clock() - upload.active_s > kept_s:
+                self._forget(key)  # it has ended, or went on elsewhere
 
     async def close(self) -> None:
         await self._tasks.close()
 
-    async def _create(self, upload: Upload) -> None:
-        try:
-            await asyncio.to_thread(self._backend.create_upload, upload.record)
-        except BaseException:
-            del self._uploads[upload.record.key]
-            raise
+    async def _create(self, record: UploadRecord) -> Upload:
+        """Begin it unless a limit says no, and count it from now on."""
+        tenant = record.name.tenant
+        while True:
+            under_way = await self._storage.run(self._backend.uploads_of, tenant)
+            self._limits.check(record, self._open_records(under_way.records), self._catalogue)
+            upload = self._uploads[record.key] = Upload(record, self._clock())
+            try:
+                await self._storage.run(
+                    self._backend.create_upload, record, num_begun=under_way.num_begun
+                )
+            except Outdated:
+                self._forget(record.key)
+            except BaseException:
+                self._forget(record.key)
+                raise
+            else:
+                return upload
+
+    async def _found(self, key: str) -> Upload | None:
+        """An upload that began elsewhere, or in an earlier life of this store."""
+        stored = await self._storage.run(self._backend.find_upload, key)
+        if stored is None:
+            return None
+        return self._uploads.setdefault(key, Upload(stored.record, self._clock()))
+
+    async def _refresh(self, upload: Upload) -> None:
+        """Learn how far an upload has come, which other stores may have moved on."""
+        stored = await self._storage.run(self._backend.find_upload, upload.record.key)
+        if stored is None:
+            self._forget(upload.record.key)
+        else:
+            upload.received_bytes = stored.received_bytes
+            upload.active_s = self._clock() - stored.idle_s
+
+    def _forget(self, key: str) -> None:
+        upload = self._uploads.pop(key, None)
+        if upload is not None:
+            upload.writer = None
 
     async def _append(self, upload: Upload, writer: object, chunk: Chunk) -> None:
         async with upload.lock:
@@ -199,15 +199,15 @@ class Uploads:
                     f"must have 1 to {min(MAX_CHUNK_BYTES, upload.missing_bytes)} bytes, "
                     f"got {len(chunk.data)}",
                 )
-            await asyncio.to_thread(self._write, upload.record.key, chunk)
+            await self._storage.run(self._write, upload.record.key, chunk)
             upload.received_bytes += len(chunk.data)
+            upload.active_s = self._clock()
             self.counts.received_bytes += len(chunk.data)
-            upload.expire_time_ns = self._expiry_ns()
 
     def _write(self, key: str, chunk: Chunk) -> None:
         if crc32c(chunk.data) != chunk.crc32c:
             raise DigestMismatch(f"the chunk at byte {chunk.offset} does not match its crc32c")
-        self._backend.append(key, chunk.data)
+        self._backend.append(key, chunk.offset, chunk.data)
 
     async def _finish(self, upload: Upload) -> Published:
         """Validate and publish once, whoever asks and stays."""
@@ -233,11 +233,11 @@ class Uploads:
         """Drop the bytes; a failure stays for a client that lost its stream."""
         upload.move_to(state)
         self.counts.ended[state.value,] += 1
-        upload.expire_time_ns = self._now_ns() + FAILURE_KEPT_NS
-        await asyncio.to_thread(self._backend.drop_upload, upload.record.key)
+        upload.active_s = self._clock()
+        await self._storage.run(self._backend.drop_upload, upload.record.key)
 
     async def _validate_and_publish(self, record: UploadRecord) -> Published:
-        async with InThread(self._backend.staged(record.key)) as weights:
+        async with self._storage.entered(self._backend.staged(record.key)) as weights:
             checked = await self._builders.check_weights(
                 weights,
                 num_bytes=record.weights_bytes,
@@ -268,11 +268,13 @@ class Uploads:
         assert change.adapter is not None
         return Published(version, change.adapter)
 
-    def _open_records(self) -> list[UploadRecord]:
-        return [upload.record for upload in self._uploads.values() if upload.is_open]
-
-    def _expiry_ns(self) -> int:
-        return self._now_ns() + self._limits.upload_expiry_s * 1_000_000_000
+    def _open_records(self, stored: list[UploadRecord]) -> list[UploadRecord]:
+        """Those that the backend has and those that are about to be there."""
+        records = {record.key: record for record in stored}
+        records |= {key: upload.record for key, upload in self._uploads.items()}
+        ended = {key for key, upload in self._uploads.items() if not upload.is_open}
+        published = self._catalogue.published
+        return [r for r in records.values() if r.key not in ended and published(r.key) is None]
 
 
 async def _next(chunks: AsyncIterator[Chunk]) -> Chunk | None:
@@ -289,7 +291,4 @@ def _key(upload_id: str) -> str:
 
 def _check_offset(upload: Upload, offset: int) -> None:
     if offset != upload.received_bytes:
-        raise OffsetMismatch(
-            f"offset must be {upload.received_bytes}, got {offset}",
-            receivedBytes=upload.received_bytes,
-        )
+        raise OffsetMismatch.at(upload.received_bytes, offset)

@@ -122,6 +122,10 @@ class OffsetMismatch(LorryError):
 
     code, reason = Code.OUT_OF_RANGE, "OFFSET_MISMATCH"
 
+    @classmethod
+    def at(cls, received_bytes: int, offset: int) -> Self:
+        return cls(f"offset must be {received_bytes}, got {offset}", receivedBytes=received_bytes)
+
 
 class RevisionCompacted(LorryError):
     """The watcher must list again."""
@@ -153,6 +157,13 @@ class Superseded(LorryError):
 
 class DigestMismatch(LorryError):
     code, reason = Code.DATA_LOSS, "DIGEST_MISMATCH"
+
+    @classmethod
+    def of_version(cls, digest: bytes) -> Self:
+        return cls(
+            f"the stored weights of version {digest.hex()} are damaged; upload them again",
+            version=digest.hex(),
+        )
 
 
 class QueueFull(LorryError):
