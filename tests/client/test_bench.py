@@ -77,6 +77,7 @@ async def test_a_process_that_cannot_start_is_an_error() -> None:
     share = Share(
         router="127.0.0.1:1",
         tokens={},  # none for the tenant, so that the process fails
+        tls=None,
         adapters={},
         token_ids=(9, 3),
         timeout_s=1.0,

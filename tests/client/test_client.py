@@ -227,7 +227,7 @@ async def test_no_service_is_a_typed_error() -> None:
 
 async def test_the_token_is_sent_with_each_call() -> None:
     caller = Caller("acme", frozenset({Role.INFER}))
-    authenticator = Authenticator({hashlib.sha256(b"secret").digest(): caller})
+    authenticator = Authenticator(lambda: {hashlib.sha256(b"secret").digest(): caller})
     async with (
         serving_scripted(inference=ScriptedInference(), authenticator=authenticator) as router,
         Client(router=router, token="secret") as client,

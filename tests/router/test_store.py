@@ -30,9 +30,7 @@ async def watching(fake: FakeStore, *, silence_s: float = 30.0) -> AsyncIterator
     """A Store that has read everything."""
     synced = asyncio.Event()
     async with fake.serving(), open_channel(fake.address) as channel:
-        store = Store(
-            channel, metadata=(), silence_s=silence_s, timeout_s=0.5, on_synced=synced.set
-        )
+        store = Store(channel, silence_s=silence_s, timeout_s=0.5, on_synced=synced.set)
         watch = asyncio.create_task(store.watch())
         try:
             await asyncio.wait_for(synced.wait(), 10)

@@ -74,7 +74,7 @@ async def test_what_is_no_message_is_the_callers_error(
 
 
 async def test_nothing_of_a_stranger_is_parsed() -> None:
-    async with serving_all(Authenticator({})) as (_, channel):
+    async with serving_all(Authenticator(dict)) as (_, channel):
         call: Any = channel.unary_unary(KINDS["unary_unary"])
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await call(b"\xff", timeout=30)
@@ -134,7 +134,7 @@ async def test_a_malformed_probe_is_its_callers_error(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     method = {"unary_unary": "Check", "unary_stream": "Watch"}[kind]
-    async with serving_all(Authenticator({})) as (_, channel):
+    async with serving_all(Authenticator(dict)) as (_, channel):
         call = getattr(channel, kind)(f"/grpc.health.v1.Health/{method}")(b"\xff", timeout=30)
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await (anext(aiter(call)) if kind == "unary_stream" else call)

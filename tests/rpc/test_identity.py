@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from lorry.rpc.callers import read_tokens
 from lorry.rpc.errors import PermissionDenied, Unauthenticated
 from lorry.rpc.identity import (
     LOCAL_CALLER,
@@ -16,7 +17,6 @@ from lorry.rpc.identity import (
     Role,
     current_caller,
     is_loopback_peer,
-    read_tokens,
 )
 from lorry.rpc.status import from_rpc
 from tests.support.services import METHODS, serving_all
@@ -63,11 +63,14 @@ class StrangerContext:
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return self._metadata
 
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
+
 
 @pytest.fixture
 async def channel() -> AsyncIterator[grpc.aio.Channel]:
     """To a server whose tokens are the names of the roles."""
-    async with serving_all(Authenticator(TOKENS)) as (_, channel):
+    async with serving_all(Authenticator(lambda: TOKENS)) as (_, channel):
         yield channel
 
 
@@ -110,7 +113,7 @@ async def test_only_the_bearer_scheme_is_accepted(channel: grpc.aio.Channel) -> 
 
 
 def test_a_method_without_a_row_serves_nobody() -> None:
-    authenticator = Authenticator(TOKENS)
+    authenticator = Authenticator(lambda: TOKENS)
     with pytest.raises(PermissionDenied):
         authenticator.admit("/lorry.v1.InferenceService/Other", StrangerContext("Bearer admin"))
 
@@ -118,7 +121,9 @@ def test_a_method_without_a_row_serves_nobody() -> None:
 async def test_concurrent_calls_see_their_own_caller() -> None:
     seen: list[Caller] = []
     paths = [f"/lorry.v1.{each}" for each in ("InferenceService/Generate", "WorkerService/Attach")]
-    async with serving_all(Authenticator(TOKENS), hook=lambda: seen.append(current_caller())) as (
+    async with serving_all(
+        Authenticator(lambda: TOKENS), hook=lambda: seen.append(current_caller())
+    ) as (
         _,
         channel,
     ):

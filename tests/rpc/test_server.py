@@ -29,7 +29,7 @@ Running = tuple[Server, grpc.aio.Channel]
 
 @pytest.fixture
 async def running() -> AsyncIterator[Running]:
-    async with serving_all(Authenticator(TOKENS)) as running:
+    async with serving_all(Authenticator(lambda: TOKENS)) as running:
         yield running
 
 
@@ -166,20 +166,20 @@ async def test_a_burst_of_calls_is_served_to_the_last(running: Running) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "127.9.9.9:1", "[::1]:50051", "localhost:1"])
 def test_loopback_addresses_are_served_in_plain_text(address: str) -> None:
-    check_address(address, insecure=False)
+    check_address(address, guarded=False)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.com:1"])
 def test_other_addresses_need_insecure(address: str) -> None:
     with pytest.raises(ValueError, match="--insecure"):
-        check_address(address, insecure=False)
-    check_address(address, insecure=True)
+        check_address(address, guarded=False)
+    check_address(address, guarded=True)
 
 
 @pytest.mark.parametrize("address", ["", "50051", "127.0.0.1", "127.0.0.1:http", ":50051"])
 def test_an_address_is_host_and_port(address: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
-        check_address(address, insecure=True)
+        check_address(address, guarded=True)
 
 
 async def test_an_address_in_use_is_named(running: Running) -> None:

@@ -182,7 +182,7 @@ async def running_store(
             lambda server: register(server, store, base_model),
             services=SERVICES,
             address="127.0.0.1:0",
-            authenticator=Authenticator(tokens),
+            authenticator=Authenticator(None if tokens is None else lambda: tokens),
             grace_s=0,
         ) as server,
         grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,

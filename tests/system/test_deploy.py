@@ -1,8 +1,6 @@
 """What can be checked of the images and of docker-compose.yml without a container engine."""
 
-import hashlib
 import re
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,10 +11,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from deploy import make_tokens
 from lorry.client import Client, Request
+from lorry.client.secrets.directory import SecretsDirectory
+from lorry.client.secrets.tokens import make_token
 from lorry.rpc.errors import PermissionDenied, Unauthenticated
-from lorry.rpc.identity import Role, read_tokens
+from lorry.rpc.identity import DEFAULT_TENANT, Role
 from tests.support.command import REPO, child_environment
 from tests.support.processes import ready
 
@@ -33,25 +32,24 @@ def package_of(service: str) -> str:
 @pytest.fixture(scope="module")
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("deploy") / "secrets"
-    make_tokens.main(directory)
+    for role in (Role.ROUTER, Role.WORKER, Role.ADMIN, Role.INFER):
+        make_token(
+            SecretsDirectory(directory),
+            role.value,
+            tenant=DEFAULT_TENANT,
+            role=role,
+            world_readable=True,
+        )
     return directory
 
 
-def test_tokens_are_made_for_each_role_and_kept(secrets: Path) -> None:
-    before = {path.name: path.read_text() for path in secrets.iterdir()}
-    make_tokens.main(secrets)
-    assert {path.name: path.read_text() for path in secrets.iterdir()} == before
-    callers = read_tokens(secrets / "tokens.json")
-    for role in ("router", "worker", "admin", "infer"):
-        token = (secrets / f"{role}.token").read_text().strip()
-        assert callers[hashlib.sha256(token.encode()).digest()].roles == {Role(role)}
-        assert token not in (secrets / "tokens.json").read_text()
-    assert stat.S_IMODE(secrets.stat().st_mode) == 0o700
-
-
 def test_every_secret_is_one_that_is_made(secrets: Path) -> None:
-    files = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
-    assert files <= {path.name for path in secrets.iterdir()}
+    for secret in COMPOSE["secrets"].values():
+        assert secret_file(secrets, secret).is_file()
+
+
+def secret_file(secrets: Path, secret: Mapping[str, str]) -> Path:
+    return secrets / Path(secret["file"]).relative_to("deploy/secrets")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -137,7 +135,7 @@ def running(name: str, secrets: Path, replacements: Mapping[str, str]) -> Iterat
     """The service with the variables of its container, but for where things are."""
     variables = {key: str(value) for key, value in SERVICES[name]["environment"].items()}
     for secret, file in COMPOSE["secrets"].items():
-        replacements = {f"/run/secrets/{secret}": str(secrets / Path(file["file"]).name)} | {
+        replacements = {f"/run/secrets/{secret}": str(secret_file(secrets, file))} | {
             **replacements
         }
     for old, new in sorted(replacements.items(), reverse=True):  # longer names first
@@ -175,7 +173,7 @@ async def test_the_services_work_together_as_configured(secrets: Path, tmp_path:
         replacements["worker:50053"] = start("worker")
         router = start("router")
         admin, infer = (
-            (secrets / f"{role}.token").read_text().strip() for role in ("admin", "infer")
+            (secrets / role / "token").read_text().strip() for role in ("admin", "infer")
         )
         request = Request(prompt="banana>", adapter="reverse", temperature=0, max_tokens=16)
         async with (

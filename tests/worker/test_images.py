@@ -10,7 +10,7 @@ import pytest
 
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
 from lorry.rpc.base_model import read_base_model
-from lorry.rpc.channel import bearer, open_channel
+from lorry.rpc.channel import Credentials, open_channel
 from lorry.rpc.errors import (
     AdapterIncompatible,
     DigestMismatch,
@@ -85,13 +85,15 @@ async def bench_of(
     layout = PageLayout(geometry=base_model.geometry, dtype=Dtype.FP32)
     image_format = ImageFormat(layout=layout, model_digest=base_model.digest, max_rank=max_rank)
     with contextlib.closing(SharedDirectory(tmp_path / "local")) as local:
-        async with serving_images(store) as address, open_channel(address) as channel:
+        async with (
+            serving_images(store) as address,
+            open_channel(address, Credentials(token="secret")) as channel,
+        ):
             source = ImageSource(
                 channel,
                 image_format,
                 shm_dir=shm_dir if shared else tmp_path / "elsewhere",
                 local=local,
-                metadata=bearer("secret"),
             )
             limits = {
                 "max_fetches": max_fetches,
@@ -384,7 +386,7 @@ async def test_a_store_that_starts_late_is_waited_for(base_model, tmp_path):
     sent: list[Command] = []
     with contextlib.closing(SharedDirectory(tmp_path / "local")) as local:
         async with open_channel(f"127.0.0.1:{port}") as channel:
-            source = ImageSource(channel, image_format, shm_dir=tmp_path, local=local, metadata=())
+            source = ImageSource(channel, image_format, shm_dir=tmp_path, local=local)
             fetcher = ImageFetcher(
                 source, channel, sent.append, max_fetches=1, timeout_s=30, copied_bytes=1 << 30
             )

@@ -28,6 +28,7 @@ async def serve(config: Config) -> None:
     base_model = read_base_model(config.model)
     dtype = config.finite_in(base_model)
     calls = CallCounts()
+    tls = config.server_tls()
     async with (
         opened(
             lambda: FileBackend(config.backend_directory, model_digest=base_model.digest),
@@ -44,6 +45,7 @@ async def serve(config: Config) -> None:
             registry_of(
                 TableCollector(METRICS, store), TableCollector(call_metrics("lorry_store"), calls)
             ),
+            tls,
         ),
         serving(
             lambda server: register(server, store, base_model),
@@ -51,6 +53,8 @@ async def serve(config: Config) -> None:
             address=config.address,
             authenticator=config.authenticator(),
             insecure=config.insecure,
+            tls=tls,
+            health_address=config.health_address,
             max_receive_bytes=MAX_MESSAGE_BYTES,
             calls=calls,
         ) as server,

@@ -14,7 +14,7 @@ from lorry.client.generation import adapter_name
 from lorry.client.retry import RetryPolicy, retrying
 from lorry.client.upload import Progress, send
 from lorry.client.weights import AdapterFiles, default_id
-from lorry.rpc.channel import Metadata, open_blocking_channel
+from lorry.rpc.channel import Credentials, open_blocking_channel
 from lorry.rpc.errors import AdapterNotFound
 from lorry.rpc.names import check_id
 from lorry.v1 import adapter_service_pb2 as pb
@@ -86,22 +86,21 @@ class Adapters:
         address: str,
         channel: grpc.aio.Channel,
         *,
-        metadata: Metadata,
+        credentials: Credentials,
         timeout_s: float,
         retry: RetryPolicy,
     ) -> None:
         self._address = address
         self._stub = AdapterServiceStub(channel)
-        self._metadata = metadata
+        self._credentials = credentials
+        self._metadata = credentials.read_metadata()
         self._timeout_s = timeout_s
         self._retry = retry
 
     async def show(self, name: str) -> Adapter:
         request = pb.GetAdapterRequest(name=adapter_name(name))
         response = await self._retrying(
-            lambda _, remaining_s: self._stub.GetAdapter(
-                request, timeout=remaining_s, metadata=self._metadata
-            )
+            lambda _, remaining_s: self._stub.GetAdapter(request, timeout=remaining_s)
         )
         return Adapter.from_proto(response.adapter)
 
@@ -110,9 +109,7 @@ class Adapters:
         request = pb.ListAdaptersRequest(filter=filter, page_size=page_size)
         while True:
             response = await self._retrying(
-                lambda _, remaining_s: self._stub.ListAdapters(
-                    request, timeout=remaining_s, metadata=self._metadata
-                )
+                lambda _, remaining_s: self._stub.ListAdapters(request, timeout=remaining_s)
             )
             for message in response.adapters:
                 yield Adapter.from_proto(message)
@@ -126,9 +123,7 @@ class Adapters:
 
         async def call(attempt: int, remaining_s: float) -> pb.DeleteAdapterResponse:
             request.allow_missing = missing_ok or attempt > 0
-            return await self._stub.DeleteAdapter(
-                request, timeout=remaining_s, metadata=self._metadata
-            )
+            return await self._stub.DeleteAdapter(request, timeout=remaining_s)
 
         await self._retrying(call)
 
@@ -194,9 +189,7 @@ class Adapters:
         """What the name has pointed to and can be rolled back to, newest first."""
         request = pb.ListAdapterVersionsRequest(name=adapter_name(name), page_size=1000)
         response = await self._retrying(
-            lambda _, remaining_s: self._stub.ListAdapterVersions(
-                request, timeout=remaining_s, metadata=self._metadata
-            )
+            lambda _, remaining_s: self._stub.ListAdapterVersions(request, timeout=remaining_s)
         )
         return [AdapterVersion.from_proto(message) for message in response.versions]
 
@@ -225,9 +218,7 @@ class Adapters:
             update_mask=FieldMask(paths=[key for key in fields if fields[key] is not None]),
         )
         response = await self._retrying(
-            lambda _, remaining_s: self._stub.UpdateAdapter(
-                request, timeout=remaining_s, metadata=self._metadata
-            )
+            lambda _, remaining_s: self._stub.UpdateAdapter(request, timeout=remaining_s)
         )
         return Adapter.from_proto(response.adapter)
 
@@ -249,9 +240,7 @@ class Adapters:
             expected_etag=etag,
         )
         response = await self._retrying(
-            lambda _, remaining_s: self._stub.CreateUpload(
-                request, timeout=remaining_s, metadata=self._metadata
-            )
+            lambda _, remaining_s: self._stub.CreateUpload(request, timeout=remaining_s)
         )
         return response.upload_id
 
@@ -267,19 +256,17 @@ class Adapters:
         start = pb.UploadStart(upload_id=upload_id)
         if attempt:
             state = await self._stub.GetUpload(
-                pb.GetUploadRequest(upload_id=upload_id),
-                timeout=remaining_s,
-                metadata=self._metadata,
+                pb.GetUploadRequest(upload_id=upload_id), timeout=remaining_s
             )
             start.offset = state.received_bytes
-        with open_blocking_channel(self._address) as channel:
+        with open_blocking_channel(self._address, self._credentials) as channel:
             return await send(
                 AdapterServiceStub(channel),
                 start,
                 files,
                 progress=progress,
                 timeout_s=remaining_s,
-                metadata=self._metadata,
+                metadata=self._metadata(),
             )
 
     async def _retrying(self, call: Callable[[int, float], Awaitable[Response]]) -> Response:

@@ -6,7 +6,7 @@ import sys
 
 from cyclopts import App
 
-from lorry.client.commands import adapters
+from lorry.client.commands import adapters, certs, tokens
 from lorry.client.commands.bench import bench
 from lorry.client.commands.generate import generate
 from lorry.client.commands.status import status
@@ -27,6 +27,8 @@ app = App(
 app.command(up)
 app.command(generate)
 app.command(adapters.app)
+app.command(tokens.app)
+app.command(certs.app)
 app.command(status)
 app.command(bench)
 

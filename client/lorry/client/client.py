@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from lorry.client.generation import (
 )
 from lorry.client.retry import RetryPolicy, retrying, typed
 from lorry.client.store_admin import StoreAdmin
-from lorry.rpc.channel import bearer, open_channel
+from lorry.rpc.channel import Credentials, open_channel
 from lorry.v1 import inference_service_pb2 as pb
 from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
 
@@ -42,26 +43,31 @@ class Client:
         router: str = DEFAULT_ROUTER,
         store: str = DEFAULT_STORE,
         token: str | None = None,
+        token_file: Path | None = None,
+        tls: Path | None = None,
         timeout_s: float = 300.0,
         retry: RetryPolicy | None = None,
     ) -> None:
-        """`router` and `store` are HOST:PORT; `timeout_s` bounds each call with its retries."""
-        self._router = open_channel(router)
-        self._store = open_channel(store)
-        self._metadata = bearer(token)
+        """`router` and `store` are HOST:PORT; `timeout_s` bounds each call with its retries.
+
+        The bearer token is `token`, or what `token_file` holds at the time. `tls` is a directory
+        with ca.crt, which must have signed the services' certificates, and tls.crt and tls.key
+        where they ask for one; without it connections are in plain text.
+        """
+        credentials = Credentials(token=token, token_file=token_file, tls=tls)
+        self._router = open_channel(router, credentials)
+        self._store = open_channel(store, credentials)
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
         self._inference = InferenceServiceStub(self._router)
         self.adapters = Adapters(
             store,
             self._store,
-            metadata=self._metadata,
+            credentials=credentials,
             timeout_s=timeout_s,
             retry=self._retry,
         )
-        self.store_admin = StoreAdmin(
-            self._store, metadata=self._metadata, timeout_s=timeout_s, retry=self._retry
-        )
+        self.store_admin = StoreAdmin(self._store, timeout_s=timeout_s, retry=self._retry)
 
     async def __aenter__(self) -> Self:
         return self
@@ -84,9 +90,7 @@ class Client:
         message = pb.GenerateRequest(spec=request.to_proto())
 
         async def call(attempt: int, remaining_s: float) -> pb.GenerateResponse:
-            return await self._inference.Generate(
-                message, timeout=remaining_s, metadata=self._metadata
-            )
+            return await self._inference.Generate(message, timeout=remaining_s)
 
         response = await retrying(call, policy=self._retry, timeout_s=timeout_s or self._timeout_s)
         return Generation.from_proto(response)
@@ -99,11 +103,7 @@ class Client:
         message = pb.StreamGenerateRequest(spec=request.to_proto())
 
         async def call(attempt: int, remaining_s: float) -> GenerationStream:
-            stream = GenerationStream(
-                self._inference.StreamGenerate(
-                    message, timeout=remaining_s, metadata=self._metadata
-                )
-            )
+            stream = GenerationStream(self._inference.StreamGenerate(message, timeout=remaining_s))
             await stream.begin()
             return stream
 

@@ -8,7 +8,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorry.client.retry import typed
-from lorry.rpc.channel import Metadata, open_channel
+from lorry.rpc.channel import ANONYMOUS, Credentials, open_channel
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
 
@@ -16,9 +16,9 @@ READINESS = "readiness"
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 
 
-async def is_ready(address: str, *, timeout_s: float) -> bool:
+async def is_ready(address: str, credentials: Credentials = ANONYMOUS, *, timeout_s: float) -> bool:
     """Whether the service takes requests; raises LorryError if it does not answer."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, credentials) as channel:
         try:
             response = await _health_stub(channel).Check(
                 health_pb2.HealthCheckRequest(service=READINESS), timeout=timeout_s
@@ -40,13 +40,13 @@ async def readiness(address: str) -> AsyncIterator[bool]:
 
 
 async def worker_status(
-    address: str, *, metadata: Metadata = (), timeout_s: float
+    address: str, credentials: Credentials = ANONYMOUS, *, timeout_s: float
 ) -> pb.GetWorkerStatusResponse:
     """A worker's own account of its pool and what it runs."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, credentials) as channel:
         try:
             response: pb.GetWorkerStatusResponse = await WorkerServiceStub(channel).GetWorkerStatus(
-                pb.GetWorkerStatusRequest(), timeout=timeout_s, metadata=metadata
+                pb.GetWorkerStatusRequest(), timeout=timeout_s
             )
         except grpc.RpcError as error:
             raise typed(error) from error

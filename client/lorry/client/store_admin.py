@@ -8,7 +8,6 @@ import grpc.aio
 
 from lorry.client.generation import adapter_name
 from lorry.client.retry import RetryPolicy, retrying
-from lorry.rpc.channel import Metadata
 from lorry.v1 import store_admin_service_pb2 as pb
 from lorry.v1.store_admin_service_pb2_grpc import StoreAdminServiceStub
 
@@ -37,16 +36,8 @@ class Pin:
 class StoreAdmin:
     """For callers with the role admin. All calls may be repeated, so all are retried."""
 
-    def __init__(
-        self,
-        channel: grpc.aio.Channel,
-        *,
-        metadata: Metadata,
-        timeout_s: float,
-        retry: RetryPolicy,
-    ) -> None:
+    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float, retry: RetryPolicy) -> None:
         self._stub = StoreAdminServiceStub(channel)
-        self._metadata = metadata
         self._timeout_s = timeout_s
         self._retry = retry
 
@@ -66,7 +57,7 @@ class StoreAdmin:
 
     async def _call(self, method: Callable[..., Awaitable[Response]], request: object) -> Response:
         return await retrying(
-            lambda _, remaining_s: method(request, timeout=remaining_s, metadata=self._metadata),
+            lambda _, remaining_s: method(request, timeout=remaining_s),
             policy=self._retry,
             timeout_s=self._timeout_s,
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from crc32c import crc32c
 
 from lorry.client.weights import AdapterFiles, Piece
-from lorry.rpc.channel import Metadata
+from lorry.rpc.renewed_channel import Metadata
 from lorry.v1.adapter_service_pb2 import UploadAdapterRequest, UploadAdapterResponse, UploadStart
 from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
 

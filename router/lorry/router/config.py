@@ -10,12 +10,12 @@ from lorry.router.policy_options import PolicyOptions
 from lorry.router.slo import Slo
 from lorry.router.tenants import Tenant
 from lorry.rpc.command import check_not_negative, check_positive
-from lorry.rpc.service_config import ServiceConfig
+from lorry.rpc.service_config import CallingServiceConfig
 
 
 @cyclopts.Parameter(name="*", negative="")
 @dataclass(frozen=True, kw_only=True)
-class Config(PolicyOptions, ServiceConfig):
+class Config(PolicyOptions, CallingServiceConfig):
     address: str = "127.0.0.1:50051"
 
     model_name: str = ""
@@ -30,9 +30,6 @@ class Config(PolicyOptions, ServiceConfig):
 
     dns_interval_s: float = 5.0
     """Seconds between two look-ups of a worker's DNS name."""
-
-    token_file: Path | None = None
-    """File with the bearer token that the router shows to the store and the workers."""
 
     max_queued_requests: int = 8192
     """Requests that may wait, of all tenants; the next is refused with QUEUE_FULL."""
@@ -88,7 +85,7 @@ class Config(PolicyOptions, ServiceConfig):
     """Seconds that running requests get to finish on SIGTERM."""
 
     def __post_init__(self) -> None:
-        ServiceConfig.__post_init__(self)
+        CallingServiceConfig.__post_init__(self)
         PolicyOptions.__post_init__(self)
         check_positive(
             self,

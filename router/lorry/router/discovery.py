@@ -59,6 +59,13 @@ class Discovery:
         await asyncio.gather(*map(self._look_up, self._names))
         return self._static.union(*self._found.values())
 
+    def host_of(self, address: str) -> str:
+        """The host as it was given, by which the worker at the address is known."""
+        for target, found in self._found.items():
+            if address in found:
+                return target.host
+        return address.rpartition(":")[0].strip("[]")
+
     async def _look_up(self, name: Target) -> None:
         try:
             found = frozenset(await self._resolve(name.host, name.port))

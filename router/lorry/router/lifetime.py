@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import functools
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import grpc.aio
@@ -28,10 +27,11 @@ from lorry.router.translation import SpecReader
 from lorry.router.worker_link import WorkerLink
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.call_counts import CallCounts, call_metrics
-from lorry.rpc.channel import Metadata, bearer, open_channel, read_token
+from lorry.rpc.channel import open_channel
 from lorry.rpc.metrics import TableCollector, registry_of
 from lorry.rpc.metrics_server import serving_metrics
 from lorry.rpc.server import Server, serving
+from lorry.rpc.tls import ServerTls
 from lorry.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 
 MAX_REQUEST_BYTES = 2 << 20
@@ -51,16 +51,15 @@ class Running:
 @contextlib.asynccontextmanager
 async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIterator[Running]:
     """Raises ValueError for a model, file or address that cannot be served."""
+    tls = config.server_tls()
     base_model = await asyncio.to_thread(read_base_model, config.model)
-    metadata = bearer(read_token(config.token_file))
     tenants = read_tenants(config.tenants, config.other_tenants)
     readiness = Readiness()
     async with contextlib.AsyncExitStack() as stack:
         tokenizer = await _tokenizer(config)
         stack.callback(tokenizer.close)
         store = Store(
-            await stack.enter_async_context(open_channel(config.store)),
-            metadata=metadata,
+            await stack.enter_async_context(open_channel(config.store, config.credentials())),
             silence_s=config.catalogue_silence_s,
             timeout_s=config.store_timeout_s,
             on_synced=readiness.set_catalogue_synced,
@@ -68,7 +67,7 @@ async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIt
         dispatcher = _dispatcher(config, tenants)
         active = ActiveRequests(dispatcher)
         fleet = Fleet(config, dispatcher, active, on_workers=readiness.set_workers)
-        roster = _roster(config, _link_maker(config, fleet, base_model, metadata), resolve)
+        roster = _roster(config, fleet, base_model, resolve)
         fleet.connect(roster.links)
         router = Router(
             config,
@@ -85,10 +84,10 @@ async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIt
             TableCollector(METRICS, Source(active, dispatcher, fleet, store)),
             TableCollector(call_metrics("lorry_router"), calls),
         )
-        await stack.enter_async_context(serving_metrics(config.scraped_address, registry))
+        await stack.enter_async_context(serving_metrics(config.scraped_address, registry, tls))
         reader = SpecReader(base_model, served_model=config.served_model)
         service = InferenceService(router, reader)
-        server = await stack.enter_async_context(_serving(config, service, calls))
+        server = await stack.enter_async_context(_serving(config, tls, service, calls))
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         works = [
             roster.run(),
@@ -121,26 +120,26 @@ def _dispatcher(config: Config, tenants: Tenants) -> Dispatcher:
     return Dispatcher(places, policies, max_prefetch=config.prefetch_versions)
 
 
-def _roster(config: Config, make_link: Callable[[str], WorkerLink], resolve: Resolve) -> Roster:
+def _roster(config: Config, fleet: Fleet, base_model: BaseModel, resolve: Resolve) -> Roster:
     discovery = Discovery([Target.parse(text) for text in config.worker], resolve)
+    router_id = uuid.uuid4().hex
+
+    def make_link(address: str) -> WorkerLink:
+        return WorkerLink(
+            address,
+            fleet,
+            router_id=router_id,
+            model_digest=base_model.digest,
+            credentials=config.credentials(),
+            server_name=discovery.host_of(address),
+            silence_s=config.worker_silence_s,
+        )
+
     return Roster(discovery, make_link, interval_s=config.dns_interval_s)
 
 
-def _link_maker(
-    config: Config, fleet: Fleet, base_model: BaseModel, metadata: Metadata
-) -> Callable[[str], WorkerLink]:
-    return functools.partial(
-        WorkerLink,
-        events=fleet,
-        router_id=uuid.uuid4().hex,
-        model_digest=base_model.digest,
-        metadata=metadata,
-        silence_s=config.worker_silence_s,
-    )
-
-
 def _serving(
-    config: Config, service: InferenceService, calls: CallCounts
+    config: Config, tls: ServerTls | None, service: InferenceService, calls: CallCounts
 ) -> contextlib.AbstractAsyncContextManager[Server]:
     def register(server: grpc.aio.Server) -> None:
         add_InferenceServiceServicer_to_server(service, server)
@@ -151,6 +150,8 @@ def _serving(
         address=config.address,
         authenticator=config.authenticator(),
         insecure=config.insecure,
+        tls=tls,
+        health_address=config.health_address,
         max_receive_bytes=MAX_REQUEST_BYTES,
         calls=calls,
     )

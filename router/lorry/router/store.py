@@ -10,7 +10,6 @@ import grpc.aio
 
 from lorry.router.catalogue import AdapterVersion, Catalogue, Change
 from lorry.rpc.backoff import Backoff
-from lorry.rpc.channel import Metadata
 from lorry.rpc.errors import AdapterNotFound, LorryError, RevisionCompacted, StoreUnavailable
 from lorry.rpc.names import AdapterName
 from lorry.rpc.status import from_rpc
@@ -29,14 +28,12 @@ class Store:
         self,
         channel: grpc.aio.Channel,
         *,
-        metadata: Metadata,
         silence_s: float,
         timeout_s: float,
         on_synced: Callable[[], None],
     ) -> None:
         self._catalogue_service = CatalogueServiceStub(channel)
         self._adapter_service = AdapterServiceStub(channel)
-        self._metadata = metadata
         self._silence_s = silence_s
         self._timeout_s = timeout_s
         self._on_synced = on_synced
@@ -89,7 +86,7 @@ class Store:
         request = pb.WatchCatalogueRequest(
             store_id=self._catalogue.store_id, start_revision=self._catalogue.begin()
         )
-        call = self._catalogue_service.WatchCatalogue(request, metadata=self._metadata)
+        call = self._catalogue_service.WatchCatalogue(request)
         try:
             async with asyncio.timeout(self._silence_s) as silence:
                 async for response in call:
@@ -134,9 +131,7 @@ class Store:
     async def _get_adapter(self, name: AdapterName) -> AdapterVersion:
         request = adapter_pb.GetAdapterRequest(name=str(name))
         try:
-            response = await self._adapter_service.GetAdapter(
-                request, metadata=self._metadata, timeout=self._timeout_s
-            )
+            response = await self._adapter_service.GetAdapter(request, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as failure:
             error = from_rpc(failure)
             if isinstance(error, AdapterNotFound):

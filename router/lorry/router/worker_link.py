@@ -16,7 +16,7 @@ from lorry.router.outbox import Outbox
 from lorry.router.request import Request
 from lorry.router.worker import Worker, WorkerStatus
 from lorry.rpc.backoff import Backoff
-from lorry.rpc.channel import MIB, Metadata, open_channel
+from lorry.rpc.channel import MIB, Credentials, open_channel
 from lorry.rpc.durations import to_duration, to_seconds
 from lorry.rpc.errors import LorryError, ModelMismatch, NoWorker, WorkerLost
 from lorry.rpc.protocol import PROTOCOL_REVISION
@@ -69,7 +69,10 @@ class WorkerEvents(Protocol):
 
 
 class WorkerLink:
-    """`run` holds the stream until cancelled. Between streams what is sent is dropped."""
+    """`run` holds the stream until cancelled. Between streams what is sent is dropped.
+
+    Where the credentials have TLS, the worker's certificate must be for `server_name`.
+    """
 
     def __init__(
         self,
@@ -78,7 +81,8 @@ class WorkerLink:
         *,
         router_id: str,
         model_digest: bytes,
-        metadata: Metadata,
+        credentials: Credentials,
+        server_name: str,
         silence_s: float,
     ) -> None:
         self._address = address
@@ -86,7 +90,8 @@ class WorkerLink:
         self._hello = pb.Hello(
             router_id=router_id, protocol_revision=PROTOCOL_REVISION, model_digest=model_digest
         )
-        self._metadata = metadata
+        self._credentials = credentials
+        self._server_name = server_name
         self._silence_s = silence_s
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox()
@@ -118,7 +123,12 @@ class WorkerLink:
     async def run(self) -> None:
         """Attach again and again."""
         backoff = Backoff()
-        async with open_channel(self._address, max_receive_bytes=16 * MIB) as channel:
+        async with open_channel(
+            self._address,
+            self._credentials,
+            max_receive_bytes=16 * MIB,
+            server_name=self._server_name,
+        ) as channel:
             while True:
                 try:
                     await self._attach(channel, backoff.reset)
@@ -142,7 +152,7 @@ class WorkerLink:
     async def _attach(self, channel: grpc.aio.Channel, attached: Callable[[], None]) -> None:
         """One stream, from Hello to its end."""
         self._outbox = Outbox()
-        call = WorkerServiceStub(channel).Attach(metadata=self._metadata)
+        call = WorkerServiceStub(channel).Attach()
         # Given an iterator, gRPC would go on waiting for its next command after the stream's end.
         writer = asyncio.create_task(self._write(call, self._outbox))
         try:

@@ -12,7 +12,7 @@ import cyclopts
 from lorry.kernels.page_layout import MAX_RANK, Dtype, PageLayout
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.command import check_not_negative, check_positive
-from lorry.rpc.service_config import DTYPES, DtypeName, ServiceConfig
+from lorry.rpc.service_config import DTYPES, CallingServiceConfig, DtypeName
 from lorry.rpc.shared_memory import SHM_DIR
 
 Device = Literal["cpu", "cuda"]
@@ -56,7 +56,7 @@ class EngineConfig:
 
 @cyclopts.Parameter(name="*", negative="")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(ServiceConfig):
+class Config(CallingServiceConfig):
     address: str = "127.0.0.1:50053"
 
     load_format: LoadFormat = "safetensors"
@@ -73,9 +73,6 @@ class Config(ServiceConfig):
 
     worker_id: str = dataclasses.field(default_factory=socket.gethostname)
     """Name of this worker in the routers' logs."""
-
-    token_file: Path | None = None
-    """File with the bearer token that this worker shows to the adapter store."""
 
     device: Device = "cpu"
     """Where the engine computes."""

@@ -20,7 +20,6 @@ from crc32c import crc32c
 
 from lorry.rpc.backoff import Backoff
 from lorry.rpc.call_counts import Outcome
-from lorry.rpc.channel import Metadata
 from lorry.rpc.errors import (
     AdapterIncompatible,
     AdapterNotFound,
@@ -66,13 +65,11 @@ class ImageSource:
         *,
         shm_dir: Path,
         local: SharedDirectory,
-        metadata: Metadata,
     ) -> None:
         self._stub = AdapterDataServiceStub(channel)
         self._format = image_format
         self._shm_dir = shm_dir
         self._local = local
-        self._metadata = metadata
 
     async def open(self, version: bytes, owner: contextlib.ExitStack) -> Held:
         """Fetch an image; whatever it takes to keep it is left to `owner`. Raises LorryError."""
@@ -83,7 +80,7 @@ class ImageSource:
             return await self._open(version, owner, shared=False)
 
     async def _open(self, version: bytes, owner: contextlib.ExitStack, *, shared: bool) -> Held:
-        call = self._stub.FetchAdapter(self._request(version, shared), metadata=self._metadata)
+        call = self._stub.FetchAdapter(self._request(version, shared))
         owner.callback(call.cancel)
         header = await _read(call, "header")
         self._format.check(header.header, version)

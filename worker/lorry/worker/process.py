@@ -10,11 +10,12 @@ import grpc.aio
 
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.call_counts import CallCounts, call_metrics
-from lorry.rpc.channel import bearer, open_channel, read_token
+from lorry.rpc.channel import open_channel
 from lorry.rpc.metrics import TableCollector, registry_of
 from lorry.rpc.metrics_server import serving_metrics
 from lorry.rpc.server import Server, serving, stop_requested
 from lorry.rpc.shared_directory import SharedDirectory
+from lorry.rpc.tls import ServerTls
 from lorry.v1.worker_admin_service_pb2_grpc import add_WorkerAdminServiceServicer_to_server
 from lorry.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 from lorry.worker.config import Config
@@ -40,6 +41,7 @@ def run(config: Config, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> in
 
 async def _run(config: Config, engine_command: Sequence[str]) -> int:
     stop = asyncio.create_task(stop_requested())  # also while the model loads
+    tls = config.server_tls()
     base_model = read_base_model(config.model)
     engine_config = config.engine(base_model)
     engine = EngineClient(
@@ -58,9 +60,9 @@ async def _run(config: Config, engine_command: Sequence[str]) -> int:
             TableCollector(call_metrics("lorry_worker"), calls),
             engine_process_collector(lambda: engine.pid),
         )
-        await stack.enter_async_context(serving_metrics(config.scraped_address, registry))
+        await stack.enter_async_context(serving_metrics(config.scraped_address, registry, tls))
         await stack.enter_async_context(engine.running(front.handle))
-        server = await stack.enter_async_context(_serving(config, base_model, front, calls))
+        server = await stack.enter_async_context(_serving(config, tls, base_model, front, calls))
         server.announce("worker")
         async with asyncio.TaskGroup() as tasks:
             beating = tasks.create_task(_beat(front, engine, server))
@@ -109,12 +111,9 @@ async def _fetching(
         model_digest=base_model.digest,
         max_rank=config.max_rank,
     )
-    metadata = bearer(read_token(config.token_file))
     with contextlib.closing(SharedDirectory(config.local_dir)) as local:
-        async with open_channel(config.store) as channel:
-            source = ImageSource(
-                channel, image_format, shm_dir=config.shm_dir, local=local, metadata=metadata
-            )
+        async with open_channel(config.store, config.credentials()) as channel:
+            source = ImageSource(channel, image_format, shm_dir=config.shm_dir, local=local)
             fetcher = ImageFetcher(
                 source,
                 channel,
@@ -130,7 +129,11 @@ async def _fetching(
 
 
 def _serving(
-    config: Config, base_model: BaseModel, front: Front, calls: CallCounts
+    config: Config,
+    tls: ServerTls | None,
+    base_model: BaseModel,
+    front: Front,
+    calls: CallCounts,
 ) -> contextlib.AbstractAsyncContextManager[Server]:
     identity = Identity(
         worker_id=config.worker_id, epoch=secrets.randbits(64), base_model=base_model
@@ -146,6 +149,8 @@ def _serving(
         address=config.address,
         authenticator=config.authenticator(),
         insecure=config.insecure,
+        tls=tls,
+        health_address=config.health_address,
         grace_s=CLOSE_S,
         calls=calls,
     )

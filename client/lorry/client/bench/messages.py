@@ -15,6 +15,7 @@ class Share:
 
     router: str
     tokens: dict[str, str | None]  # bearer token, by tenant
+    tls: str | None  # directory of certificates
     adapters: dict[str, list[str]]  # names, by tenant
     token_ids: tuple[int, int]
     timeout_s: float

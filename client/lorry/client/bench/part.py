@@ -6,6 +6,7 @@ python -m lorry.client.bench.part
 import asyncio
 import contextlib
 import sys
+from pathlib import Path
 
 from lorry.client.bench.load import ONE_ATTEMPT, Load, LoadOptions, TokenRange
 from lorry.client.bench.messages import Progress, Share, read_share, read_start, write_progress
@@ -23,6 +24,7 @@ async def run(share: Share) -> None:
                 Client(
                     router=share.router,
                     token=token,
+                    tls=Path(share.tls) if share.tls else None,
                     timeout_s=share.timeout_s,
                     retry=ONE_ATTEMPT,
                 )

@@ -45,6 +45,7 @@ class Run:
         async with Client(
             store=self._endpoints.store,
             token=self._token(tenant),
+            tls=self._connection.tls,
             timeout_s=self._connection.timeout_s,
         ) as client:
             return [adapter.name async for adapter in client.adapters.list()]
@@ -75,6 +76,7 @@ class Run:
         return Share(
             router=self._endpoints.router,
             tokens={tenant: self._token(tenant) for tenant in adapters},
+            tls=str(self._connection.tls) if self._connection.tls else None,
             adapters=dict(adapters),
             token_ids=(token_ids.low, token_ids.high),
             timeout_s=self._connection.timeout_s,

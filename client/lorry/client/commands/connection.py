@@ -13,7 +13,7 @@ from lorry.client.endpoints import (
     Endpoints,
     find_endpoints,
 )
-from lorry.rpc.channel import read_token
+from lorry.rpc.channel import Credentials, read_token
 
 CONNECTION = Group.create_ordered("Connection")
 
@@ -32,6 +32,10 @@ class Connection:
     token_file: Annotated[Path | None, Parameter(env_var="LORRY_TOKEN_FILE")] = None
     """File that holds the bearer token; default: none is sent."""
 
+    tls: Annotated[Path | None, Parameter(env_var="LORRY_TLS")] = None
+    """Directory with ca.crt, which must have signed the services' certificates, and tls.crt and
+    tls.key where services ask for a certificate; default: connections in plain text."""
+
     timeout_s: Annotated[float, Parameter(env_var="LORRY_TIMEOUT_S")] = 300.0
     """Seconds that a call may take, with its retries; an upload has an hour of its own."""
 
@@ -46,14 +50,19 @@ class Connection:
         return find_endpoints(self.state_file, router=self.router, store=self.store, worker=worker)
 
     def token(self) -> str | None:
-        return read_token(self.token_file)
+        """What the token file holds now; raises ValueError for a file without a token."""
+        return None if self.token_file is None else read_token(self.token_file)
+
+    def credentials(self) -> Credentials:
+        return Credentials(token_file=self.token_file, tls=self.tls)
 
     def client(self) -> Client:
         endpoints = self.endpoints()
         return Client(
             router=endpoints.router,
             store=endpoints.store,
-            token=self.token(),
+            token_file=self.token_file,
+            tls=self.tls,
             timeout_s=self.timeout_s,
         )
 

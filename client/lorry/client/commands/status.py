@@ -10,7 +10,7 @@ from rich.table import Table
 from lorry.client.commands.connection import CONNECTION, DEFAULT, Connection
 from lorry.client.console import complain, explain, is_unreachable, make_console, make_table
 from lorry.client.probe import is_ready, worker_status
-from lorry.rpc.channel import bearer
+from lorry.rpc.channel import Credentials
 from lorry.rpc.errors import LorryError
 from lorry.v1.worker_service_pb2 import GetWorkerStatusResponse
 
@@ -37,32 +37,33 @@ async def status(
         "adapter store": endpoints.store,
         "worker": endpoints.worker,
     }
+    credentials = connection.credentials()
     timeout_s = min(PROBE_TIMEOUT_S, connection.timeout_s)
-    states = await asyncio.gather(*(_state(each, timeout_s) for each in services.values()))
+    states = await asyncio.gather(
+        *(_state(each, credentials, timeout_s) for each in services.values())
+    )
     console = make_console()
     table = make_table("service", "address", "state")
     for (name, address), state in zip(services.items(), states, strict=True):
         table.add_row(name, address, state)
     console.print(table)
     if states[-1] == "ready":
-        console.print("", await _worker_details(endpoints.worker, connection.token(), timeout_s))
+        console.print("", await _worker_details(endpoints.worker, credentials, timeout_s))
     if any(state != "ready" for state in states):
         complain("not everything takes requests (`lorry up` starts all services on this machine)")
         sys.exit(1)
 
 
-async def _state(address: str, timeout_s: float) -> str:
+async def _state(address: str, credentials: Credentials, timeout_s: float) -> str:
     try:
-        return "ready" if await is_ready(address, timeout_s=timeout_s) else "not ready"
+        return "ready" if await is_ready(address, credentials, timeout_s=timeout_s) else "not ready"
     except LorryError as error:
         return "not reachable" if is_unreachable(error) else explain(error)
 
 
-async def _worker_details(address: str, token: str | None, timeout_s: float) -> Table | str:
+async def _worker_details(address: str, credentials: Credentials, timeout_s: float) -> Table | str:
     try:
-        return _worker_table(
-            await worker_status(address, metadata=bearer(token), timeout_s=timeout_s)
-        )
+        return _worker_table(await worker_status(address, credentials, timeout_s=timeout_s))
     except LorryError as error:
         return f"worker: {explain(error)}"
 

@@ -1,20 +1,17 @@
-"""Who calls: bearer tokens, roles, and which role may call which method.
+"""Who calls: bearer tokens, certificates, roles, and which role may call which method.
 
-The token file is JSON, ``{"tokens": [{"sha256": hex, "tenant": id, "role": role}, ...]}``: digests
-only. Without one, callers from this machine are tenant `default` with every role.
+A call that shows a token is its token's caller, and another one its certificate's. Where no file
+says who may call, callers from this machine are tenant `default` with every role.
 """
 
 import contextvars
 import enum
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from lorry.rpc.errors import InvalidRequest, PermissionDenied, Unauthenticated
-from lorry.rpc.names import check_id
+from lorry.rpc.errors import PermissionDenied, Unauthenticated
 
 DEFAULT_TENANT = "default"
 
@@ -91,18 +88,24 @@ class CallContext(Protocol):
 
     def invocation_metadata(self) -> Any: ...
 
+    def auth_context(self) -> Mapping[str, Any]: ...
+
 
 class Authenticator:
     """Turns a call's metadata and peer into a `Caller` that may use the method, or refuses."""
 
-    def __init__(self, tokens: Mapping[bytes, Caller] | None = None, *, insecure: bool = False):
+    def __init__(
+        self,
+        tokens: Callable[[], Mapping[bytes, Caller]] | None = None,
+        certificates: Callable[[], Mapping[str, Caller]] | None = None,
+        *,
+        insecure: bool = False,
+    ) -> None:
+        """The callers by the sha256 of their token and by a name in their certificate, as they are
+        now; a connection with a certificate has been checked by TLS."""
         self._tokens = tokens
+        self._certificates = certificates
         self._insecure = insecure
-
-    @classmethod
-    def from_file(cls, path: Path | None, *, insecure: bool = False) -> "Authenticator":
-        """Read the token file; raises ValueError naming the entry that is malformed."""
-        return cls(None if path is None else read_tokens(path), insecure=insecure)
 
     def admit(self, method: str, context: CallContext) -> Caller:
         """Return the caller and make it the task's current one."""
@@ -114,36 +117,40 @@ class Authenticator:
         return caller
 
     def _identify(self, context: CallContext) -> Caller:
-        if self._tokens is None:
+        if self._tokens is None and self._certificates is None:
             if self._insecure or is_loopback_peer(context.peer()):
                 return LOCAL_CALLER
-            raise Unauthenticated("without a token file only callers of this machine are served")
-        header = dict(context.invocation_metadata() or ()).get("authorization", "")
-        scheme, _, token = str(header).partition(" ")
-        caller = self._tokens.get(hashlib.sha256(token.encode()).digest())
-        if scheme.lower() != "bearer" or caller is None:
-            raise Unauthenticated("authorization: a valid bearer token is required")
-        return caller
+            raise Unauthenticated("nothing says who may call but callers of this machine")
+        header = dict(context.invocation_metadata() or ()).get("authorization")
+        if self._tokens is not None and (header is not None or self._certificates is None):
+            return _by_token(self._tokens(), str(header))
+        assert self._certificates is not None
+        return _by_certificate(self._certificates(), context)
 
 
-def read_tokens(path: Path) -> dict[bytes, Caller]:
-    """Callers by the sha256 of their token."""
-    try:
-        entries = json.loads(path.read_text())["tokens"]
-        return {_digest(e["sha256"]): _caller(e) for e in entries}
-    except (OSError, ValueError, KeyError, TypeError, InvalidRequest) as error:
-        raise ValueError(f"token file {path}: {error!r}") from error
+def _by_token(tokens: Mapping[bytes, Caller], header: str) -> Caller:
+    scheme, _, token = header.partition(" ")
+    caller = tokens.get(hashlib.sha256(token.encode()).digest())
+    if scheme.lower() != "bearer" or caller is None:
+        raise Unauthenticated("authorization: a valid bearer token is required")
+    return caller
 
 
-def _digest(text: str) -> bytes:
-    digest = bytes.fromhex(text)
-    if len(digest) != hashlib.sha256().digest_size:
-        raise ValueError(f"sha256 must be 64 hex digits, got {len(text)}")
-    return digest
+def _by_certificate(certificates: Mapping[str, Caller], context: CallContext) -> Caller:
+    names = list(_names(context.auth_context()))
+    for name in names:
+        if caller := certificates.get(name):
+            return caller
+    raise Unauthenticated(
+        f"no certificate of a known caller: {names or 'none'}; nor was a token shown"
+    )
 
 
-def _caller(entry: Mapping[str, str]) -> Caller:
-    return Caller(check_id(entry["tenant"], field="tenant"), frozenset({Role(entry["role"])}))
+def _names(peer: Mapping[str, Any]) -> Iterator[str]:
+    """The subject alternative names of the caller's certificate, with their kinds."""
+    for key, kind in (("peer_uri", "URI:"), ("peer_dns", "DNS:")):
+        for name in peer.get(key, ()):
+            yield kind + name.decode(errors="replace")
 
 
 def is_loopback_peer(peer: str) -> bool:

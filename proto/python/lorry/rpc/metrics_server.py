@@ -1,4 +1,4 @@
-"""A port from which Prometheus scrapes: plain HTTP, on the service's own event loop.
+"""A port from which Prometheus scrapes: HTTP, or HTTPS, on the service's own event loop.
 
 An answer takes well under a millisecond there; a thread would hold the interpreter's lock for
 longer, and the services' state belongs to the loop.
@@ -12,6 +12,8 @@ from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
+
+from lorry.rpc.tls import ServerTls
 
 REQUEST_BYTES = 8192
 REQUEST_S = 10.0  # from the connection to the last byte of the answer
@@ -56,10 +58,13 @@ class MetricsPort:
 
 
 @contextlib.asynccontextmanager
-async def serving_metrics(address: str, registry: CollectorRegistry) -> AsyncIterator[int | None]:
+async def serving_metrics(
+    address: str, registry: CollectorRegistry, tls: ServerTls | None = None
+) -> AsyncIterator[int | None]:
     """Serve at HOST:PORT and log where; yields the port, None for the empty address: no metrics.
 
-    Raises ValueError for an address that cannot be bound.
+    With `tls` whoever scrapes must show the certificate that callers must show. Raises ValueError
+    for an address that cannot be bound.
     """
     if not address:
         yield None
@@ -68,12 +73,18 @@ async def serving_metrics(address: str, registry: CollectorRegistry) -> AsyncIte
     serve = MetricsPort(registry).serve
     try:
         server = await asyncio.start_server(
-            serve, host.strip("[]"), int(port), limit=REQUEST_BYTES, reuse_port=False
+            serve,
+            host.strip("[]"),
+            int(port),
+            limit=REQUEST_BYTES,
+            reuse_port=False,
+            ssl=tls.ssl_context() if tls else None,
+            ssl_handshake_timeout=REQUEST_S if tls else None,
         )
     except (OSError, OverflowError) as error:
         raise ValueError(f"metrics_address {address!r} cannot be bound; is it in use?") from error
     bound: int = server.sockets[0].getsockname()[1]
-    log.info("metrics at http://%s:%d/metrics", host, bound)
+    log.info("metrics at http%s://%s:%d/metrics", "s" if tls else "", host, bound)
     try:
         yield bound
     finally:

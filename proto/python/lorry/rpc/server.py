@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from lorry.rpc.call_counts import CallCounts
 from lorry.rpc.channel import MIB
 from lorry.rpc.health_service import NOT_SERVING, SERVING, HealthService
 from lorry.rpc.identity import Authenticator
+from lorry.rpc.tls import ServerTls
 
 # Calls that a burst may leave waiting for the event loop. From 1000 on gRPC would cancel some by
 # chance, without a reason; how many a service takes is its own to decide.
 MAX_PENDING_CALLS = 1 << 14
+MAX_PROBE_BYTES = 4096
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use is an error, not shared
@@ -32,6 +35,8 @@ OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,8 @@ async def serving(
     address: str,
     authenticator: Authenticator,
     insecure: bool = False,
+    tls: ServerTls | None = None,
+    health_address: str = "",
     grace_s: float = 5.0,
     max_receive_bytes: int = 4 * MIB,
     calls: CallCounts | None = None,
@@ -72,12 +79,14 @@ async def serving(
     """Serve what `register` adds; on exit drain for `grace_s` seconds.
 
     `services` are the full names of the registered services. They start NOT_SERVING: the owner
-    calls `Server.set_ready`, and reads the `calls` that are counted. Raises ValueError for an
-    address beyond loopback unless `insecure`.
+    calls `Server.set_ready`, and reads the `calls` that are counted. `health_address` is a second
+    port for health checks alone, in plain text. Raises ValueError for an address beyond loopback
+    unless there is `tls`, or `insecure`.
     """
-    check_address(address, insecure=insecure)
+    check_address(address, guarded=insecure or tls is not None)
+    boundary = Boundary(authenticator, calls or CallCounts())
     server = grpc.aio.server(
-        interceptors=[Boundary(authenticator, calls or CallCounts())],
+        interceptors=[boundary],
         options=[*OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)],
     )
     register(server)
@@ -85,16 +94,17 @@ async def serving(
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     _add_reflection([*services, health.SERVICE_NAME], server)
     host = address.rpartition(":")[0]
-    running = Server(host, _bind(server, address), services, health_servicer)
+    running = Server(host, _bind(server, address, tls), services, health_servicer)
     health_servicer.set(("", "liveness"), SERVING)
     await running.set_ready(False)
-    await server.start()
-    try:
-        yield running
-    finally:
-        await running.start_draining()
-        health_servicer.end()
-        await server.stop(grace_s)
+    async with _probed(health_address, health_servicer, boundary):
+        await server.start()
+        try:
+            yield running
+        finally:
+            await running.start_draining()
+            health_servicer.end()
+            await server.stop(grace_s)
 
 
 async def stop_requested() -> None:
@@ -105,26 +115,52 @@ async def stop_requested() -> None:
     await stop.wait()
 
 
-def check_address(address: str, *, insecure: bool, field: str = "address") -> None:
-    """Raise ValueError unless `address` is host:port on loopback, or `insecure` allows any host."""
+@contextlib.asynccontextmanager
+async def _probed(
+    address: str, health_servicer: HealthService, boundary: Boundary
+) -> AsyncIterator[None]:
+    """Answer health checks at a port of their own, if there is an address."""
+    if not address:
+        yield
+        return
+    server = grpc.aio.server(
+        interceptors=[boundary],
+        options=[*OPTIONS, ("grpc.max_receive_message_length", MAX_PROBE_BYTES)],
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    port = _bind(server, address, None)
+    await server.start()
+    log.info("health checks in plain text at %s:%d", address.rpartition(":")[0], port)
+    try:
+        yield
+    finally:
+        await server.stop(None)
+
+
+def check_address(address: str, *, guarded: bool, field: str = "address") -> None:
+    """Raise ValueError unless `address` is host:port, and on loopback if it is not `guarded`."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"{field} must be HOST:PORT, got {address!r}")
-    if not insecure and not _is_loopback(host.strip("[]")):
+    if not guarded and not is_loopback_address(address):
         raise ValueError(
             f"{field} {address!r} is reachable from other machines; "
-            "use 127.0.0.1, or --insecure to serve plain text there"
+            "use 127.0.0.1, or --tls, or --insecure to serve plain text there"
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback_address(address: str) -> bool:
+    """Whether HOST:PORT can be reached from this machine only."""
+    host = address.rpartition(":")[0].strip("[]")
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
 
 
-def _bind(server: grpc.aio.Server, address: str) -> int:
+def _bind(server: grpc.aio.Server, address: str, tls: ServerTls | None) -> int:
     try:
+        if tls is not None:
+            return server.add_secure_port(address, tls.credentials())
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise ValueError(f"address {address!r} cannot be bound; is it in use?") from error

@@ -1,0 +1,1 @@
+"""What `lorry tokens` and `lorry certs` make: the callers of a deployment."""
