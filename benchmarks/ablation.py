@@ -20,9 +20,9 @@ from benchmarks.driver import Driver
 from benchmarks.engine import distinct_prompts
 from benchmarks.random_images import RandomImages, image_directory
 from benchmarks.results_file import write_result
-from benchmarks.trace import TraceRequest, make_trace
 from benchmarks.trace_run import TraceRun
 from benchmarks.variants import PADDED_RANKS, WHOLE, variants_on
+from lorry.client.bench.trace import TraceRequest, TraceSpec, make_trace
 from lorry.worker.engine import Engine
 
 KEPT = (
@@ -35,10 +35,12 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
     """By variant: the metrics of its median run, and its throughput in every run."""
     base_model, layout = model_of(arguments)
     trace = make_trace(
-        requests=arguments.requests,
-        adapters=arguments.adapters,
-        alpha=arguments.alpha,
-        seed=arguments.seed,
+        TraceSpec(
+            requests=arguments.requests,
+            adapters=arguments.adapters,
+            alpha=arguments.alpha,
+            seed=arguments.seed,
+        )
     )
     variants = variants_on(arguments.device, arguments.adapter_share)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}

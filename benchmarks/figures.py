@@ -61,6 +61,22 @@ def _store(rows: list[Result]) -> Iterator[str]:
         yield f"  {source(row)}."
 
 
+def _soak(rows: list[Result]) -> Iterator[str]:
+    for row in rows:
+        metrics = row["metrics"]
+        faults = [
+            f"{fault} {count} times"
+            for fault, count in metrics["faults"].items()
+            if fault.endswith(("killed", "drained"))
+        ]
+        found = len(metrics["violations"]) or "nothing"
+        yield (
+            f"- A soak of {metrics['seconds']:,.0f} s: {metrics['requests']:,} requests, "
+            f"{metrics['tokens']:,} tokens, {', '.join(faults)}; {found} wrong or left."
+        )
+        yield f"  {source(row)}."
+
+
 PARTS: dict[str, Callable[[list[Result]], Iterator[str]]] = {
     "engine": engine_figures,
     "step": step_figures,
@@ -69,6 +85,7 @@ PARTS: dict[str, Callable[[list[Result]], Iterator[str]]] = {
     "start": start_figures,
     "router": _router,
     "store": _store,
+    "soak": _soak,
 }
 
 

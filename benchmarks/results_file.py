@@ -1,17 +1,19 @@
 """One JSON file for each run, in the form that README and docs are made from."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "numpy", "grpcio")
+PACKAGES = ("torch", "triton", "numpy", "grpcio", "protobuf", "tokenizers", "crc32c")
 
 
 def write_result(
@@ -40,6 +42,17 @@ def write_result(
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result), flush=True)
     return path
+
+
+def host_name() -> str:
+    """The device of what is measured without a GPU."""
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def spread(values: Sequence[float], *, digits: int) -> dict[str, float]:
+    """Median and range, rounded."""
+    ends = {"median": median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, digits) for name, value in ends.items()}
 
 
 def _card(device: str) -> str:

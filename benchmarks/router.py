@@ -11,21 +11,18 @@ they come as fast as the router takes them and it coalesces.
 import argparse
 import asyncio
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import psutil
 
+from benchmarks.results_file import host_name, spread, write_result
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.protocol import PROTOCOL_REVISION
@@ -43,7 +40,6 @@ from lorry.v1.worker_service_pb2_grpc import (
 )
 
 REPO = Path(__file__).parents[1]
-RESULT = REPO / "benchmarks" / "results" / "router.json"
 CLIENTS = 64
 OUTPUT_TOKENS = 512
 PROMPT = "Tell me a story about a lorry."
@@ -205,45 +201,16 @@ async def ready_router(model: Path, load: str) -> AsyncIterator[tuple[str, int]]
         yield router, process.pid
 
 
-def spread(rounds: Sequence[Mapping[str, float]], key: str) -> dict[str, float]:
-    values = [measured[key] for measured in rounds]
-    return {
-        "median": round(statistics.median(values), 2),
-        "min": round(min(values), 2),
-        "max": round(max(values), 2),
-    }
-
-
 async def benchmark(model: Path, rounds: int) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for load in STEPS_PER_S:
         async with ready_router(model, load) as (router, pid):
             measured = await measure(router, pid, rounds)
-        metrics[load] = {key: spread(measured, key) for key in measured[0]}
+        metrics[load] = {
+            key: spread([round_[key] for round_ in measured], digits=2) for key in measured[0]
+        }
         print(load, json.dumps(metrics[load]), flush=True)
     return metrics
-
-
-def report(metrics: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=REPO, text=True)
-    return {
-        "benchmark": "router",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("grpcio", "protobuf", "tokenizers")},
-        },
-        "commit": commit.strip(),
-        "command": f"python -m benchmarks.router --rounds {rounds}",
-        "config": {
-            "clients": CLIENTS,
-            "output_tokens": OUTPUT_TOKENS,
-            "rounds": rounds,
-            "steps_per_s": STEPS_PER_S,
-        },
-        "metrics": metrics,
-    }
 
 
 def main() -> None:
@@ -255,9 +222,18 @@ def main() -> None:
     if arguments.peers:
         asyncio.run(serve_peers(arguments.model, STEPS_PER_S[arguments.peers]))
         return
-    result = report(asyncio.run(benchmark(arguments.model, arguments.rounds)), arguments.rounds)
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(
+        "router",
+        benchmark="router",
+        device=host_name(),
+        config={
+            "clients": CLIENTS,
+            "output_tokens": OUTPUT_TOKENS,
+            "rounds": arguments.rounds,
+            "steps_per_s": STEPS_PER_S,
+        },
+        metrics=asyncio.run(benchmark(arguments.model, arguments.rounds)),
+    )
 
 
 if __name__ == "__main__":

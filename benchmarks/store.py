@@ -12,26 +12,21 @@ message again and again: what grpc.aio itself can do here.
 import argparse
 import asyncio
 import hashlib
-import json
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import ml_dtypes
 import numpy as np
-import psutil
 from crc32c import crc32c
 
+from benchmarks.results_file import host_name, spread, write_result
 from lorry.adapter_store.image import image_bytes
 from lorry.adapter_store.peft_config import resolve
 from lorry.kernels.page_layout import MODULES, Dtype, ModelGeometry, PageLayout
@@ -51,7 +46,6 @@ from tests.support.adapter_store import write_base_model
 from tests.support.adapters import lora_config, lora_files, lora_tensors
 
 REPO = Path(__file__).parents[1]
-RESULT = REPO / "benchmarks" / "results" / "store.json"
 LLAMA_3_8B = ModelGeometry(
     layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336
 )
@@ -235,33 +229,8 @@ async def benchmark(rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
                     measured[-1]["upload_mb_per_s"] = weights_bytes / upload_s / 1e6
     config: dict[str, Any] = {"model": "llama-3-8b", "rank": CONFIG["r"], "modules": MODULES}
     config["image_bytes"] = fetcher.target.nbytes
-    return config, {key: spread(measured[1:], key) for key in measured[0]}
-
-
-def spread(rounds: Sequence[Mapping[str, float]], key: str) -> dict[str, float]:
-    values = [measured[key] for measured in rounds]
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }
-
-
-def report(config: Mapping[str, Any], metrics: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=REPO, text=True)
-    return {
-        "benchmark": "store",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("grpcio", "protobuf", "numpy", "crc32c")},
-        },
-        "commit": commit.strip(),
-        "command": f"python -m benchmarks.store --rounds {rounds}",
-        "config": {**config, "rounds": rounds},
-        "metrics": metrics,
-    }
+    kept = measured[1:]
+    return config, {key: spread([one[key] for one in kept], digits=3) for key in kept[0]}
 
 
 def main() -> None:
@@ -272,11 +241,14 @@ def main() -> None:
     if arguments.bare:
         asyncio.run(serve_bare(arguments.bare))
         return
-    rounds = arguments.rounds
-    result = report(*asyncio.run(benchmark(rounds)), rounds)
-    print(json.dumps(result))
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    config, metrics = asyncio.run(benchmark(arguments.rounds))
+    write_result(
+        "store",
+        benchmark="store",
+        device=host_name(),
+        config=config | {"rounds": arguments.rounds},
+        metrics=metrics,
+    )
 
 
 if __name__ == "__main__":

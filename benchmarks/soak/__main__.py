@@ -2,12 +2,12 @@
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.results_file import host_name, write_result
 from benchmarks.soak.run import soak
 
 
@@ -24,7 +24,13 @@ def main() -> int:
         directory.mkdir(parents=True, exist_ok=True)
         report = asyncio.run(soak(directory, seconds=arguments.seconds, seed=seed))
     print("\n".join(report.table()))
-    print(json.dumps(report.to_json()))
+    write_result(
+        "soak",
+        benchmark="soak",
+        device=host_name(),
+        config={"seconds": arguments.seconds, "seed": seed},
+        metrics=report.to_json(),
+    )
     return 1 if report.violations else 0
 
 

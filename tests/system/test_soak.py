@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.soak.run import soak
 
-SECONDS = 30.0  # of requests and faults, beside the starts and the count at the end
+SECONDS = 60.0  # of requests and faults, beside the starts and the count at the end
 
 
 async def test_a_minute_of_everything_leaves_nothing_behind(tmp_path: Path) -> None:
