@@ -24,6 +24,7 @@ COMMANDS = [
     ["adapters", "pin"],
     ["adapters", "unpin"],
     ["adapters", "pins"],
+    ["adapters", "imports"],
     ["adapters", "update"],
     ["adapters", "delete"],
     ["status"],

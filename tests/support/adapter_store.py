@@ -15,6 +15,7 @@ from crc32c import crc32c
 from safetensors.numpy import save_file
 
 from lorry.adapter_store.file_backend import FileBackend
+from lorry.adapter_store.imports import importing
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.service import SERVICES, register
 from lorry.adapter_store.store import Store, opened
@@ -161,6 +162,8 @@ async def running_store(
     clock: Callable[[], float] = time.monotonic,
     shm_dir: Path | None = None,
     model: Path | None = None,
+    import_dir: Path | None = None,
+    import_delete: bool = False,
 ) -> AsyncIterator[RunningStore]:
     """A store that keeps its adapters in `directory`, and a client of this machine."""
     base_model = read_base_model(model or write_base_model(directory / "model"))
@@ -178,8 +181,9 @@ async def running_store(
             now_ns=now_ns,
             clock=clock,
         ) as store,
+        importing(store, import_dir, delete=import_delete) as imports,
         serving(
-            lambda server: register(server, store, base_model),
+            lambda server: register(server, store, base_model, imports=imports),
             services=SERVICES,
             address="127.0.0.1:0",
             authenticator=Authenticator(None if tokens is None else lambda: tokens),

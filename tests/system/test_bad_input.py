@@ -526,6 +526,7 @@ async def test_bytes_that_are_no_message_are_their_callers_error(
 EMPTY_IS_VALID = {
     "/lorry.v1.CatalogueService/WatchCatalogue",
     "/lorry.v1.AdapterService/ListAdapters",
+    "/lorry.v1.StoreAdminService/ListImports",
     "/lorry.v1.StoreAdminService/ListPins",
     "/lorry.v1.WorkerService/GetWorkerStatus",
     "/lorry.v1.WorkerAdminService/Drain",

@@ -8,6 +8,7 @@ from lorry.rpc.command import extra, run_service
 with extra("adapter-store"):
     from lorry.adapter_store.config import Config
     from lorry.adapter_store.file_backend import FileBackend
+    from lorry.adapter_store.imports import importing
     from lorry.adapter_store.metrics import METRICS
     from lorry.adapter_store.service import SERVICES, register
     from lorry.adapter_store.store import opened
@@ -40,6 +41,7 @@ async def serve(config: Config) -> None:
             builder_processes=config.builders,
             memory_dir=config.memory_dir or config.backend_directory,
         ) as store,
+        importing(store, config.import_dir, delete=config.import_delete) as imports,
         serving_metrics(
             config.scraped_address,
             registry_of(
@@ -48,7 +50,7 @@ async def serve(config: Config) -> None:
             tls,
         ),
         serving(
-            lambda server: register(server, store, base_model),
+            lambda server: register(server, store, base_model, imports=imports),
             services=SERVICES,
             address=config.address,
             authenticator=config.authenticator(),

@@ -61,6 +61,14 @@ class Config(ServiceConfig):
     """JSON file of tenants that may have more or less than that: {"tenants": {ID: {"uploads": N,
     "adapters": N, "bytes": N, "rank": N}}}; what an entry leaves out is as above."""
 
+    import_dir: Path | None = None
+    """Directory to watch: what lies in TENANT/ADAPTER, adapter_config.json and
+    adapter_model.safetensors, is published as that tenant's adapter once it has not changed for two
+    seconds. Names that begin with a dot are left alone: write there, then rename."""
+
+    import_delete: bool = False
+    """Delete an adapter when its directory in import_dir is removed."""
+
     upload_expiry_s: int = 3600
     """Seconds without a new chunk after which an upload is forgotten."""
 

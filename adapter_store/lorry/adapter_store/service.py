@@ -8,6 +8,7 @@ import grpc.aio
 from lorry.adapter_store import edits, listing, translation
 from lorry.adapter_store.admin_service import StoreAdminServicer
 from lorry.adapter_store.chunks import read_chunks
+from lorry.adapter_store.imports import Imports
 from lorry.adapter_store.leases import Lease
 from lorry.adapter_store.records import Adapter
 from lorry.adapter_store.store import Store
@@ -273,11 +274,15 @@ def take_page(adapters: Iterator[Adapter], size: int) -> tuple[list[pb.Adapter],
     return page, False
 
 
-def register(server: grpc.aio.Server, store: Store, base_model: BaseModel) -> None:
+def register(
+    server: grpc.aio.Server, store: Store, base_model: BaseModel, *, imports: Imports
+) -> None:
     """Add the store's services to a server."""
     adapter_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(store), server)
     catalogue_grpc.add_CatalogueServiceServicer_to_server(CatalogueServicer(store), server)
     data_grpc.add_AdapterDataServiceServicer_to_server(
         AdapterDataServicer(store, base_model), server
     )
-    admin_grpc.add_StoreAdminServiceServicer_to_server(StoreAdminServicer(store.warmer), server)
+    admin_grpc.add_StoreAdminServiceServicer_to_server(
+        StoreAdminServicer(store.warmer, imports), server
+    )

@@ -57,6 +57,7 @@ class Store:
         now_ns: Callable[[], int] = time.time_ns,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.limits = limits
         self.catalogue = Catalogue(storage, loaded)
         self.follower = Follower(self.catalogue)
         self.contents = Contents(storage, self.catalogue)
@@ -142,9 +143,13 @@ class Store:
             raise
         self.fetches.lease_s.observe(time.monotonic() - started_s)
         self.warmer.wanted(ImageKey(version, layout))
-        lease.then(lambda: self.contents.release(version))
-        lease.then(self._sweep_wanted.set)
+        lease.then(lambda: self._lease_ended(version))
         return lease
+
+    def _lease_ended(self, version: bytes) -> None:
+        self.contents.release(version)
+        if not self.contents.is_referenced(version):
+            self._sweep_wanted.set()
 
     async def sweep(self) -> None:
         """Forget expired uploads and delete the contents and images that nothing refers to."""

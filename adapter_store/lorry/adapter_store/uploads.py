@@ -123,6 +123,16 @@ class Uploads:
             await self._tasks.finish(self._append(upload, writer, chunk))
         return await self._finish(upload)
 
+    async def abandon(self, upload_id: str, tenant: str) -> None:
+        """Forget an upload that nobody will continue, unless it is ending or has ended."""
+        upload = self._uploads.get(_key(upload_id))
+        if upload is None or upload.record.name.tenant != tenant:
+            return
+        async with upload.lock:
+            if upload.state is UploadState.RECEIVING:
+                self._forget(upload.record.key)
+                await self._storage.run(self._backend.drop_upload, upload.record.key)
+
     @property
     def num_open(self) -> int:
         return sum(upload.is_open for upload in self._uploads.values())

@@ -1,6 +1,7 @@
-"""What operators ask of one store: its pins."""
+"""What operators ask of one store: its pins and imports."""
 
-from collections.abc import Awaitable, Callable, Sequence
+import enum
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,6 +34,38 @@ class Pin:
         )
 
 
+class ImportState(enum.Enum):
+    WAITING = "waiting"
+    IMPORTED = "imported"
+    FAILED = "failed"
+
+
+STATES = {
+    ImportState.WAITING: pb.Import.STATE_WAITING,
+    ImportState.IMPORTED: pb.Import.STATE_IMPORTED,
+    ImportState.FAILED: pb.Import.STATE_FAILED,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Import:
+    """A directory that is an adapter's, or should be."""
+
+    path: str
+    state: ImportState
+    error: str
+    version: str  # in hex
+
+    @classmethod
+    def from_proto(cls, message: pb.Import) -> "Import":
+        return cls(
+            path=message.path,
+            state={proto: state for state, proto in STATES.items()}[message.state],
+            error=message.error,
+            version=message.version.hex(),
+        )
+
+
 class StoreAdmin:
     """For callers with the role admin. All calls may be repeated, so all are retried."""
 
@@ -54,6 +87,19 @@ class StoreAdmin:
     async def pins(self) -> Sequence[Pin]:
         response = await self._call(self._stub.ListPins, pb.ListPinsRequest())
         return [Pin.from_proto(message) for message in response.pins]
+
+    async def imports(self, *, only: ImportState | None = None) -> AsyncIterator[Import]:
+        """The directories of the watched import directory, by path; `only` those in one state."""
+        request = pb.ListImportsRequest(
+            page_size=1000, state=pb.Import.STATE_UNSPECIFIED if only is None else STATES[only]
+        )
+        while True:
+            response = await self._call(self._stub.ListImports, request)
+            for message in response.imports:
+                yield Import.from_proto(message)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return
 
     async def _call(self, method: Callable[..., Awaitable[Response]], request: object) -> Response:
         return await retrying(

@@ -59,7 +59,7 @@ METHOD_ROLES: Mapping[str, frozenset[Role]] = {
         ),
         ("CatalogueService", ["WatchCatalogue"], [Role.ROUTER]),
         ("AdapterDataService", ["FetchAdapter"], [Role.WORKER]),
-        ("StoreAdminService", ["PinImage", "UnpinImage", "ListPins"], [Role.ADMIN]),
+        ("StoreAdminService", ["PinImage", "UnpinImage", "ListPins", "ListImports"], [Role.ADMIN]),
         ("WorkerService", ["Attach", "GetWorkerStatus"], [Role.ROUTER]),
         (
             "WorkerAdminService",

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"lorry/v1/store_admin_service.proto\x12\x08lorry.v1\"I\n\x03Pin\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x0c\x12\x0e\n\x06images\x18\x03 \x01(\r\x12\x13\n\x0bimage_bytes\x18\x04 \x01(\x04\"\x1f\n\x0fPinImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x10PinImageResponse\x12\x1a\n\x03pin\x18\x01 \x01(\x0b\x32\r.lorry.v1.Pin\"!\n\x11UnpinImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x14\n\x12UnpinImageResponse\"\x11\n\x0fListPinsRequest\"/\n\x10ListPinsResponse\x12\x1b\n\x04pins\x18\x01 \x03(\x0b\x32\r.lorry.v1.Pin2\xe2\x01\n\x11StoreAdminService\x12\x41\n\x08PinImage\x12\x19.lorry.v1.PinImageRequest\x1a\x1a.lorry.v1.PinImageResponse\x12G\n\nUnpinImage\x12\x1b.lorry.v1.UnpinImageRequest\x1a\x1c.lorry.v1.UnpinImageResponse\x12\x41\n\x08ListPins\x12\x19.lorry.v1.ListPinsRequest\x1a\x1a.lorry.v1.ListPinsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"lorry/v1/store_admin_service.proto\x12\x08lorry.v1\"I\n\x03Pin\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x0c\x12\x0e\n\x06images\x18\x03 \x01(\r\x12\x13\n\x0bimage_bytes\x18\x04 \x01(\x04\"\xb6\x01\n\x06Import\x12\x0c\n\x04path\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.lorry.v1.Import.State\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x0c\"W\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_WAITING\x10\x01\x12\x12\n\x0eSTATE_IMPORTED\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"\x1f\n\x0fPinImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x10PinImageResponse\x12\x1a\n\x03pin\x18\x01 \x01(\x0b\x32\r.lorry.v1.Pin\"!\n\x11UnpinImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x14\n\x12UnpinImageResponse\"\x11\n\x0fListPinsRequest\"/\n\x10ListPinsResponse\x12\x1b\n\x04pins\x18\x01 \x03(\x0b\x32\r.lorry.v1.Pin\"b\n\x12ListImportsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.lorry.v1.Import.State\"Q\n\x13ListImportsResponse\x12!\n\x07imports\x18\x01 \x03(\x0b\x32\x10.lorry.v1.Import\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xae\x02\n\x11StoreAdminService\x12\x41\n\x08PinImage\x12\x19.lorry.v1.PinImageRequest\x1a\x1a.lorry.v1.PinImageResponse\x12G\n\nUnpinImage\x12\x1b.lorry.v1.UnpinImageRequest\x1a\x1c.lorry.v1.UnpinImageResponse\x12\x41\n\x08ListPins\x12\x19.lorry.v1.ListPinsRequest\x1a\x1a.lorry.v1.ListPinsResponse\x12J\n\x0bListImports\x12\x1c.lorry.v1.ListImportsRequest\x1a\x1d.lorry.v1.ListImportsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,18 +33,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PIN']._serialized_start=48
   _globals['_PIN']._serialized_end=121
-  _globals['_PINIMAGEREQUEST']._serialized_start=123
-  _globals['_PINIMAGEREQUEST']._serialized_end=154
-  _globals['_PINIMAGERESPONSE']._serialized_start=156
-  _globals['_PINIMAGERESPONSE']._serialized_end=202
-  _globals['_UNPINIMAGEREQUEST']._serialized_start=204
-  _globals['_UNPINIMAGEREQUEST']._serialized_end=237
-  _globals['_UNPINIMAGERESPONSE']._serialized_start=239
-  _globals['_UNPINIMAGERESPONSE']._serialized_end=259
-  _globals['_LISTPINSREQUEST']._serialized_start=261
-  _globals['_LISTPINSREQUEST']._serialized_end=278
-  _globals['_LISTPINSRESPONSE']._serialized_start=280
-  _globals['_LISTPINSRESPONSE']._serialized_end=327
-  _globals['_STOREADMINSERVICE']._serialized_start=330
-  _globals['_STOREADMINSERVICE']._serialized_end=556
+  _globals['_IMPORT']._serialized_start=124
+  _globals['_IMPORT']._serialized_end=306
+  _globals['_IMPORT_STATE']._serialized_start=219
+  _globals['_IMPORT_STATE']._serialized_end=306
+  _globals['_PINIMAGEREQUEST']._serialized_start=308
+  _globals['_PINIMAGEREQUEST']._serialized_end=339
+  _globals['_PINIMAGERESPONSE']._serialized_start=341
+  _globals['_PINIMAGERESPONSE']._serialized_end=387
+  _globals['_UNPINIMAGEREQUEST']._serialized_start=389
+  _globals['_UNPINIMAGEREQUEST']._serialized_end=422
+  _globals['_UNPINIMAGERESPONSE']._serialized_start=424
+  _globals['_UNPINIMAGERESPONSE']._serialized_end=444
+  _globals['_LISTPINSREQUEST']._serialized_start=446
+  _globals['_LISTPINSREQUEST']._serialized_end=463
+  _globals['_LISTPINSRESPONSE']._serialized_start=465
+  _globals['_LISTPINSRESPONSE']._serialized_end=512
+  _globals['_LISTIMPORTSREQUEST']._serialized_start=514
+  _globals['_LISTIMPORTSREQUEST']._serialized_end=612
+  _globals['_LISTIMPORTSRESPONSE']._serialized_start=614
+  _globals['_LISTIMPORTSRESPONSE']._serialized_end=695
+  _globals['_STOREADMINSERVICE']._serialized_start=698
+  _globals['_STOREADMINSERVICE']._serialized_end=1000
 # @@protoc_insertion_point(module_scope)

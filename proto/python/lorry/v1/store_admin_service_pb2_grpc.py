@@ -50,6 +50,11 @@ class StoreAdminServiceStub:
                 request_serializer=lorry_dot_v1_dot_store__admin__service__pb2.ListPinsRequest.SerializeToString,
                 response_deserializer=lorry_dot_v1_dot_store__admin__service__pb2.ListPinsResponse.FromString,
                 _registered_method=True)
+        self.ListImports = channel.unary_unary(
+                '/lorry.v1.StoreAdminService/ListImports',
+                request_serializer=lorry_dot_v1_dot_store__admin__service__pb2.ListImportsRequest.SerializeToString,
+                response_deserializer=lorry_dot_v1_dot_store__admin__service__pb2.ListImportsResponse.FromString,
+                _registered_method=True)
 
 
 class StoreAdminServiceServicer:
@@ -79,6 +84,13 @@ class StoreAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListImports(self, request, context):
+        """The directories of the watched import directory as they were seen last, by path, in pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +108,11 @@ def add_StoreAdminServiceServicer_to_server(servicer, server):
                     servicer.ListPins,
                     request_deserializer=lorry_dot_v1_dot_store__admin__service__pb2.ListPinsRequest.FromString,
                     response_serializer=lorry_dot_v1_dot_store__admin__service__pb2.ListPinsResponse.SerializeToString,
+            ),
+            'ListImports': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListImports,
+                    request_deserializer=lorry_dot_v1_dot_store__admin__service__pb2.ListImportsRequest.FromString,
+                    response_serializer=lorry_dot_v1_dot_store__admin__service__pb2.ListImportsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +197,33 @@ class StoreAdminService:
             '/lorry.v1.StoreAdminService/ListPins',
             lorry_dot_v1_dot_store__admin__service__pb2.ListPinsRequest.SerializeToString,
             lorry_dot_v1_dot_store__admin__service__pb2.ListPinsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListImports(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorry.v1.StoreAdminService/ListImports',
+            lorry_dot_v1_dot_store__admin__service__pb2.ListImportsRequest.SerializeToString,
+            lorry_dot_v1_dot_store__admin__service__pb2.ListImportsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,8 @@ class StoreAdminServiceStub:
     """Let a name's images be evicted again. Idempotent; they stay while there is room."""
     ListPins: _grpc.UnaryUnaryMultiCallable[_store_admin_service_pb2.ListPinsRequest, _store_admin_service_pb2.ListPinsResponse]
     """All pins, by name: at most 256."""
+    ListImports: _grpc.UnaryUnaryMultiCallable[_store_admin_service_pb2.ListImportsRequest, _store_admin_service_pb2.ListImportsResponse]
+    """The directories of the watched import directory as they were seen last, by path, in pages."""
 
 @_typing.type_check_only
 class StoreAdminServiceAsyncStub(StoreAdminServiceStub):
@@ -57,6 +59,8 @@ class StoreAdminServiceAsyncStub(StoreAdminServiceStub):
     """Let a name's images be evicted again. Idempotent; they stay while there is room."""
     ListPins: _aio.UnaryUnaryMultiCallable[_store_admin_service_pb2.ListPinsRequest, _store_admin_service_pb2.ListPinsResponse]  # type: ignore[assignment]
     """All pins, by name: at most 256."""
+    ListImports: _aio.UnaryUnaryMultiCallable[_store_admin_service_pb2.ListImportsRequest, _store_admin_service_pb2.ListImportsResponse]  # type: ignore[assignment]
+    """The directories of the watched import directory as they were seen last, by path, in pages."""
 
 class StoreAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """For operators; served by each adapter store, of whose own memory it tells."""
@@ -87,5 +91,13 @@ class StoreAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_admin_service_pb2.ListPinsResponse, _abc.Awaitable[_store_admin_service_pb2.ListPinsResponse]]:
         """All pins, by name: at most 256."""
+
+    @_abc_1.abstractmethod
+    def ListImports(
+        self,
+        request: _store_admin_service_pb2.ListImportsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_admin_service_pb2.ListImportsResponse, _abc.Awaitable[_store_admin_service_pb2.ListImportsResponse]]:
+        """The directories of the watched import directory as they were seen last, by path, in pages."""
 
 def add_StoreAdminServiceServicer_to_server(servicer: StoreAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,15 +1,19 @@
-"""`lorry adapters pin`, `unpin` and `pins`: what a store keeps in memory whatever is wanted."""
+"""`lorry adapters pin`, `unpin`, `pins` and `imports`: what operators ask of a store."""
 
-from cyclopts import App
+from typing import Annotated
+
+from cyclopts import App, Parameter
 
 from lorry.client.commands.connection import DEFAULT, Connection
 from lorry.client.console import make_console, make_table, show_bytes
+from lorry.client.store_admin import ImportState
 
 
 def add_to(app: App) -> None:
     app.command(pin)
     app.command(unpin)
     app.command(pins)
+    app.command(imports)
 
 
 async def pin(name: str, *, connection: Connection = DEFAULT) -> None:
@@ -46,3 +50,23 @@ async def pins(*, connection: Connection = DEFAULT) -> None:
             size = show_bytes(each.image_bytes)
             table.add_row(each.name, each.version[:12] or "-", str(each.images), size)
     make_console().print(table)
+
+
+async def imports(
+    *,
+    failed: Annotated[bool, Parameter(negative="")] = False,
+    connection: Connection = DEFAULT,
+) -> None:
+    """List what lies in the store's import directory; needs the role admin.
+
+    Parameters
+    ----------
+    failed
+        Only what could not be imported.
+    """
+    table = make_table("directory", "state", "version", "error")
+    async with connection.client() as client:
+        only = ImportState.FAILED if failed else None
+        async for each in client.store_admin.imports(only=only):
+            table.add_row(each.path, each.state.value, each.version[:12], each.error)
+    make_console().print(table, markup=False)

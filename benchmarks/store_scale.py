@@ -1,0 +1,360 @@
+"""A store with ten thousand adapters: registration, lists, memory, start, and its RAM tier.
+
+    python -m benchmarks.store_scale
+
+The store is the real process, called over gRPC; the adapters have ranks 8, 16, 32 and 64 of a tiny
+geometry, each with its own bytes. They are registered by a few clients at once, listed in pages and
+by label, and the store is started anew with all of them. Then one reader fetches page images by a
+Zipf trace, with a budget of a tenth of their bytes. The hit rate is the store's own count; an LRU
+cache and one that knows the future are simulated on the same trace.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import numpy as np
+import psutil
+
+from benchmarks.cache_simulation import belady_hits, lru_hits
+from benchmarks.results_file import write_result
+from benchmarks.store import requests
+from lorry.adapter_store.image import image_bytes
+from lorry.adapter_store.peft_config import resolve
+from lorry.kernels.page_layout import Dtype, PageLayout
+from lorry.rpc.base_model import read_base_model
+from lorry.rpc.layout import layout_to_proto
+from lorry.v1 import adapter_data_service_pb2 as data_pb
+from lorry.v1 import adapter_service_pb2 as pb
+from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
+from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
+from tests.support.adapter_store import write_base_model
+from tests.support.adapters import TINY, lora_config, lora_files, lora_tensors
+from tests.support.scrape import Scrape
+
+RANKS = (8, 16, 32, 64)
+LABELS = 100  # values of the label that lists are filtered by
+PAGE_SIZE = 100
+CLIENTS = 8
+BUDGET_SHARE = 0.1
+LAYOUT = PageLayout(geometry=TINY, dtype=Dtype.FP32)
+SIMULATED_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Adapters of mixed ranks that differ in one weight each."""
+
+    configs: dict[int, str]
+    weights: dict[int, bytes]
+
+    @classmethod
+    def make(cls) -> "Files":
+        files = {}
+        for rank in RANKS:
+            config = lora_config(r=rank)
+            files[rank] = lora_files(config, lora_tensors(config))
+        return cls({r: f[0] for r, f in files.items()}, {r: f[1] for r, f in files.items()})
+
+    def of(self, number: int) -> tuple[str, bytes]:
+        """adapter_config.json and the safetensors file; the last weight is the adapter's number."""
+        rank = rank_of(number)
+        weight = np.float32(number).tobytes()
+        return self.configs[rank], self.weights[rank][: -len(weight)] + weight
+
+
+def rank_of(number: int) -> int:
+    return RANKS[number % len(RANKS)]
+
+
+def bytes_of(number: int) -> int:
+    """Of an adapter's page image."""
+    return image_bytes(resolve(lora_config(r=rank_of(number)), TINY), LAYOUT)
+
+
+@dataclass
+class RunningStore:
+    process: psutil.Process
+    channel: grpc.aio.Channel
+    metrics_url: str
+    start_s: float  # until it has answered
+
+    def resident_mib(self) -> float:
+        """Of the store itself; its builders and what it maps of others are not counted."""
+        return float(self.process.memory_info().rss / 2**20)
+
+    def metrics(self) -> Scrape:
+        with urllib.request.urlopen(self.metrics_url, timeout=30) as answer:
+            return Scrape(answer.read().decode())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a store keeps its things; the images are in shared memory."""
+
+    directory: Path
+    shm_dir: Path
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model"
+
+
+@contextlib.asynccontextmanager
+async def started(place: Place, *options: str) -> AsyncIterator[RunningStore]:
+    """A store on the adapters of `place`, ended by SIGTERM."""
+    start_s = time.perf_counter()
+    command = [sys.executable, "-m", "lorry.adapter_store", "--address", "127.0.0.1:0"]
+    command += ["--model", str(place.model), "--shm-dir", str(place.shm_dir)]
+    command += ["--backend", (place.directory / "adapters").as_uri(), *options]
+    log_path = place.directory / "log"
+    with log_path.open("w") as log:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=asyncio.subprocess.PIPE, stderr=log
+        )
+        try:
+            assert process.stdout is not None
+            address = (await process.stdout.readline()).decode().split()[-1]
+            async with grpc.aio.insecure_channel(address) as channel:
+                await AdapterServiceStub(channel).ListAdapters(pb.ListAdaptersRequest(page_size=1))
+                answers_s = time.perf_counter() - start_s
+                url = metrics_url(log_path.read_text())
+                yield RunningStore(psutil.Process(process.pid), channel, url, answers_s)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            await process.wait()
+
+
+def metrics_url(log: str) -> str:
+    (url,) = (word for word in log.split() if word.startswith("http://127.0.0.1:"))
+    return url.rstrip(".,")
+
+
+async def timed(call: Awaitable[Any]) -> float:
+    start_s = time.perf_counter()
+    await call
+    return time.perf_counter() - start_s
+
+
+def quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
+    values = np.percentile(np.array(seconds) * 1e3, QUANTILES)
+    named = {f"p{q:g}": round(float(v), 3) for q, v in zip(QUANTILES, values, strict=True)}
+    return {"count": len(seconds), **named}
+
+
+async def register(store: RunningStore, files: Files, count: int) -> list[float]:
+    """Upload all adapters by `CLIENTS` at once; seconds of each."""
+    stub, numbers = AdapterServiceStub(store.channel), iter(range(count))
+    seconds: list[float] = []
+
+    async def upload(number: int) -> None:
+        config, weights = files.of(number)
+        begun: Any = await stub.CreateUpload(
+            pb.CreateUploadRequest(
+                adapter_id=adapter_id(number),
+                config_json=config,
+                weights_bytes=len(weights),
+                weights_sha256=hashlib.sha256(weights).digest(),
+                labels={"group": str(number % LABELS)},
+            )
+        )
+        await stub.UploadAdapter(requests(begun.upload_id, weights))
+
+    async def client() -> None:
+        for number in numbers:
+            seconds.append(await timed(upload(number)))
+
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return seconds
+
+
+def adapter_id(number: int) -> str:
+    return f"adapter-{number:05d}"
+
+
+async def list_all(store: RunningStore, filter: str = "") -> tuple[list[float], dict[str, bytes]]:
+    """Seconds of each page, and the version of each name."""
+    stub, request = AdapterServiceStub(store.channel), pb.ListAdaptersRequest(page_size=PAGE_SIZE)
+    request.filter = filter
+    seconds, versions = [], {}
+    while True:
+        start_s = time.perf_counter()
+        page: Any = await stub.ListAdapters(request)
+        seconds.append(time.perf_counter() - start_s)
+        versions.update((a.name.rpartition("/")[2], a.version) for a in page.adapters)
+        request.page_token = page.next_page_token
+        if not request.page_token:
+            return seconds, versions
+
+
+class Reader:
+    """Fetches page images in chunks, one after another, as a worker on another host does."""
+
+    def __init__(self, store: RunningStore, model_digest: bytes, versions: dict[str, bytes]):
+        self._stub = AdapterDataServiceStub(store.channel)
+        self._layout = layout_to_proto(LAYOUT, model_digest)
+        self._versions = versions
+
+    async def fetch(self, number: int) -> None:
+        request = data_pb.FetchAdapterRequest(
+            version=self._versions[adapter_id(number)], layout=self._layout
+        )
+        async for _ in self._stub.FetchAdapter(request):
+            pass
+
+
+def zipf_trace(count: int, length: int, *, seed: int = 42, alpha: float = 1.0) -> list[int]:
+    """Adapters in the order in which they are wanted; popularity has nothing to do with rank."""
+    random = np.random.default_rng(seed)
+    weights = 1.0 / np.arange(1, count + 1) ** alpha
+    by_popularity = random.permutation(count)
+    drawn = random.choice(count, length, p=weights / weights.sum())
+    return [int(by_popularity[place]) for place in drawn]
+
+
+def lookups(store: RunningStore) -> tuple[float, float]:
+    """Images that were found in memory, and all that were asked for."""
+    scrape, name = store.metrics(), "lorry_store_image_lookups_total"
+    return scrape.value(name, state="ready"), scrape.value(name)
+
+
+async def measure(place: Place, count: int, fetches: int) -> dict[str, Any]:
+    model = write_base_model(place.model, TINY)
+    digest = read_base_model(model).digest
+    metrics: dict[str, Any] = {}
+    async with started(place) as store:
+        metrics["empty_resident_mib"] = store.resident_mib()
+        metrics["empty_start_s"] = store.start_s
+        begun_s = time.perf_counter()
+        seconds = await register(store, Files.make(), count)
+        metrics["registered_per_s"] = count / (time.perf_counter() - begun_s)
+        metrics["register_ms"] = quantiles_ms(seconds)
+        metrics["registered_resident_mib"] = store.resident_mib()
+        say(metrics)
+    starts = []
+    for _ in range(5):
+        async with started(place) as store:
+            starts.append(store.start_s)
+            metrics["resident_mib"] = store.resident_mib()
+    metrics["start_s"] = {"median": float(np.median(starts)), "max": max(starts)}
+    async with started(place) as store:
+        pages = [await list_all(store) for _ in range(5)]
+        metrics["list_page_ms"] = quantiles_ms([s for seconds, _ in pages for s in seconds])
+        filters = [await list_all(store, f'labels.group="{g}"') for g in range(LABELS)]
+        metrics["list_by_label_ms"] = quantiles_ms([s for seconds, _ in filters for s in seconds])
+        versions = pages[0][1]
+        assert len(versions) == count
+        assert sum(len(found) for _, found in filters) == count
+        say(metrics)
+        reader = Reader(store, digest, versions)
+        some = range(min(count, 500))
+        metrics["fetch_from_disk_ms"] = quantiles_ms([await timed(reader.fetch(n)) for n in some])
+        metrics["fetch_from_memory_ms"] = quantiles_ms([await timed(reader.fetch(n)) for n in some])
+        found, wanted = lookups(store)
+        assert (found, wanted) == (len(some), 2 * len(some))
+    metrics["zipf"] = await trace_of_fetches(place, digest, versions, count, fetches)
+    return metrics
+
+
+async def trace_of_fetches(
+    place: Place, digest: bytes, versions: dict[str, bytes], count: int, fetches: int
+) -> dict[str, Any]:
+    """Hit rates of a store whose memory holds a tenth of the bytes, and of simulated caches."""
+    sizes = {number: bytes_of(number) for number in range(count)}
+    total_bytes, trace = sum(sizes.values()), zipf_trace(count, fetches)
+    budget_bytes = int(BUDGET_SHARE * total_bytes)
+    fresh = place.directory / "fresh"
+    fresh.mkdir()
+    options = ["--ram-bytes", str(budget_bytes), "--memory-dir", str(fresh)]
+    async with started(place, *options) as store:
+        reader = Reader(store, digest, versions)
+        seconds = [await timed(reader.fetch(number)) for number in trace]
+        found, wanted = lookups(store)
+        used_bytes = store.metrics().value("lorry_store_ram_bytes")
+    assert wanted == len(trace)
+    assert used_bytes <= budget_bytes
+    shares = sorted({*SIMULATED_SHARES, BUDGET_SHARE})
+    simulated = {
+        f"{share:g}": {
+            "lru": lru_hits(trace, sizes, int(share * total_bytes)) / fetches,
+            "belady": belady_hits(trace, sizes, int(share * total_bytes)) / fetches,
+        }
+        for share in shares
+    }
+    return {
+        "image_bytes": total_bytes,
+        "budget_bytes": budget_bytes,
+        "budget_share": BUDGET_SHARE,
+        "fetches": fetches,
+        "hit_rate": found / wanted,
+        "lru_hit_rate": simulated[f"{BUDGET_SHARE:g}"]["lru"],
+        "belady_hit_rate": simulated[f"{BUDGET_SHARE:g}"]["belady"],
+        "fetch_ms": quantiles_ms(seconds),
+        "simulated_by_budget_share": simulated,
+    }
+
+
+def say(metrics: dict[str, Any]) -> None:
+    print(json.dumps(metrics), file=sys.stderr, flush=True)
+
+
+def rows(metrics: dict[str, Any]) -> Iterator[str]:
+    zipf = metrics["zipf"]
+    yield f"registered          {metrics['registered_per_s']:8.1f} /s"
+    for key in ("register", "list_page", "list_by_label", "fetch_from_memory", "fetch_from_disk"):
+        times = metrics[f"{key}_ms"]
+        yield f"{key:19s} {times['p50']:8.2f} ms p50, {times['p99']:.2f} ms p99"
+    yield f"start               {metrics['start_s']['median']:8.2f} s"
+    yield f"resident            {metrics['resident_mib']:8.1f} MiB"
+    yield (
+        f"hit rate            {zipf['hit_rate']:8.2%}, LRU {zipf['lru_hit_rate']:.2%}, "
+        f"Belady {zipf['belady_hit_rate']:.2%}"
+    )
+
+
+def run(count: int, fetches: int) -> dict[str, Any]:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as shm,
+    ):
+        return asyncio.run(measure(Place(Path(directory), Path(shm)), count, fetches))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--adapters", type=int, default=10_000)
+    parser.add_argument("--fetches", type=int, default=20_000)
+    arguments = parser.parse_args()
+    metrics = run(arguments.adapters, arguments.fetches)
+    print("\n".join(rows(metrics)))
+    write_result(
+        "store-scale",
+        benchmark="store_scale",
+        device=f"x86_64, {psutil.cpu_count()} cores",
+        config={
+            "adapters": arguments.adapters,
+            "ranks": list(RANKS),
+            "clients": CLIENTS,
+            "page_size": PAGE_SIZE,
+            "load_average": os.getloadavg()[0],  # of other work too, where there is some
+        },
+        metrics=metrics,
+    )
+
+
+if __name__ == "__main__":
+    main()
