@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test check proto test-gpu figures docs baseline clean
+.PHONY: help demo test test-system check proto test-gpu figures docs baseline clean
 
 PYTHON ?= python3
 # Where pip finds a CPU build of torch, if the default index has only CUDA builds,
@@ -30,6 +30,10 @@ demo: $(READY) ## serve eight adapters on this machine and check every answer
 test: $(READY) ## all tests that need neither a GPU nor root
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-system: $(READY) ## real containers, and clients in other languages; as root it installs what they need
+	tests/containers/prepare.sh
+	$(BIN)/python -m pytest tests/containers tests/stubs --timeout=1800 --durations=10 $(PYTEST_ARGS)
+
 test-gpu: ## the tests of tests/gpu with this machine's own torch; fails without a GPU
 	PYTHONPATH=adapter_store:client:kernels:proto/python:router:worker:. \
 		$(PYTHON) -m pytest tests/gpu -c /dev/null --rootdir . --import-mode=importlib \
@@ -44,6 +48,8 @@ check: $(READY) .cache/third_party/google/rpc/status.proto ## linters, type chec
 	$(BIN)/buf format -d --exit-code
 	$(BIN)/buf breaking proto --against proto/baseline.binpb
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	sed 's/: !reset/:/' docker-compose.cpu.yml | $(BIN)/check-jsonschema \
+		--builtin-schema vendor.compose-spec --default-filetype yaml -
 	rm -rf .cache/proto && mkdir -p .cache/proto
 	$(PROTOC) --python_out=.cache/proto --grpc_python_out=.cache/proto \
 		--mypy_out=.cache/proto --mypy_grpc_out=.cache/proto proto/lorry/v1/*.proto

@@ -1,22 +1,33 @@
-# syntax=docker/dockerfile:1
 # The adapter store; it has no torch.
 # From the root of the repository: docker build --file deploy/adapter-store.Dockerfile --tag lorry-adapter-store .
 
-FROM python:3.11-slim-bookworm AS build
-WORKDIR /source
-RUN python -m venv /opt/lorry
-ENV PATH=/opt/lorry/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY . .
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint constraints-cpu.txt '.[adapter-store]'
+# Python 3.11 or newer with pip and venv; pin it by digest for builds that must repeat.
+ARG BASE_IMAGE=python:3.11.13-slim-bookworm
 
-FROM python:3.11-slim-bookworm
+FROM ${BASE_IMAGE} AS build
+# What pip reads: another index, or a folder of wheels by URL and no index at all.
+ARG PIP_INDEX_URL=https://pypi.org/simple
+ARG PIP_EXTRA_INDEX_URL=
+ARG PIP_FIND_LINKS=
+ARG PIP_NO_INDEX=0
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /source
+RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/lorry
+COPY pyproject.toml constraints-cpu.txt deploy/requirements.py ./
+RUN python3 requirements.py adapter-store > requirements.txt \
+    && /opt/pip/bin/pip --python /opt/lorry/bin/python install \
+    --constraint constraints-cpu.txt --requirement requirements.txt
+COPY . .
+RUN /opt/pip/bin/pip install --no-deps --target /opt/code .
+
+FROM ${BASE_IMAGE}
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin lorry \
     && install --directory --owner=10001 --group=10001 --mode=0700 /var/lib/lorry
 COPY --from=build /opt/lorry /opt/lorry
-ENV PATH=/opt/lorry/bin:$PATH PYTHONUNBUFFERED=1
+COPY --from=build /opt/code /opt/code
+ENV PATH=/opt/lorry/bin:$PATH PYTHONPATH=/opt/code PYTHONUNBUFFERED=1
 USER 10001:10001
 EXPOSE 50052
-HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
     CMD ["python", "-m", "lorry.rpc.health", "--address", "127.0.0.1:50052"]
 ENTRYPOINT ["python", "-m", "lorry.adapter_store"]
