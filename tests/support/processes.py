@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lorry.client import Client
 from lorry.client.probe import is_ready, worker_status
+from lorry.rpc.channel import ANONYMOUS, Credentials
 from lorry.rpc.errors import LorryError
 from lorry.v1.worker_service_pb2 import WorkerStatus
 from tests.support.command import REPO, child_environment
@@ -119,11 +120,13 @@ class Stack:
                 await asyncio.sleep(0.05)
 
 
-async def ready(address: str, *, timeout_s: float = START_TIMEOUT_S) -> None:
+async def ready(
+    address: str, credentials: Credentials = ANONYMOUS, *, timeout_s: float = START_TIMEOUT_S
+) -> None:
     """Return once the service at `address` is ready for requests."""
     async with asyncio.timeout(timeout_s):
         while True:
             with contextlib.suppress(LorryError):
-                if await is_ready(address, timeout_s=5):
+                if await is_ready(address, credentials, timeout_s=5):
                     return
             await asyncio.sleep(0.05)

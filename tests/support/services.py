@@ -10,8 +10,10 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from lorry.rpc.channel import ANONYMOUS, Credentials, open_channel
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.server import Server, serving
+from lorry.rpc.tls import ServerTls
 from lorry.v1 import (
     adapter_data_service_pb2,
     adapter_service_pb2,
@@ -120,7 +122,12 @@ def _do_nothing() -> None:
 
 @contextlib.asynccontextmanager
 async def serving_all(
-    authenticator: Authenticator, *, hook: Hook = _do_nothing
+    authenticator: Authenticator,
+    *,
+    hook: Hook = _do_nothing,
+    tls: ServerTls | None = None,
+    credentials: Credentials = ANONYMOUS,
+    health_address: str = "",
 ) -> AsyncIterator[tuple[Server, grpc.aio.Channel]]:
     """A server with every method, and a channel to it."""
     services = sorted({path.split("/")[1] for path in METHODS})
@@ -142,7 +149,9 @@ async def serving_all(
             address="127.0.0.1:0",
             authenticator=authenticator,
             grace_s=0,
+            tls=tls,
+            health_address=health_address,
         ) as server,
-        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        open_channel(f"127.0.0.1:{server.port}", credentials) as channel,
     ):
         yield server, channel

@@ -59,6 +59,11 @@ class RenewedChannel(grpc.aio.Channel, Generic[C]):
         self._lives = set[_Life]()
         self._current = self._begin_life()
 
+    @property
+    def num_lives(self) -> int:
+        """Channels of gRPC's: the one for new calls, and those of calls that began before."""
+        return len(self._lives)
+
     async def __aenter__(self) -> "RenewedChannel[C]":
         return self
 

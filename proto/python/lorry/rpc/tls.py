@@ -17,7 +17,7 @@ import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from lorry.rpc.reloading import Reloading
+from lorry.rpc.reloading import LOOK_S, Reloading
 
 CERTIFICATE, KEY, AUTHORITIES = "tls.crt", "tls.key", "ca.crt"
 
@@ -95,11 +95,12 @@ class ServerTls:
 class ClientTls:
     """A client's side; `credentials` are new ones after a change of the files."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, look_s: float = LOOK_S) -> None:
         """Raises ValueError naming a file that is missing, damaged or does not fit the others."""
-        names = [CERTIFICATE, KEY, AUTHORITIES]
         self._credentials = Reloading(
-            [directory / name for name in names], lambda: _channel_credentials(directory)
+            [directory / name for name in (CERTIFICATE, KEY, AUTHORITIES)],
+            lambda: _channel_credentials(directory),
+            look_s=look_s,
         )
 
     def credentials(self) -> grpc.ChannelCredentials:
