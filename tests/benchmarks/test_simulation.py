@@ -1,5 +1,6 @@
 """The simulator on virtual time: counts, invariants and its agreement with what was measured."""
 
+import functools
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -37,7 +38,7 @@ def checked(simulation: Simulation) -> list[Record]:
 def test_events_happen_in_the_order_of_their_times_and_of_asking() -> None:
     clock, seen = Clock(), list[str]()
     for time_s, name in ((2.0, "c"), (1.0, "a"), (1.0, "b")):
-        clock.at(time_s, lambda name=name: seen.append(name))
+        clock.at(time_s, functools.partial(seen.append, name))
     clock.run(lambda: False)
     assert seen == ["a", "b", "c"]
     assert clock.now_s == 2.0

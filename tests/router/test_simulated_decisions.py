@@ -6,6 +6,7 @@ simulation before.
 """
 
 import asyncio
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from tests.support.router_stack import Answer, Stack, router_stack
 from tests.support.waiting import until
 
 ADAPTERS = 5
-OPTIONS = {"fairness": "adapters", "cluster_adapters": 2, "cluster_wait_s": 60.0}
+OPTIONS: dict[str, Any] = {"fairness": "adapters", "cluster_adapters": 2, "cluster_wait_s": 60.0}
 LIMITS = WorkerLimits(max_running=3, max_waiting=1, fetch_s=0.02)
 COSTS = LinearCosts(step_ms=10.0, row_ms=0.1, kv_token_ms=0.0, rank_ms=0.1)
 WINDOW = LIMITS.max_running + LIMITS.max_waiting
@@ -111,7 +112,7 @@ def simulated(trace: Sequence[TraceRequest], names: Sequence[str]) -> list[Event
     for index, planned in enumerate(trace):
         adapter = SimulatedAdapter(version_of(planned.adapter), 8, 8 << 20)
         record = Record(index, planned)
-        clock.at(planned.arrival_s, lambda r=record, a=adapter: router.arrive(r, a))
+        clock.at(planned.arrival_s, functools.partial(router.arrive, record, adapter))
     clock.run(lambda: len(router.records) == len(trace))
     return router.script
 
@@ -124,7 +125,7 @@ async def replay(script: Sequence[Event], stack: Stack) -> list[asyncio.Task[Ans
         if kind == "submit":
             num_submits += 1
             continue
-        await until(lambda wanted=num_submits: live.num_submits >= wanted)
+        await live.has_sent(num_submits)
         match kind, event:
             case "arrive", (index, planned):
                 await live.arrive(index, planned)
@@ -134,7 +135,7 @@ async def replay(script: Sequence[Event], stack: Stack) -> list[asyncio.Task[Ans
                 await live.resident(name, version)
             case "status", (name, status):
                 await live.status(name, status)
-    await until(lambda: live.num_submits >= num_submits)
+    await live.has_sent(num_submits)
     return live.clients
 
 
@@ -148,9 +149,9 @@ class Live:
         self._num_finished = Counter[str]()
         self._dispatcher = stack.running.router._dispatcher
 
-    @property
-    def num_submits(self) -> int:
-        return sum(len(fake.submits) for fake in self._stack.workers)
+    async def has_sent(self, num_submits: int) -> None:
+        workers = self._stack.workers
+        await until(lambda: sum(len(fake.submits) for fake in workers) >= num_submits)
 
     async def arrive(self, index: int, planned: TraceRequest) -> None:
         spec = pb.GenerationSpec(
