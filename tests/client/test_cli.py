@@ -25,6 +25,7 @@ COMMANDS = [
     ["adapters", "unpin"],
     ["adapters", "pins"],
     ["adapters", "imports"],
+    ["adapters", "import-hub"],
     ["adapters", "update"],
     ["adapters", "delete"],
     ["status"],

@@ -39,6 +39,7 @@ TABLE: dict[str, set[Role]] = {
     "/lorry.v1.StoreAdminService/UnpinImage": set(),
     "/lorry.v1.StoreAdminService/ListPins": set(),
     "/lorry.v1.StoreAdminService/ListImports": set(),
+    "/lorry.v1.StoreAdminService/ImportFromHub": set(),
     "/lorry.v1.WorkerService/Attach": {Role.ROUTER},
     "/lorry.v1.WorkerService/GetWorkerStatus": {Role.ROUTER},
     "/lorry.v1.WorkerAdminService/PinAdapter": set(),

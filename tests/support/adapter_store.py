@@ -15,6 +15,7 @@ from crc32c import crc32c
 from safetensors.numpy import save_file
 
 from lorry.adapter_store.file_backend import FileBackend
+from lorry.adapter_store.hub import Hub
 from lorry.adapter_store.imports import importing
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.service import SERVICES, register
@@ -164,6 +165,9 @@ async def running_store(
     model: Path | None = None,
     import_dir: Path | None = None,
     import_delete: bool = False,
+    hub_allow: tuple[str, ...] = (),
+    hub_commits_only: bool = False,
+    hub_timeout_s: float = 60.0,
 ) -> AsyncIterator[RunningStore]:
     """A store that keeps its adapters in `directory`, and a client of this machine."""
     base_model = read_base_model(model or write_base_model(directory / "model"))
@@ -183,7 +187,18 @@ async def running_store(
         ) as store,
         importing(store, import_dir, delete=import_delete) as imports,
         serving(
-            lambda server: register(server, store, base_model, imports=imports),
+            lambda server: register(
+                server,
+                store,
+                base_model,
+                imports=imports,
+                hub=Hub(
+                    store,
+                    allowed=hub_allow,
+                    commits_only=hub_commits_only,
+                    timeout_s=hub_timeout_s,
+                ),
+            ),
             services=SERVICES,
             address="127.0.0.1:0",
             authenticator=Authenticator(None if tokens is None else lambda: tokens),

@@ -8,10 +8,11 @@ from lorry.rpc.command import extra, run_service
 with extra("adapter-store"):
     from lorry.adapter_store.config import Config
     from lorry.adapter_store.file_backend import FileBackend
+    from lorry.adapter_store.hub import Hub
     from lorry.adapter_store.imports import importing
     from lorry.adapter_store.metrics import METRICS
     from lorry.adapter_store.service import SERVICES, register
-    from lorry.adapter_store.store import opened
+    from lorry.adapter_store.store import Store, opened
     from lorry.rpc.call_counts import CallCounts, call_metrics
     from lorry.rpc.metrics import TableCollector, registry_of
     from lorry.rpc.metrics_server import serving_metrics
@@ -22,6 +23,15 @@ from lorry.rpc.channel import MIB
 MAX_MESSAGE_BYTES = 2 * MIB
 
 log = logging.getLogger("lorry.adapter_store")
+
+
+def hub_of(config: Config, store: Store) -> Hub:
+    return Hub(
+        store,
+        allowed=config.hub_allow,
+        commits_only=config.hub_commits_only,
+        timeout_s=config.hub_timeout_s,
+    )
 
 
 async def serve(config: Config) -> None:
@@ -50,7 +60,9 @@ async def serve(config: Config) -> None:
             tls,
         ),
         serving(
-            lambda server: register(server, store, base_model, imports=imports),
+            lambda server: register(
+                server, store, base_model, imports=imports, hub=hub_of(config, store)
+            ),
             services=SERVICES,
             address=config.address,
             authenticator=config.authenticator(),

@@ -4,7 +4,8 @@ from typing import Any
 
 import grpc.aio
 
-from lorry.adapter_store import listing
+from lorry.adapter_store import listing, translation
+from lorry.adapter_store.hub import Hub
 from lorry.adapter_store.imports import Import, Imports, ImportState
 from lorry.adapter_store.warmer import Warmer
 from lorry.rpc.identity import current_caller
@@ -22,8 +23,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class StoreAdminServicer(StoreAdminServiceServicer):
-    def __init__(self, warmer: Warmer, imports: Imports) -> None:
-        self._warmer, self._imports = warmer, imports
+    def __init__(self, warmer: Warmer, imports: Imports, hub: Hub) -> None:
+        self._warmer, self._imports, self._hub = warmer, imports, hub
 
     async def PinImage(self, request: pb.PinImageRequest, context: Context) -> pb.PinImageResponse:
         name = _name(request.name)
@@ -53,6 +54,18 @@ class StoreAdminServicer(StoreAdminServiceServicer):
         return pb.ListImportsResponse(
             imports=[_import_to_proto(each) for each in page],
             next_page_token=listing.make_token(scope, page[-1].found.path) if more else "",
+        )
+
+    async def ImportFromHub(
+        self, request: pb.ImportFromHubRequest, context: Context
+    ) -> pb.ImportFromHubResponse:
+        brought = await self._hub.bring(
+            request.repository, request.revision, _name(request.name), replace=request.replace
+        )
+        return pb.ImportFromHubResponse(
+            adapter=translation.adapter_to_proto(brought.ingested.adapter),
+            commit=brought.commit,
+            unchanged=brought.ingested.unchanged,
         )
 
     def _pin(self, name: AdapterName) -> pb.Pin:

@@ -69,6 +69,16 @@ class Config(ServiceConfig):
     import_delete: bool = False
     """Delete an adapter when its directory in import_dir is removed."""
 
+    hub_allow: tuple[str, ...] = ()
+    """Repositories of the Hugging Face hub from which operators may import, such as my-org/* or
+    my-org/sql; may be repeated. By default none. HF_ENDPOINT and HF_TOKEN are the library's."""
+
+    hub_commits_only: bool = False
+    """Import whole commits only, no branches or tags."""
+
+    hub_timeout_s: float = 600.0
+    """Seconds that a download from the hub may take."""
+
     upload_expiry_s: int = 3600
     """Seconds without a new chunk after which an upload is forgotten."""
 
@@ -81,6 +91,7 @@ class Config(ServiceConfig):
         if backend.scheme != "file" or backend.netloc or not backend.path.startswith("/"):
             raise ValueError(f"backend must be file:///DIRECTORY, got {self.backend!r}")
         check_positive(self, "ram_bytes", "builders", "max_weights_bytes", "upload_expiry_s")
+        check_positive(self, "hub_timeout_s")
         check_positive(
             self, "versions_kept", *(f"tenant_{each.name}" for each in fields(TenantLimits))
         )

@@ -69,7 +69,14 @@ class Source:
             yield Chunk(offset, data, crc32c(data))
 
 
-async def ingest(store: Store, name: AdapterName, source: Source) -> Ingested:
+async def ingest(
+    store: Store,
+    name: AdapterName,
+    source: Source,
+    *,
+    labels: dict[str, str] | None = None,
+    replace: bool = True,
+) -> Ingested:
     """Publish a source under a name, unless that has had these very files before.
 
     So a name that was rolled back stays so. Raises what an upload raises.
@@ -84,8 +91,8 @@ async def ingest(store: Store, name: AdapterName, source: Source) -> Ingested:
         config_json=source.config_json,
         weights_bytes=source.weights_bytes,
         weights_sha256=source.weights_sha256,
-        labels={},
-        expected_etag="" if known is None else known.etag,
+        labels=labels or {},
+        expected_etag=known.etag if known is not None and replace else "",
     )
     try:
         published = await store.uploads.receive(upload_id, name.tenant, 0, source.chunks())

@@ -8,6 +8,7 @@ import grpc.aio
 from lorry.adapter_store import edits, listing, translation
 from lorry.adapter_store.admin_service import StoreAdminServicer
 from lorry.adapter_store.chunks import read_chunks
+from lorry.adapter_store.hub import Hub
 from lorry.adapter_store.imports import Imports
 from lorry.adapter_store.leases import Lease
 from lorry.adapter_store.records import Adapter
@@ -275,7 +276,7 @@ def take_page(adapters: Iterator[Adapter], size: int) -> tuple[list[pb.Adapter],
 
 
 def register(
-    server: grpc.aio.Server, store: Store, base_model: BaseModel, *, imports: Imports
+    server: grpc.aio.Server, store: Store, base_model: BaseModel, *, imports: Imports, hub: Hub
 ) -> None:
     """Add the store's services to a server."""
     adapter_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(store), server)
@@ -284,5 +285,5 @@ def register(
         AdapterDataServicer(store, base_model), server
     )
     admin_grpc.add_StoreAdminServiceServicer_to_server(
-        StoreAdminServicer(store.warmer, imports), server
+        StoreAdminServicer(store.warmer, imports, hub), server
     )

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import grpc.aio
 
+from lorry.client.adapters import Adapter
 from lorry.client.generation import adapter_name
 from lorry.client.retry import RetryPolicy, retrying
 from lorry.v1 import store_admin_service_pb2 as pb
@@ -66,6 +67,15 @@ class Import:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubImport:
+    """What an import from the hub has become."""
+
+    adapter: Adapter
+    commit: str
+    unchanged: bool  # the name has had these very files before
+
+
 class StoreAdmin:
     """For callers with the role admin. All calls may be repeated, so all are retried."""
 
@@ -100,6 +110,23 @@ class StoreAdmin:
             request.page_token = response.next_page_token
             if not request.page_token:
                 return
+
+    async def import_from_hub(
+        self, repository: str, revision: str, name: str, *, replace: bool = False
+    ) -> HubImport:
+        """Have the store download an adapter and publish it; the call's timeout bounds all of it.
+
+        What is unchanged is not published again, so a retry after a lost answer is harmless.
+        """
+        request = pb.ImportFromHubRequest(
+            repository=repository, revision=revision, name=adapter_name(name), replace=replace
+        )
+        response = await self._call(self._stub.ImportFromHub, request)
+        return HubImport(
+            adapter=Adapter.from_proto(response.adapter),
+            commit=response.commit,
+            unchanged=response.unchanged,
+        )
 
     async def _call(self, method: Callable[..., Awaitable[Response]], request: object) -> Response:
         return await retrying(

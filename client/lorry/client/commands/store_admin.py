@@ -1,4 +1,4 @@
-"""`lorry adapters pin`, `unpin`, `pins` and `imports`: what operators ask of a store."""
+"""`lorry adapters pin`, `unpin`, `pins`, `imports`, `import-hub`: what operators ask of a store."""
 
 from typing import Annotated
 
@@ -14,6 +14,7 @@ def add_to(app: App) -> None:
     app.command(unpin)
     app.command(pins)
     app.command(imports)
+    app.command(import_hub)
 
 
 async def pin(name: str, *, connection: Connection = DEFAULT) -> None:
@@ -70,3 +71,36 @@ async def imports(
         async for each in client.store_admin.imports(only=only):
             table.add_row(each.path, each.state.value, each.version[:12], each.error)
     make_console().print(table, markup=False)
+
+
+async def import_hub(
+    source: str,
+    *,
+    name: str | None = None,
+    replace: Annotated[bool, Parameter(negative="")] = False,
+    connection: Connection = DEFAULT,
+) -> None:
+    """Have the store download an adapter from the Hugging Face hub; needs the role admin.
+
+    The store must allow the repository (--hub-allow). --timeout-s bounds the whole import.
+
+    Parameters
+    ----------
+    source
+        ORG/NAME@REVISION: a commit, branch or tag; default: @main. The commit is remembered as the
+        adapter's label hub-commit.
+    name
+        Id or full name of the adapter to publish; default: NAME.
+    replace
+        Publish a new version if the name exists.
+    """
+    repository, _, revision = source.partition("@")
+    async with connection.client() as client:
+        brought = await client.store_admin.import_from_hub(
+            repository,
+            revision or "main",
+            name or repository.rpartition("/")[2],
+            replace=replace,
+        )
+    adapter, note = brought.adapter, " (unchanged)" if brought.unchanged else ""
+    print(f"{adapter.name} version {adapter.version[:12]} commit {brought.commit}{note}")

@@ -59,7 +59,11 @@ METHOD_ROLES: Mapping[str, frozenset[Role]] = {
         ),
         ("CatalogueService", ["WatchCatalogue"], [Role.ROUTER]),
         ("AdapterDataService", ["FetchAdapter"], [Role.WORKER]),
-        ("StoreAdminService", ["PinImage", "UnpinImage", "ListPins", "ListImports"], [Role.ADMIN]),
+        (
+            "StoreAdminService",
+            ["PinImage", "UnpinImage", "ListPins", "ListImports", "ImportFromHub"],
+            [Role.ADMIN],
+        ),
         ("WorkerService", ["Attach", "GetWorkerStatus"], [Role.ROUTER]),
         (
             "WorkerAdminService",

@@ -22,37 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from lorry.v1 import adapter_service_pb2 as lorry_dot_v1_dot_adapter__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"lorry/v1/store_admin_service.proto\x12\x08lorry.v1\"I\n\x03Pin\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x0c\x12\x0e\n\x06images\x18\x03 \x01(\r\x12\x13\n\x0bimage_bytes\x18\x04 \x01(\x04\"\xb6\x01\n\x06Import\x12\x0c\n\x04path\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.lorry.v1.Import.State\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x0c\"W\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_WAITING\x10\x01\x12\x12\n\x0eSTATE_IMPORTED\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"\x1f\n\x0fPinImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x10PinImageResponse\x12\x1a\n\x03pin\x18\x01 \x01(\x0b\x32\r.lorry.v1.Pin\"!\n\x11UnpinImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x14\n\x12UnpinImageResponse\"\x11\n\x0fListPinsRequest\"/\n\x10ListPinsResponse\x12\x1b\n\x04pins\x18\x01 \x03(\x0b\x32\r.lorry.v1.Pin\"b\n\x12ListImportsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.lorry.v1.Import.State\"Q\n\x13ListImportsResponse\x12!\n\x07imports\x18\x01 \x03(\x0b\x32\x10.lorry.v1.Import\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xae\x02\n\x11StoreAdminService\x12\x41\n\x08PinImage\x12\x19.lorry.v1.PinImageRequest\x1a\x1a.lorry.v1.PinImageResponse\x12G\n\nUnpinImage\x12\x1b.lorry.v1.UnpinImageRequest\x1a\x1c.lorry.v1.UnpinImageResponse\x12\x41\n\x08ListPins\x12\x19.lorry.v1.ListPinsRequest\x1a\x1a.lorry.v1.ListPinsResponse\x12J\n\x0bListImports\x12\x1c.lorry.v1.ListImportsRequest\x1a\x1d.lorry.v1.ListImportsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"lorry/v1/store_admin_service.proto\x12\x08lorry.v1\x1a\x1elorry/v1/adapter_service.proto\"I\n\x03Pin\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x0c\x12\x0e\n\x06images\x18\x03 \x01(\r\x12\x13\n\x0bimage_bytes\x18\x04 \x01(\x04\"\xb6\x01\n\x06Import\x12\x0c\n\x04path\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.lorry.v1.Import.State\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x0c\"W\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_WAITING\x10\x01\x12\x12\n\x0eSTATE_IMPORTED\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"\x1f\n\x0fPinImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x10PinImageResponse\x12\x1a\n\x03pin\x18\x01 \x01(\x0b\x32\r.lorry.v1.Pin\"!\n\x11UnpinImageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x14\n\x12UnpinImageResponse\"\x11\n\x0fListPinsRequest\"/\n\x10ListPinsResponse\x12\x1b\n\x04pins\x18\x01 \x03(\x0b\x32\r.lorry.v1.Pin\"b\n\x12ListImportsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.lorry.v1.Import.State\"Q\n\x13ListImportsResponse\x12!\n\x07imports\x18\x01 \x03(\x0b\x32\x10.lorry.v1.Import\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"[\n\x14ImportFromHubRequest\x12\x12\n\nrepository\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07replace\x18\x04 \x01(\x08\"^\n\x15ImportFromHubResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.lorry.v1.Adapter\x12\x0e\n\x06\x63ommit\x18\x02 \x01(\t\x12\x11\n\tunchanged\x18\x03 \x01(\x08\x32\x80\x03\n\x11StoreAdminService\x12\x41\n\x08PinImage\x12\x19.lorry.v1.PinImageRequest\x1a\x1a.lorry.v1.PinImageResponse\x12G\n\nUnpinImage\x12\x1b.lorry.v1.UnpinImageRequest\x1a\x1c.lorry.v1.UnpinImageResponse\x12\x41\n\x08ListPins\x12\x19.lorry.v1.ListPinsRequest\x1a\x1a.lorry.v1.ListPinsResponse\x12J\n\x0bListImports\x12\x1c.lorry.v1.ListImportsRequest\x1a\x1d.lorry.v1.ListImportsResponse\x12P\n\rImportFromHub\x12\x1e.lorry.v1.ImportFromHubRequest\x1a\x1f.lorry.v1.ImportFromHubResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorry.v1.store_admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PIN']._serialized_start=48
-  _globals['_PIN']._serialized_end=121
-  _globals['_IMPORT']._serialized_start=124
-  _globals['_IMPORT']._serialized_end=306
-  _globals['_IMPORT_STATE']._serialized_start=219
-  _globals['_IMPORT_STATE']._serialized_end=306
-  _globals['_PINIMAGEREQUEST']._serialized_start=308
-  _globals['_PINIMAGEREQUEST']._serialized_end=339
-  _globals['_PINIMAGERESPONSE']._serialized_start=341
-  _globals['_PINIMAGERESPONSE']._serialized_end=387
-  _globals['_UNPINIMAGEREQUEST']._serialized_start=389
-  _globals['_UNPINIMAGEREQUEST']._serialized_end=422
-  _globals['_UNPINIMAGERESPONSE']._serialized_start=424
-  _globals['_UNPINIMAGERESPONSE']._serialized_end=444
-  _globals['_LISTPINSREQUEST']._serialized_start=446
-  _globals['_LISTPINSREQUEST']._serialized_end=463
-  _globals['_LISTPINSRESPONSE']._serialized_start=465
-  _globals['_LISTPINSRESPONSE']._serialized_end=512
-  _globals['_LISTIMPORTSREQUEST']._serialized_start=514
-  _globals['_LISTIMPORTSREQUEST']._serialized_end=612
-  _globals['_LISTIMPORTSRESPONSE']._serialized_start=614
-  _globals['_LISTIMPORTSRESPONSE']._serialized_end=695
-  _globals['_STOREADMINSERVICE']._serialized_start=698
-  _globals['_STOREADMINSERVICE']._serialized_end=1000
+  _globals['_PIN']._serialized_start=80
+  _globals['_PIN']._serialized_end=153
+  _globals['_IMPORT']._serialized_start=156
+  _globals['_IMPORT']._serialized_end=338
+  _globals['_IMPORT_STATE']._serialized_start=251
+  _globals['_IMPORT_STATE']._serialized_end=338
+  _globals['_PINIMAGEREQUEST']._serialized_start=340
+  _globals['_PINIMAGEREQUEST']._serialized_end=371
+  _globals['_PINIMAGERESPONSE']._serialized_start=373
+  _globals['_PINIMAGERESPONSE']._serialized_end=419
+  _globals['_UNPINIMAGEREQUEST']._serialized_start=421
+  _globals['_UNPINIMAGEREQUEST']._serialized_end=454
+  _globals['_UNPINIMAGERESPONSE']._serialized_start=456
+  _globals['_UNPINIMAGERESPONSE']._serialized_end=476
+  _globals['_LISTPINSREQUEST']._serialized_start=478
+  _globals['_LISTPINSREQUEST']._serialized_end=495
+  _globals['_LISTPINSRESPONSE']._serialized_start=497
+  _globals['_LISTPINSRESPONSE']._serialized_end=544
+  _globals['_LISTIMPORTSREQUEST']._serialized_start=546
+  _globals['_LISTIMPORTSREQUEST']._serialized_end=644
+  _globals['_LISTIMPORTSRESPONSE']._serialized_start=646
+  _globals['_LISTIMPORTSRESPONSE']._serialized_end=727
+  _globals['_IMPORTFROMHUBREQUEST']._serialized_start=729
+  _globals['_IMPORTFROMHUBREQUEST']._serialized_end=820
+  _globals['_IMPORTFROMHUBRESPONSE']._serialized_start=822
+  _globals['_IMPORTFROMHUBRESPONSE']._serialized_end=916
+  _globals['_STOREADMINSERVICE']._serialized_start=919
+  _globals['_STOREADMINSERVICE']._serialized_end=1303
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from lorry.v1 import adapter_service_pb2 as _adapter_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -261,3 +262,62 @@ class ListImportsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListImportsResponse: _TypeAlias = ListImportsResponse  # noqa: Y015
+
+@_typing.final
+class ImportFromHubRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPOSITORY_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    repository: _builtins.str
+    """`ORG/NAME`."""
+    revision: _builtins.str
+    """A commit, branch or tag; files are taken from the one commit that it names now."""
+    name: _builtins.str
+    """Of the adapter to publish."""
+    replace: _builtins.bool
+    """Publish a new version if the name exists; else ALREADY_EXISTS."""
+    def __init__(
+        self,
+        *,
+        repository: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        name: _builtins.str = ...,
+        replace: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "replace", b"replace", "repository", b"repository", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportFromHubRequest: _TypeAlias = ImportFromHubRequest  # noqa: Y015
+
+@_typing.final
+class ImportFromHubResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    COMMIT_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    commit: _builtins.str
+    unchanged: _builtins.bool
+    """The name has had these very files before; nothing was published."""
+    @_builtins.property
+    def adapter(self) -> _adapter_service_pb2.Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: _adapter_service_pb2.Adapter | None = ...,
+        commit: _builtins.str = ...,
+        unchanged: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "commit", b"commit", "unchanged", b"unchanged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportFromHubResponse: _TypeAlias = ImportFromHubResponse  # noqa: Y015

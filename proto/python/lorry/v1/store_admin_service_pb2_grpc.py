@@ -55,6 +55,11 @@ class StoreAdminServiceStub:
                 request_serializer=lorry_dot_v1_dot_store__admin__service__pb2.ListImportsRequest.SerializeToString,
                 response_deserializer=lorry_dot_v1_dot_store__admin__service__pb2.ListImportsResponse.FromString,
                 _registered_method=True)
+        self.ImportFromHub = channel.unary_unary(
+                '/lorry.v1.StoreAdminService/ImportFromHub',
+                request_serializer=lorry_dot_v1_dot_store__admin__service__pb2.ImportFromHubRequest.SerializeToString,
+                response_deserializer=lorry_dot_v1_dot_store__admin__service__pb2.ImportFromHubResponse.FromString,
+                _registered_method=True)
 
 
 class StoreAdminServiceServicer:
@@ -91,6 +96,14 @@ class StoreAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ImportFromHub(self, request, context):
+        """Download an adapter from the Hugging Face hub and publish it, all within the deadline of the call. PERMISSION_DENIED
+        unless the store's configuration allows the repository.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +126,11 @@ def add_StoreAdminServiceServicer_to_server(servicer, server):
                     servicer.ListImports,
                     request_deserializer=lorry_dot_v1_dot_store__admin__service__pb2.ListImportsRequest.FromString,
                     response_serializer=lorry_dot_v1_dot_store__admin__service__pb2.ListImportsResponse.SerializeToString,
+            ),
+            'ImportFromHub': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportFromHub,
+                    request_deserializer=lorry_dot_v1_dot_store__admin__service__pb2.ImportFromHubRequest.FromString,
+                    response_serializer=lorry_dot_v1_dot_store__admin__service__pb2.ImportFromHubResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +242,33 @@ class StoreAdminService:
             '/lorry.v1.StoreAdminService/ListImports',
             lorry_dot_v1_dot_store__admin__service__pb2.ListImportsRequest.SerializeToString,
             lorry_dot_v1_dot_store__admin__service__pb2.ListImportsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportFromHub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorry.v1.StoreAdminService/ImportFromHub',
+            lorry_dot_v1_dot_store__admin__service__pb2.ImportFromHubRequest.SerializeToString,
+            lorry_dot_v1_dot_store__admin__service__pb2.ImportFromHubResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,10 @@ class StoreAdminServiceStub:
     """All pins, by name: at most 256."""
     ListImports: _grpc.UnaryUnaryMultiCallable[_store_admin_service_pb2.ListImportsRequest, _store_admin_service_pb2.ListImportsResponse]
     """The directories of the watched import directory as they were seen last, by path, in pages."""
+    ImportFromHub: _grpc.UnaryUnaryMultiCallable[_store_admin_service_pb2.ImportFromHubRequest, _store_admin_service_pb2.ImportFromHubResponse]
+    """Download an adapter from the Hugging Face hub and publish it, all within the deadline of the call. PERMISSION_DENIED
+    unless the store's configuration allows the repository.
+    """
 
 @_typing.type_check_only
 class StoreAdminServiceAsyncStub(StoreAdminServiceStub):
@@ -61,6 +65,10 @@ class StoreAdminServiceAsyncStub(StoreAdminServiceStub):
     """All pins, by name: at most 256."""
     ListImports: _aio.UnaryUnaryMultiCallable[_store_admin_service_pb2.ListImportsRequest, _store_admin_service_pb2.ListImportsResponse]  # type: ignore[assignment]
     """The directories of the watched import directory as they were seen last, by path, in pages."""
+    ImportFromHub: _aio.UnaryUnaryMultiCallable[_store_admin_service_pb2.ImportFromHubRequest, _store_admin_service_pb2.ImportFromHubResponse]  # type: ignore[assignment]
+    """Download an adapter from the Hugging Face hub and publish it, all within the deadline of the call. PERMISSION_DENIED
+    unless the store's configuration allows the repository.
+    """
 
 class StoreAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """For operators; served by each adapter store, of whose own memory it tells."""
@@ -99,5 +107,15 @@ class StoreAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_admin_service_pb2.ListImportsResponse, _abc.Awaitable[_store_admin_service_pb2.ListImportsResponse]]:
         """The directories of the watched import directory as they were seen last, by path, in pages."""
+
+    @_abc_1.abstractmethod
+    def ImportFromHub(
+        self,
+        request: _store_admin_service_pb2.ImportFromHubRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_admin_service_pb2.ImportFromHubResponse, _abc.Awaitable[_store_admin_service_pb2.ImportFromHubResponse]]:
+        """Download an adapter from the Hugging Face hub and publish it, all within the deadline of the call. PERMISSION_DENIED
+        unless the store's configuration allows the repository.
+        """
 
 def add_StoreAdminServiceServicer_to_server(servicer: StoreAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
