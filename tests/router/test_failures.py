@@ -131,6 +131,17 @@ async def test_full_queues_refuse_with_a_hint(model: Path) -> None:
         await serves_again(stack)
 
 
+async def test_a_tenant_beyond_its_rate_is_refused_until_the_hint_says(model: Path) -> None:
+    rates: dict[str, Any] = {"requests_per_s_per_tenant": 2.0, "rate_burst_s": 0.5}
+    async with router_stack(model, reply=lambda _: Reply(tokens_of("ok")), **rates) as stack:
+        assert (await stack.stream(SPEC)).text
+        error = await error_of(stack.stream(SPEC))
+        assert isinstance(error, TenantLimit)
+        assert error.retry_after_s is not None
+        await asyncio.sleep(error.retry_after_s)
+        assert (await stack.stream(SPEC)).text
+
+
 async def test_the_queue_of_all_tenants_is_bounded(model: Path) -> None:
     async with router_stack(model, worker={"submit_limit": 0}, max_queued_requests=1) as stack:
         call = stack.open(SPEC)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from lorry.router.rates import Rates
 from lorry.router.slo import Slo
 from lorry.router.tenants import Tenant, read_tenants
 
@@ -26,7 +27,7 @@ def test_an_entry_overrules_what_it_names_and_leaves_the_rest(tmp_path: Path) ->
     path = written(
         tmp_path,
         {"tenant": "red", "weight": 3, "slo_ttft_s": 0.5},
-        {"tenant": "blue", "max_queued_requests": 7, "max_queued_tokens": 70},
+        {"tenant": "blue", "max_queued_requests": 7, "max_queued_tokens": 70, "tokens_per_s": 9},
     )
     tenants = read_tenants(path, OTHERS)
     assert tenants.weight("red") == 3
@@ -34,6 +35,7 @@ def test_an_entry_overrules_what_it_names_and_leaves_the_rest(tmp_path: Path) ->
     assert tenants["red"].max_queued_requests == 10
     assert (tenants["blue"].max_queued_requests, tenants["blue"].max_queued_tokens) == (7, 70)
     assert tenants["green"] == OTHERS
+    assert (tenants.rates("blue"), tenants.rates("red")) == (Rates(None, 9), Rates())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from lorry.router.generation import Generation
 from lorry.router.places import Amount, Places
 from lorry.router.policies import make_policies
 from lorry.router.policy_options import PolicyOptions
+from lorry.router.rates import RateLimits
 from lorry.router.request import Request
 from lorry.router.slo import NO_SLO, Slo
 from lorry.router.worker import Worker
@@ -77,8 +78,10 @@ def dispatcher(
     max_prefetch: int = 8,
     weight: Callable[[str], float] = lambda tenant: 1.0,
     limits: dict[str, int] | None = None,
+    rates: RateLimits | None = None,
     **options: Any,
 ) -> Dispatcher:
     """By first come, first served; `options` are those of the policies."""
     policies = make_policies(PolicyOptions(**(PLAIN | options)), weight=weight)
-    return Dispatcher(places(**(limits or {})), policies, max_prefetch=max_prefetch)
+    held = places(**(limits or {}))
+    return Dispatcher(held, policies, max_prefetch=max_prefetch, rates=rates)

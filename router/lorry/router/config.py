@@ -44,6 +44,17 @@ class Config(PolicyOptions, CallingServiceConfig):
     max_queued_tokens_per_tenant: int = 4 << 20
     """Prompt tokens of one tenant that may wait; more is refused with TENANT_LIMIT."""
 
+    requests_per_s_per_tenant: float | None = None
+    """Requests that one tenant may send a second; more is refused with TENANT_LIMIT. By default
+    any number."""
+
+    tokens_per_s_per_tenant: float | None = None
+    """Tokens of prompts and outputs that one tenant may use a second; while it has used more, its
+    requests are refused with TENANT_LIMIT. By default any number."""
+
+    rate_burst_s: float = 10.0
+    """Seconds' worth of its rates that a tenant may use at once after a pause."""
+
     tenants: Path | None = None
     """JSON file of tenants' weights, limits and SLOs; without one all have weight 1 and what the
     options here say."""
@@ -93,6 +104,9 @@ class Config(PolicyOptions, CallingServiceConfig):
             "max_queued_requests_per_tenant",
             "max_queued_tokens",
             "max_queued_tokens_per_tenant",
+            "requests_per_s_per_tenant",
+            "tokens_per_s_per_tenant",
+            "rate_burst_s",
             "slo_ttft_s",
             "slo_tpot_s",
             "max_request_s",
@@ -118,6 +132,8 @@ class Config(PolicyOptions, CallingServiceConfig):
         return Tenant(
             max_queued_requests=self.max_queued_requests_per_tenant,
             max_queued_tokens=self.max_queued_tokens_per_tenant,
+            requests_per_s=self.requests_per_s_per_tenant,
+            tokens_per_s=self.tokens_per_s_per_tenant,
             slo=Slo(ttft_s=self.slo_ttft_s, tpot_s=self.slo_tpot_s),
         )
 

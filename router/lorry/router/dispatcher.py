@@ -16,6 +16,7 @@ from lorry.router.backlog import Backlog
 from lorry.router.context_length import context_exceeded
 from lorry.router.places import RETRY_AFTER_S, Places
 from lorry.router.policies import Policies
+from lorry.router.rates import RateLimits, unlimited
 from lorry.router.request import AT_WORKER, Request, RequestState
 from lorry.router.worker import Worker, WorkerStatus
 from lorry.rpc.errors import (
@@ -63,8 +64,16 @@ class Place(NamedTuple):
 
 
 class Dispatcher:
-    def __init__(self, places: Places, policies: Policies, *, max_prefetch: int) -> None:
+    def __init__(
+        self,
+        places: Places,
+        policies: Policies,
+        *,
+        max_prefetch: int,
+        rates: RateLimits | None = None,
+    ) -> None:
         self._places = places
+        self._rates = rates or unlimited()
         self._policies = policies
         self._backlog = Backlog(policies.order, policies.overload_order, policies.fairness)
         self._max_prefetch = max_prefetch
@@ -96,13 +105,16 @@ class Dispatcher:
                 f"request_id {generation.request_id!r} is that of an active request",
                 requestId=generation.request_id,
             )
+        self._rates.check(request.tenant, request.arrival_s)
         self._places.take(request)
+        self._rates.count_request(request.tenant)
         self._requests[key] = request
 
     def enqueue(self, request: Request) -> None:
         """Queue a request that is now complete; raises if no attached worker could serve it."""
         if not self._able(request):
             raise self._why_unable(request)
+        self._rates.count_tokens(request.tenant, len(request.prompt_ids))
         self._queue(request)
 
     def end(self, request: Request, state: RequestState) -> Place | None:
@@ -283,6 +295,7 @@ class Dispatcher:
     def _charge_output(self, request: Request) -> None:
         output_tokens = len(request.output_ids) - request.num_charged
         request.num_charged = len(request.output_ids)
+        self._rates.count_tokens(request.tenant, output_tokens)
         self._backlog.charge(request, prompt_tokens=0, output_tokens=output_tokens)
 
     def _leave_worker(self, request: Request) -> None:

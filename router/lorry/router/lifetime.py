@@ -16,6 +16,7 @@ from lorry.router.fleet import Fleet
 from lorry.router.metrics import METRICS, Source
 from lorry.router.places import Amount, Places
 from lorry.router.policies import make_policies
+from lorry.router.rates import RateLimits
 from lorry.router.readiness import Readiness
 from lorry.router.roster import Roster
 from lorry.router.router import Router
@@ -117,7 +118,8 @@ def _dispatcher(config: Config, tenants: Tenants) -> Dispatcher:
         ),
     )
     policies = make_policies(config, weight=tenants.weight)
-    return Dispatcher(places, policies, max_prefetch=config.prefetch_versions)
+    rates = RateLimits(tenants.rates, burst_s=config.rate_burst_s)
+    return Dispatcher(places, policies, max_prefetch=config.prefetch_versions, rates=rates)
 
 
 def _roster(config: Config, fleet: Fleet, base_model: BaseModel, resolve: Resolve) -> Roster:

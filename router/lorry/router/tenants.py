@@ -1,8 +1,9 @@
 """What the deployment grants each tenant: a weight, limits and default objectives.
 
 The file is JSON, ``{"tenants": [{"tenant": id, "weight": 3, "max_queued_requests": 100,
-"max_queued_tokens": 100000, "slo_ttft_s": 1.5, "slo_tpot_s": 0.1}, ...]}``. What an entry leaves
-out, and a tenant that has none, gets the router's options and the weight 1.
+"max_queued_tokens": 100000, "requests_per_s": 10, "tokens_per_s": 5000, "slo_ttft_s": 1.5,
+"slo_tpot_s": 0.1}, ...]}``. What an entry leaves out, and a tenant that has none, gets the router's
+options and the weight 1.
 """
 
 import json
@@ -12,11 +13,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lorry.router.rates import Rates
 from lorry.router.slo import NO_SLO, Slo
 from lorry.rpc.errors import InvalidRequest
 from lorry.rpc.names import check_id
 
 LIMITS = ("max_queued_requests", "max_queued_tokens")
+RATES = ("requests_per_s", "tokens_per_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +27,8 @@ class Tenant:
     weight: float = 1.0  # its share of service, beside other tenants that wait
     max_queued_requests: int
     max_queued_tokens: int  # of prompts
+    requests_per_s: float | None = None
+    tokens_per_s: float | None = None  # of prompts and outputs
     slo: Slo = NO_SLO
 
 
@@ -37,6 +42,10 @@ class Tenants:
 
     def weight(self, tenant: str) -> float:
         return self[tenant].weight
+
+    def rates(self, tenant: str) -> Rates:
+        granted = self[tenant]
+        return Rates(granted.requests_per_s, granted.tokens_per_s)
 
 
 def read_tenants(path: Path | None, others: Tenant) -> Tenants:
@@ -56,7 +65,7 @@ def read_tenants(path: Path | None, others: Tenant) -> Tenants:
 def _tenant(entry: Mapping[str, Any], others: Tenant) -> Tenant:
     numbers = {name: _number(entry, name) for name in entry if name != "tenant"}
     slo = Slo(**{f.name: numbers.pop(f"slo_{f.name}", None) for f in fields(Slo)})
-    defaults = {name: getattr(others, name) for name in ("weight", *LIMITS)}
+    defaults = {name: getattr(others, name) for name in ("weight", *LIMITS, *RATES)}
     for name in numbers:
         if name not in defaults:
             raise ValueError(f"{entry['tenant']}: there is no {name}")
