@@ -168,6 +168,32 @@ async def seen(call: Coroutine[Any, Any, Any]) -> str:
     return f"{adapter.name} {adapter.version.hex()} {adapter.published.weights_bytes}"
 
 
+async def test_a_tenants_list_looks_at_no_adapter_of_another(tmp_path: Path) -> None:
+    async with (
+        running_store(tmp_path, tokens=TOKENS) as running,
+        running.client_with("acme") as acme,
+        running.client_with("umbrella") as umbrella,
+    ):
+        for client, adapter_id in ((acme, "a"), (umbrella, "b"), (umbrella, "c")):
+            await client.push(adapter_id, CONFIG, WEIGHTS, labels={"team": "x"})
+        await acme.push("d", CONFIG, WEIGHTS, labels={"team": "x", "stage": "live"})
+        after = running.store.catalogue.after
+        found = {
+            (tenant, labels): [a.name.adapter for a in after(None, tenant=tenant, labels=labels)]
+            for tenant in ("acme", "umbrella", "nobody", None)
+            for labels in ((), (("team", "x"),), (("team", "x"), ("stage", "live")))
+        }
+        assert [*found.values()] == [
+            *(["a", "d"], ["a", "d"], ["d"]),
+            *(["b", "c"], ["b", "c"], []),
+            *([], [], []),
+            *(["a", "d", "b", "c"], ["a", "d", "b", "c"], ["d"]),
+        ]
+        request = pb.DeleteAdapterRequest(name="adapters/d")
+        await acme.call(acme.adapters.DeleteAdapter, request)
+        assert not list(after(None, labels=[("stage", "live")]))
+
+
 def test_keeping_a_content_takes_the_same_steps_whether_or_not_it_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

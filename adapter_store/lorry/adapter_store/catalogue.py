@@ -11,10 +11,11 @@ import contextlib
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from typing import NamedTuple
 
 from lorry.adapter_store.backend import Loaded, Outdated, Position
+from lorry.adapter_store.label_index import Label, LabelIndex
 from lorry.adapter_store.records import Adapter, Change, Published
 from lorry.adapter_store.storage import Storage
 from lorry.adapter_store.tasks import Tasks
@@ -56,11 +57,25 @@ class Catalogue:
     def get(self, name: AdapterName) -> Adapter | None:
         return self._adapters.get(name)
 
-    def after(self, name: AdapterName | None) -> Iterator[Adapter]:
-        """Adapters in the order of their names, from the first after `name`."""
-        start = 0 if name is None else bisect.bisect_right(self._names, name)
-        names = self._names
-        return (self._adapters[names[i]] for i in range(start, len(names)))
+    def after(
+        self,
+        name: AdapterName | None,
+        *,
+        tenant: str | None = None,
+        labels: Collection[Label] = (),
+    ) -> Iterator[Adapter]:
+        """Adapters in the order of their names, from the first after `name`.
+
+        Of one tenant, or of all if it is None, and those that have all of the labels.
+        """
+        names = sorted(self._labels.find(labels, tenant)) if labels else self._names
+        start = 0 if name is None else bisect.bisect_right(names, name)
+        if tenant is not None:
+            start = max(start, bisect.bisect_left(names, (tenant,)))
+        for place in range(start, len(names)):
+            if tenant is not None and names[place].tenant != tenant:
+                return
+            yield self._adapters[names[place]]
 
     def adapters_of(self, tenant: str) -> int:
         return self._adapters_of[tenant]
@@ -173,6 +188,7 @@ class Catalogue:
         self.revision = loaded.position.revision
         self._adapters: dict[AdapterName, Adapter] = {}
         self._names: list[AdapterName] = []  # sorted
+        self._labels = LabelIndex()
         self._references: Counter[bytes] = Counter()  # names that hold each version
         self._uploads: dict[str, AdapterName] = {}  # by the keys of what brought their versions
         self._adapters_of: Counter[str] = Counter()  # by tenant
@@ -200,10 +216,12 @@ class Catalogue:
                 self._adapters_of[name.tenant] += sign
                 self._bytes_of[name.tenant] += sign * sum(v.weights_bytes for v in each.versions)
         if before is not None:
+            self._labels.remove(before)
             self._references.subtract(version.digest for version in before.versions)
             for version in before.versions:
                 del self._uploads[version.upload]
         if adapter is not None:
+            self._labels.add(adapter)
             self._adapters[name] = adapter
             self._references.update(version.digest for version in adapter.versions)
             self._uploads.update((version.upload, name) for version in adapter.versions)

@@ -179,8 +179,12 @@ class FileBackend:
         shutil.rmtree(self._quarantine / digest.hex(), ignore_errors=True)
 
     def drop_upload(self, key: str) -> None:
+        """Its record goes first: a crash in between leaves what the next start removes."""
         self._under_way.pop(key, None)
-        shutil.rmtree(self._uploads / key, ignore_errors=True)
+        directory = self._uploads / key
+        with contextlib.suppress(OSError):
+            (directory / UPLOAD).unlink(missing_ok=True)
+            shutil.rmtree(directory)
 
     def drop_expired(self, idle_s: float, *, busy: Collection[str]) -> list[str]:
         last_s = self._clock() - idle_s

@@ -3,10 +3,9 @@
 import base64
 import json
 import re
-from collections.abc import Callable
 from hashlib import sha256
 
-from lorry.adapter_store.records import Adapter
+from lorry.adapter_store.label_index import Label
 from lorry.rpc.errors import InvalidRequest
 
 DEFAULT_PAGE_SIZE = 100
@@ -16,8 +15,6 @@ LABEL_TERM = re.compile(r'labels\.([^\s="]+)="((?:[^"\\]|\\.)*)"')
 METHOD_TERM = re.compile(r"method=(\w+)")
 AND = re.compile(r"\s+AND\s+")
 
-Predicate = Callable[[Adapter], bool]
-
 
 def page_size(asked: int) -> int:
     if asked < 0:
@@ -25,11 +22,14 @@ def page_size(asked: int) -> int:
     return min(asked or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
 
 
-def parse_filter(text: str) -> Predicate:
-    """``labels.KEY="VALUE"`` and ``method=LORA``, joined by AND; empty is everything."""
+def parse_filter(text: str) -> list[Label]:
+    """The labels of ``labels.KEY="VALUE"`` and ``method=LORA``, joined by AND; of none, all match.
+
+    All adapters are LORA.
+    """
     if len(text) > MAX_FILTER_CHARS:
         raise InvalidRequest.of("filter", f"must have at most {MAX_FILTER_CHARS} characters")
-    labels: list[tuple[str, str]] = []
+    labels: list[Label] = []
     position = 0
     while position < len(text):
         label, method = LABEL_TERM.match(text, position), METHOD_TERM.match(text, position)
@@ -44,7 +44,7 @@ def parse_filter(text: str) -> Predicate:
             if joint is None or joint.end() == len(text):
                 raise _invalid_filter(text, position)
             position = joint.end()
-    return lambda adapter: all(adapter.labels.get(key) == value for key, value in labels)
+    return labels
 
 
 def make_token(scope: str, last: str) -> str:

@@ -51,11 +51,12 @@ class AdapterServicer(adapter_grpc.AdapterServiceServicer):
         self, request: pb.ListAdaptersRequest, context: Context
     ) -> pb.ListAdaptersResponse:
         catalogue, caller = self._store.catalogue, current_caller()
-        matches = listing.parse_filter(request.filter)
+        labels = listing.parse_filter(request.filter)
         scope = f"{caller.sees_all_tenants} {caller.tenant} {request.filter}"
         last = listing.read_token(request.page_token, scope)
         after = None if last is None else AdapterName.parse(last, tenant=caller.tenant)
-        found = (a for a in catalogue.after(after) if is_visible(a.name) and matches(a))
+        tenant = None if caller.sees_all_tenants else caller.tenant
+        found = catalogue.after(after, tenant=tenant, labels=labels)
         page, more = take_page(found, listing.page_size(request.page_size))
         return pb.ListAdaptersResponse(
             adapters=page,
