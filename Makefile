@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints-cpu.txt
 demo: $(READY) ## serve eight adapters on this machine and check every answer
 	$(BIN)/python -m demo.run
 
-test: $(READY) ## all tests that need neither a GPU nor root
+test: $(READY) .cache/redis-server ## all tests that need neither a GPU nor root
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-system: $(READY) ## real containers, and clients in other languages; as root it installs what they need
@@ -71,6 +71,9 @@ baseline: .cache/third_party/google/rpc/status.proto ## at a release only: what 
 
 .cache/third_party/google/rpc/status.proto: $(READY)
 	mkdir -p $(@D) && cp $(SITE_PACKAGES)/google/rpc/status.proto $@
+
+.cache/redis-server: tests/support/get_redis.sh
+	sh $< $@
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) .cache

@@ -132,7 +132,8 @@ def mapped_files(pid: int) -> str:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--backend", "redis://host"], "backend"),
+        (["--backend", "redis://:secret@host:port"], "backend must be redis"),
+        (["--backend", "redis://:secret@127.0.0.1:1"], "127.0.0.1:1/0 cannot be used"),
         (["--backend", "file://host/path"], "backend"),
         (["--ram-bytes", "0"], "ram_bytes"),
         (["--ram-bytes", str(1 << 60)], "the size of the file system"),
@@ -154,3 +155,4 @@ async def test_a_wrong_option_is_named(tmp_path: Path, options: list[str], probl
     assert process.returncode == 1
     assert problem in stderr.decode()
     assert "Traceback" not in stderr.decode()
+    assert "secret" not in stderr.decode()

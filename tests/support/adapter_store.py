@@ -14,10 +14,13 @@ import numpy as np
 from crc32c import crc32c
 from safetensors.numpy import save_file
 
+from lorry.adapter_store.backend import Backend
 from lorry.adapter_store.file_backend import FileBackend
 from lorry.adapter_store.hub import Hub
 from lorry.adapter_store.imports import importing
 from lorry.adapter_store.limits import Limits
+from lorry.adapter_store.redis_backend.address import RedisAddress
+from lorry.adapter_store.redis_backend.backend import RedisBackend
 from lorry.adapter_store.service import SERVICES, register
 from lorry.adapter_store.store import Store, opened
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
@@ -168,20 +171,28 @@ async def running_store(
     hub_allow: tuple[str, ...] = (),
     hub_commits_only: bool = False,
     hub_timeout_s: float = 60.0,
+    redis_url: str | None = None,
 ) -> AsyncIterator[RunningStore]:
-    """A store that keeps its adapters in `directory`, and a client of this machine."""
+    """A store that keeps its adapters in `directory` or a Redis, and a client of this machine."""
     base_model = read_base_model(model or write_base_model(directory / "model"))
     shm_dir, backend_dir = shm_dir or directory / "shm", directory / "adapters"
+
+    def open_backend() -> Backend:
+        if redis_url is None:
+            return FileBackend(backend_dir, model_digest=base_model.digest, clock=clock)
+        address = RedisAddress.parse(redis_url)
+        return RedisBackend(address, model_digest=base_model.digest, grace_ms=0)
+
     async with (
         opened(
-            lambda: FileBackend(backend_dir, model_digest=base_model.digest, clock=clock),
+            open_backend,
             geometry=base_model.geometry,
             shm_dir=shm_dir,
             ram_bytes=ram_bytes,
             limits=limits or Limits(),
             dtype=dtype,
             builder_processes=2,
-            memory_dir=backend_dir,
+            memory_dir=backend_dir if redis_url is None else None,
             now_ns=now_ns,
             clock=clock,
         ) as store,

@@ -7,7 +7,6 @@ from lorry.rpc.command import extra, run_service
 
 with extra("adapter-store"):
     from lorry.adapter_store.config import Config
-    from lorry.adapter_store.file_backend import FileBackend
     from lorry.adapter_store.hub import Hub
     from lorry.adapter_store.imports import importing
     from lorry.adapter_store.metrics import METRICS
@@ -38,18 +37,19 @@ async def serve(config: Config) -> None:
     """Serve until SIGINT or SIGTERM, then drain."""
     base_model = read_base_model(config.model)
     dtype = config.finite_in(base_model)
+    backend = config.backend_url
     calls = CallCounts()
     tls = config.server_tls()
     async with (
         opened(
-            lambda: FileBackend(config.backend_directory, model_digest=base_model.digest),
+            lambda: backend.open(model_digest=base_model.digest),
             geometry=base_model.geometry,
             shm_dir=config.shm_dir,
             ram_bytes=config.ram_bytes,
             limits=config.limits,
             dtype=dtype,
             builder_processes=config.builders,
-            memory_dir=config.memory_dir or config.backend_directory,
+            memory_dir=config.memory_dir or backend.directory,
         ) as store,
         importing(store, config.import_dir, delete=config.import_delete) as imports,
         serving_metrics(
@@ -74,6 +74,7 @@ async def serve(config: Config) -> None:
         ) as server,
     ):
         server.announce("adapter_store")
+        store.follower.when_reachable_changes(lambda well: server.set_health("backend", well))
         log.info("%s adapters, values finite in %s", store.catalogue.num_adapters, dtype.value)
         await server.set_ready(True)
         await stop_requested()

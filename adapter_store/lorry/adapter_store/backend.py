@@ -51,6 +51,7 @@ class Backend(Protocol):
     """
 
     shared: bool  # whether other stores may write to it meanwhile
+    model_digest: bytes  # of the base model that its adapters are for
 
     def load(self) -> Loaded: ...
 
@@ -66,7 +67,7 @@ class Backend(Protocol):
         ...
 
     def wait_for_changes(self, after: Position) -> list[Change]:
-        """The same, but for a second or so rather wait than return none."""
+        """The same, but rather wait a moment than return none."""
         ...
 
     def uploads_of(self, tenant: str) -> UnderWay: ...

@@ -95,6 +95,14 @@ class Catalogue:
         adapter = self._adapters[name]
         return Published(next(v for v in adapter.versions if v.upload == upload), adapter)
 
+    async def find_published(self, upload: str) -> Published | None:
+        """The same, also if another store has just published it."""
+        published = self.published(upload)
+        if published is None:
+            await self.catch_up()
+            published = self.published(upload)
+        return published
+
     async def change(self, name: AdapterName, edit: Edit) -> Change:
         """Replace what a name is by what `edit` makes of it, durably.
 
@@ -103,7 +111,7 @@ class Catalogue:
         return await self._tasks.finish(self._change(name, edit))
 
     async def catch_up(self, *, wait: bool = False) -> None:
-        """Learn what other stores have changed; with `wait`, rather in a second than nothing."""
+        """Learn what other stores have changed; with `wait`, rather a moment later than nothing."""
         if not self._backend.shared:
             return
         read = self._backend.wait_for_changes if wait else self._backend.changes

@@ -1,11 +1,11 @@
 """The options of an adapter store."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import cyclopts
 
+from lorry.adapter_store.backend_url import BackendUrl
 from lorry.adapter_store.limits import Limits, TenantLimits, read_tenant_limits
 from lorry.kernels.page_layout import MAX_RANK, Dtype
 from lorry.rpc.base_model import BaseModel
@@ -22,8 +22,19 @@ BACKEND = f"file://{Path.home()}/.local/share/lorry/adapters"
 class Config(ServiceConfig):
     address: str = "127.0.0.1:50052"
 
-    backend: str = BACKEND
-    """Where adapters are kept durably: file:///DIRECTORY."""
+    backend: str = field(default=BACKEND, repr=False)
+    """Where adapters are kept durably: file:///DIRECTORY of this store alone, or
+    redis[s]://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE] of any number of stores."""
+
+    redis_password_file: Path | None = None
+    """File that holds the password of the Redis, rather than the URL."""
+
+    redis_ca_file: Path | None = None
+    """Certificates (PEM) of who may sign that of a rediss:// Redis; by default the system's."""
+
+    scratch_dir: Path | None = None
+    """Directory for the weights of a Redis while a page image is made of them; by default the
+    system's for temporary files."""
 
     shm_dir: Path = SHM_DIR
     """Directory in shared memory for page images; workers on this host need the same one."""
@@ -87,9 +98,7 @@ class Config(ServiceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        backend = urlsplit(self.backend)
-        if backend.scheme != "file" or backend.netloc or not backend.path.startswith("/"):
-            raise ValueError(f"backend must be file:///DIRECTORY, got {self.backend!r}")
+        _ = self.backend_url
         check_positive(self, "ram_bytes", "builders", "max_weights_bytes", "upload_expiry_s")
         check_positive(self, "hub_timeout_s")
         check_positive(
@@ -97,8 +106,14 @@ class Config(ServiceConfig):
         )
 
     @property
-    def backend_directory(self) -> Path:
-        return Path(unquote(urlsplit(self.backend).path))
+    def backend_url(self) -> BackendUrl:
+        """Raises ValueError for one that is malformed."""
+        return BackendUrl.parse(
+            self.backend,
+            password_file=self.redis_password_file,
+            ca_file=self.redis_ca_file,
+            scratch_dir=self.scratch_dir,
+        )
 
     @property
     def limits(self) -> Limits:

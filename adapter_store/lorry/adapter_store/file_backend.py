@@ -65,7 +65,7 @@ class FileBackend:
         self,
         directory: Path,
         *,
-        model_digest: bytes,
+        model_digest: bytes | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
@@ -79,7 +79,8 @@ class FileBackend:
             for path in (directory, self._versions, self._uploads, self._quarantine):
                 path.mkdir(mode=0o750, parents=True, exist_ok=True)
             stack.callback(os.close, _locked(directory / "lock"))
-            self._store_id = _store_id(directory / "store.json", model_digest.hex())
+            identity = _identity(directory / "store.json", model_digest)
+            self._store_id, self.model_digest = identity
             self._journal = Journal(directory / "catalogue")
             stack.callback(self._journal.close)
             sync_directory(directory)
@@ -281,15 +282,19 @@ def _locked(path: Path) -> int:
     return descriptor
 
 
-def _store_id(path: Path, model_digest: str) -> str:
+def _identity(path: Path, model_digest: bytes | None) -> tuple[str, bytes]:
+    """The store id and the digest of the base model."""
     if not path.exists():
-        fields = {"format": FORMAT, "store_id": uuid.uuid4().hex, "model_digest": model_digest}
+        if model_digest is None:
+            raise ValueError(f"{path.parent} is not the directory of a store")
+        model = model_digest.hex()
+        fields = {"format": FORMAT, "store_id": uuid.uuid4().hex, "model_digest": model}
         write_durably(path, json.dumps(fields).encode())
     with _opening(path):
         fields = json.loads(path.read_bytes())
-        store_id = str(fields["store_id"])
+        store_id, found = str(fields["store_id"]), bytes.fromhex(fields["model_digest"])
     if fields["format"] != FORMAT:
         raise ValueError(f"{path} has format {fields['format']}, not {FORMAT}")
-    if fields["model_digest"] != model_digest:
+    if model_digest not in (None, found):
         raise ValueError(f"{path.parent} holds adapters of another base model")
-    return store_id
+    return store_id, found

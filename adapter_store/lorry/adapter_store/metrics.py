@@ -17,6 +17,11 @@ METRICS: Sequence[Metric[Store]] = (
         lambda store: store.catalogue.revision,
     ),
     gauge(
+        "lorry_store_backend_reachable",
+        "Whether what keeps the adapters answers: 1, or 0 while only what is in memory is served",
+        lambda store: int(store.follower.reachable),
+    ),
+    gauge(
         "lorry_store_uploads_open",
         "Uploads that have begun and neither ended nor expired",
         lambda store: store.uploads.num_open,

@@ -11,7 +11,7 @@ from lorry.adapter_store.chunks import read_chunks
 from lorry.adapter_store.hub import Hub
 from lorry.adapter_store.imports import Imports
 from lorry.adapter_store.leases import Lease
-from lorry.adapter_store.records import Adapter
+from lorry.adapter_store.records import Adapter, Published
 from lorry.adapter_store.store import Store
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.errors import Draining, InvalidRequest
@@ -131,10 +131,9 @@ class AdapterServicer(adapter_grpc.AdapterServiceServicer):
     ) -> pb.GetUploadResponse:
         tenant = current_caller().tenant
         uploads = self._store.uploads
-        published = await uploads.published(request.upload_id, tenant)
-        if published is not None:
-            return translation.published_upload_to_proto(published)
-        upload = await uploads.get(request.upload_id, tenant)
+        upload = await uploads.find(request.upload_id, tenant)
+        if isinstance(upload, Published):
+            return translation.published_upload_to_proto(upload)
         return pb.GetUploadResponse(
             received_bytes=upload.received_bytes,
             expire_time=translation.timestamp(uploads.expire_time_ns(upload)),

@@ -20,6 +20,7 @@ from lorry.adapter_store.images import ImageTier
 from lorry.adapter_store.leases import Lease
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.memory_file import MemoryFile
+from lorry.adapter_store.publisher import Publisher
 from lorry.adapter_store.ram_budget import ram_budget
 from lorry.adapter_store.records import Adapter, UploadRecord
 from lorry.adapter_store.storage import Storage
@@ -62,13 +63,20 @@ class Store:
         self.follower = Follower(self.catalogue)
         self.contents = Contents(storage, self.catalogue)
         self.images = ImageTier(shared, budget_bytes=ram_bytes, storage=storage, builders=builders)
-        self.uploads = Uploads(
+        publisher = Publisher(
             storage=storage,
             builders=builders,
             catalogue=self.catalogue,
             contents=self.contents,
             limits=limits,
             dtype=dtype,
+            now_ns=now_ns,
+        )
+        self.uploads = Uploads(
+            storage=storage,
+            publisher=publisher,
+            catalogue=self.catalogue,
+            limits=limits,
             stored=loaded.uploads,
             now_ns=now_ns,
             clock=clock,

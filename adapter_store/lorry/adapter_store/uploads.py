@@ -1,6 +1,7 @@
 """Uploads: bytes that arrive in pieces, over several streams if need be, and end as a version."""
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -10,18 +11,15 @@ from hashlib import sha256
 from crc32c import crc32c
 
 from lorry.adapter_store.backend import Outdated
-from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.catalogue import Catalogue
 from lorry.adapter_store.chunks import Chunk
-from lorry.adapter_store.contents import Contents
 from lorry.adapter_store.counts import UploadCounts
-from lorry.adapter_store.edits import publish
 from lorry.adapter_store.limits import Limits
-from lorry.adapter_store.records import Content, Published, UploadRecord, Version
+from lorry.adapter_store.publisher import Publisher
+from lorry.adapter_store.records import Published, UploadRecord
 from lorry.adapter_store.storage import Storage
 from lorry.adapter_store.tasks import Tasks
 from lorry.adapter_store.upload import Upload, UploadState
-from lorry.kernels.page_layout import Dtype
 from lorry.rpc.errors import (
     DeadlineExpired,
     DigestMismatch,
@@ -46,22 +44,20 @@ class Uploads:
         self,
         *,
         storage: Storage,
-        builders: Builders,
+        publisher: Publisher,
         catalogue: Catalogue,
-        contents: Contents,
         limits: Limits,
-        dtype: Dtype,
         stored: list[UploadRecord],
         now_ns: Callable[[], int] = time.time_ns,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counts = UploadCounts()
-        self._storage, self._backend, self._builders = storage, storage.backend, builders
-        self._catalogue, self._contents = catalogue, contents
-        self._limits, self._dtype, self._now_ns, self._clock = limits, dtype, now_ns, clock
+        self._storage, self._backend = storage, storage.backend
+        self._publisher, self._catalogue, self._limits = publisher, catalogue, limits
+        self._now_ns, self._clock = now_ns, clock
         self._uploads: dict[str, Upload] = {}
-        # Their stores ended between publishing them and dropping their bytes.
-        self._leftovers = [r.key for r in stored if catalogue.published(r.key) is not None]
+        # That have ended, with their bytes still there: so are those whose store died in between.
+        self._leftovers = {r.key for r in stored if catalogue.published(r.key) is not None}
         self._tasks = Tasks()
 
     async def create(self, record: UploadRecord) -> tuple[str, Upload]:
@@ -75,12 +71,22 @@ class Uploads:
 
         So a client that lost the answer learns it in any later life of the store, and of any store.
         """
-        published = self._catalogue.published(_key(upload_id))
-        if published is None:
-            await self._catalogue.catch_up()
-            published = self._catalogue.published(_key(upload_id))
+        published = await self._catalogue.find_published(_key(upload_id))
         ours = published is not None and published.adapter.name.tenant == tenant
         return published if ours else None
+
+    async def find(self, upload_id: str, tenant: str) -> Upload | Published:
+        """An upload of this tenant, or what it has become; raises UploadNotFound."""
+        published = await self.published(upload_id, tenant)
+        if published is not None:
+            return published
+        try:
+            return await self.get(upload_id, tenant)
+        except UploadNotFound:  # unless another store has just published it
+            published = await self.published(upload_id, tenant)
+            if published is None:
+                raise
+            return published
 
     async def get(self, upload_id: str, tenant: str) -> Upload:
         """An upload of this tenant that is not published; raises UploadNotFound."""
@@ -105,10 +111,9 @@ class Uploads:
 
         Broken off, by either side, the upload keeps what it has.
         """
-        published = await self.published(upload_id, tenant)
-        if published is not None:
-            return published
-        upload = await self.get(upload_id, tenant)
+        upload = await self.find(upload_id, tenant)
+        if isinstance(upload, Published):
+            return upload
         writer = upload.writer = object()
         async with upload.lock:
             _check_offset(upload, offset)
@@ -139,9 +144,7 @@ class Uploads:
 
     async def drop_expired(self) -> None:
         """Forget uploads that nobody has moved on for too long, and results after a minute."""
-        while self._leftovers:
-            await self._storage.run(self._backend.drop_upload, self._leftovers[-1])
-            self._leftovers.pop()
+        await self._drop_leftovers()
         finishing = UploadState.FINISHING
         busy = {key for key, upload in self._uploads.items() if upload.state is finishing}
         expiry_s = self._limits.upload_expiry_s
@@ -228,7 +231,7 @@ class Uploads:
 
     async def _publish(self, upload: Upload) -> Published:
         try:
-            published = await self._validate_and_publish(upload.record)
+            published = await self._publisher.publish(upload.record)
         except (StoreFull, StoreUnavailable):
             upload.move_to(UploadState.RECEIVING)
             upload.finishing = None
@@ -244,39 +247,14 @@ class Uploads:
         upload.move_to(state)
         self.counts.ended[state.value,] += 1
         upload.active_s = self._clock()
-        await self._storage.run(self._backend.drop_upload, upload.record.key)
+        self._leftovers.add(upload.record.key)
+        with contextlib.suppress(StoreUnavailable):  # else the next sweep drops them
+            await self._drop_leftovers()
 
-    async def _validate_and_publish(self, record: UploadRecord) -> Published:
-        async with self._storage.entered(self._backend.staged(record.key)) as weights:
-            checked = await self._builders.check_weights(
-                weights,
-                num_bytes=record.weights_bytes,
-                sha256=record.weights_sha256,
-                spec=record.spec,
-                dtype=self._dtype,
-            )
-        now_ns = self._now_ns()
-        version = Version(
-            digest=checked.digest,
-            max_rank=record.spec.max_rank,
-            modules=tuple(record.spec.modules),
-            weights_bytes=checked.weights_bytes,
-            file_bytes=record.weights_bytes,
-            upload=record.key,
-            create_time_ns=now_ns,
-            weights_sha256=record.weights_sha256,
-            config_sha256=record.config_sha256,
-        )
-        kept = self._limits.versions_kept
-        with self._contents.held(version.digest):
-            content = Content(record.spec, checked.file_crc32c)
-            await self._contents.keep(record.key, version.digest, content)
-            change = await self._catalogue.change(
-                record.name,
-                lambda before: publish(before, record, version, now_ns=now_ns, kept=kept),
-            )
-        assert change.adapter is not None
-        return Published(version, change.adapter)
+    async def _drop_leftovers(self) -> None:
+        for key in list(self._leftovers):
+            await self._storage.run(self._backend.drop_upload, key)
+            self._leftovers.discard(key)
 
     def _open_records(self, stored: list[UploadRecord]) -> list[UploadRecord]:
         """Those that the backend has and those that are about to be there."""

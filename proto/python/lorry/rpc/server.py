@@ -57,6 +57,10 @@ class Server:
         status = SERVING if ready else NOT_SERVING
         self._health.set(("readiness", *self._services), status)
 
+    def set_health(self, part: str, well: bool) -> None:
+        """Tell health checks of a part of the service that it can do without for a while."""
+        self._health.set((part,), SERVING if well else NOT_SERVING)
+
     async def start_draining(self) -> None:
         """Answer NOT_SERVING to every health check from now on."""
         self._health.drain()

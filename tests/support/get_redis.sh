@@ -1,0 +1,27 @@
+#!/bin/sh
+# Make $1 a redis-server: the one of this machine, else Debian's, unpacked beside it. Needs no root.
+set -eu
+target=$1
+mkdir -p "$(dirname "$target")"
+if found=$(command -v redis-server); then
+    ln -sf "$found" "$target"
+    exit
+fi
+root=$(cd "$(dirname "$target")" && pwd)/redis
+mkdir -p "$root/lists/partial" "$root/archives/partial"
+apt() {
+    apt-get -qq -o "Dir::State=$root" -o "Dir::State::lists=$root/lists" \
+        -o Dir::State::status=/var/lib/dpkg/status -o "Dir::Cache=$root" "$@"
+}
+apt update
+apt install --yes --download-only --no-install-recommends redis-server
+for package in "$root"/archives/*.deb; do
+    dpkg -x "$package" "$root/files"
+done
+libraries=$(echo "$root"/files/usr/lib/*-linux-gnu)
+cat >"$target" <<EOF
+#!/bin/sh
+LD_LIBRARY_PATH="$libraries" exec "$root/files/usr/bin/redis-server" "\$@"
+EOF
+chmod +x "$target"
+rm -rf "$root/lists" "$root/archives"
