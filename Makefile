@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-system check proto test-gpu figures docs baseline clean
+.PHONY: help demo test test-system check proto test-gpu figures docs manifests baseline clean
 
 PYTHON ?= python3
 # Where pip finds a CPU build of torch, if the default index has only CUDA builds,
@@ -39,6 +39,11 @@ test-gpu: ## the tests of tests/gpu with this machine's own torch; fails without
 		$(PYTHON) -m pytest tests/gpu -c /dev/null --rootdir . --import-mode=importlib \
 		-p no:cacheprovider $(PYTEST_ARGS)
 
+OVERLAYS := $(notdir $(wildcard deploy/kubernetes/overlays/*))
+manifests: $(READY) ## render deploy/kubernetes/rendered from the overlays
+	$(foreach overlay,$(OVERLAYS),$(BIN)/kubectl kustomize deploy/kubernetes/overlays/$(overlay) \
+		> deploy/kubernetes/rendered/$(overlay).yaml &&) true
+
 check: $(READY) .cache/third_party/google/rpc/status.proto ## linters, type checkers, protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -48,8 +53,11 @@ check: $(READY) .cache/third_party/google/rpc/status.proto ## linters, type chec
 	$(BIN)/buf format -d --exit-code
 	$(BIN)/buf breaking proto --against proto/baseline.binpb
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
-	sed 's/: !reset/:/' docker-compose.cpu.yml | $(BIN)/check-jsonschema \
+	sed -E 's/: !(reset|override)/:/' docker-compose.cpu.yml | $(BIN)/check-jsonschema \
 		--builtin-schema vendor.compose-spec --default-filetype yaml -
+	$(foreach overlay,$(OVERLAYS),$(BIN)/kubectl kustomize deploy/kubernetes/overlays/$(overlay) \
+		| diff deploy/kubernetes/rendered/$(overlay).yaml - &&) true
+	$(BIN)/kubernetes-validate --strict -k 1.34.0 deploy/kubernetes/rendered/*.yaml
 	rm -rf .cache/proto && mkdir -p .cache/proto
 	$(PROTOC) --python_out=.cache/proto --grpc_python_out=.cache/proto \
 		--mypy_out=.cache/proto --mypy_grpc_out=.cache/proto proto/lorry/v1/*.proto

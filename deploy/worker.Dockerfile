@@ -31,8 +31,10 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin lorry \
 COPY --from=build /opt/lorry /opt/lorry
 COPY --from=build /opt/code /opt/code
 ENV PATH=/opt/lorry/bin:$PATH PYTHONPATH=/opt/code PYTHONUNBUFFERED=1
+# Health checks show no certificate, so they have a port of their own.
+ENV LORRY_WORKER_HEALTH_ADDRESS=127.0.0.1:52053
 USER 10001:10001
 EXPOSE 50053
 HEALTHCHECK --interval=10s --timeout=10s --start-period=600s --retries=3 \
-    CMD ["python", "-m", "lorry.rpc.health", "--address", "127.0.0.1:50053"]
+    CMD ["python", "-m", "lorry.rpc.health", "--address", "127.0.0.1:52053"]
 ENTRYPOINT ["python", "-m", "lorry.worker"]

@@ -1,8 +1,8 @@
 """docker-compose.yml as a running project."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -12,7 +12,6 @@ from tests.containers.images import TAG
 from tests.support.command import REPO
 
 PROJECT = "lorry-test-system"
-FILES = ["docker-compose.yml", "docker-compose.cpu.yml"]
 MODEL = REPO / "demo" / "model"
 
 
@@ -20,10 +19,11 @@ MODEL = REPO / "demo" / "model"
 class Project:
     engine: Engine
     files: Sequence[str]
+    variables: Mapping[str, str] = field(default_factory=dict)  # of compose, beside the common ones
 
     def run(self, *arguments: str, check: bool = True) -> str:
         files = [part for file in self.files for part in ("--file", file)]
-        variables = {"LORRY_TAG": TAG, "LORRY_MODEL": str(MODEL)}
+        variables = {"LORRY_TAG": TAG, "LORRY_MODEL": str(MODEL), **self.variables}
         return self.engine.run_compose(
             "--project-name", PROJECT, *files, *arguments, variables=variables, check=check
         )
@@ -42,16 +42,15 @@ class Project:
         return "\n".join(f"== {name}\n{self.engine.run('logs', name)}" for name in ours)
 
 
-def configuration(engine: Engine, files: Sequence[str]) -> dict[str, Any]:
-    """What the files come to together."""
-    merged: dict[str, Any] = YAML(typ="safe").load(Project(engine, files).run("config"))
+def configuration(project: Project) -> dict[str, Any]:
+    """What the project's files come to together."""
+    merged: dict[str, Any] = YAML(typ="safe").load(project.run("config"))
     return merged
 
 
 @contextmanager
-def project_up(engine: Engine, files: Sequence[str] = FILES) -> Iterator[Project]:
+def running(project: Project) -> Iterator[Project]:
     """The services while the block runs; containers, volumes and network are gone after it."""
-    project = Project(engine, files)
     try:
         project.run("up", "--detach", "--no-build")
         yield project

@@ -9,7 +9,7 @@ from rich.console import Console
 from demo.answers import read_expected
 from demo.run import ask_everything, push_adapters
 from lorry.client import Client
-from tests.containers.compose import Project, project_up
+from tests.containers.compose import Project, running
 from tests.containers.engine import Engine
 from tests.support.processes import ready
 
@@ -19,7 +19,9 @@ SERVICES = ["adapter-store", "worker", "router"]
 
 @pytest.fixture(scope="module")
 def project(engine: Engine) -> Iterator[Project]:
-    with project_up(engine) as project:
+    """Without a GPU and credentials."""
+    files = ["docker-compose.yml", "docker-compose.cpu.yml"]
+    with running(Project(engine, files)) as project:
         asyncio.run(ready(ROUTER))
         yield project
 

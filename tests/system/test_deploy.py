@@ -12,14 +12,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from lorry.client import Client, Request
-from lorry.client.secrets.directory import SecretsDirectory
-from lorry.client.secrets.tokens import make_token
+from lorry.rpc.channel import Credentials
 from lorry.rpc.errors import PermissionDenied, Unauthenticated
-from lorry.rpc.identity import DEFAULT_TENANT, Role
 from tests.support.command import REPO, child_environment
+from tests.support.deployment import COMPOSE_FILE, make_secrets
 from tests.support.processes import ready
 
-COMPOSE: Mapping[str, Any] = YAML(typ="safe").load(REPO / "docker-compose.yml")
+COMPOSE: Mapping[str, Any] = YAML(typ="safe").load(COMPOSE_FILE)
 ALL: Mapping[str, Any] = COMPOSE["services"]
 SERVICES = {name: service for name, service in ALL.items() if "build" in service}
 ADAPTER = REPO / "demo" / "adapters" / "reverse"
@@ -32,24 +31,19 @@ def package_of(service: str) -> str:
 @pytest.fixture(scope="module")
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("deploy") / "secrets"
-    for role in (Role.ROUTER, Role.WORKER, Role.ADMIN, Role.INFER):
-        make_token(
-            SecretsDirectory(directory),
-            role.value,
-            tenant=DEFAULT_TENANT,
-            role=role,
-            world_readable=True,
-        )
+    make_secrets(directory)
     return directory
 
 
 def test_every_secret_is_one_that_is_made(secrets: Path) -> None:
-    for secret in COMPOSE["secrets"].values():
-        assert secret_file(secrets, secret).is_file()
+    mounted = re.findall(r"/deploy/secrets}/([a-z-]+):", COMPOSE_FILE.read_text())
+    assert set(mounted) == {*SERVICES, "callers", "prometheus"}
+    assert all((secrets / name).is_dir() for name in mounted)
 
 
-def secret_file(secrets: Path, secret: Mapping[str, str]) -> Path:
-    return secrets / Path(secret["file"]).relative_to("deploy/secrets")
+def test_only_the_demo_is_without_credentials() -> None:
+    assert "insecure" not in str(COMPOSE).lower()
+    assert "--insecure" in (REPO / "docker-compose.cpu.yml").read_text()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -69,8 +63,10 @@ def test_an_image_is_not_of_root_and_asks_for_its_readiness(name: str) -> None:
     assert sum(line.startswith("FROM ") for line in lines) == 2
     assert "USER 10001:10001" in lines
     assert f"EXPOSE {port}" in lines
-    health = f'CMD ["python", "-m", "lorry.rpc.health", "--address", "127.0.0.1:{port}"]'
-    assert health in [line.strip() for line in lines]
+    health = f"127.0.0.1:{int(port) + 2000}"
+    assert f"ENV {variable_prefix(name)}HEALTH_ADDRESS={health}" in lines
+    probe = f'CMD ["python", "-m", "lorry.rpc.health", "--address", "{health}"]'
+    assert probe in [line.strip() for line in lines]
     assert lines[-1] == f'ENTRYPOINT ["python", "-m", "{package_of(name)}"]'
     assert any(f"requirements.py {name} " in line for line in lines)
 
@@ -132,14 +128,10 @@ def test_every_variable_is_an_option_of_its_service(name: str) -> None:
 
 
 @contextmanager
-def running(name: str, secrets: Path, replacements: Mapping[str, str]) -> Iterator[str]:
+def running(name: str, replacements: Mapping[str, str]) -> Iterator[str]:
     """The service with the variables of its container, but for where things are."""
     variables = {key: str(value) for key, value in SERVICES[name]["environment"].items()}
     command = " ".join(SERVICES[name]["command"])
-    for secret, file in COMPOSE["secrets"].items():
-        replacements = {f"/run/secrets/{secret}": str(secret_file(secrets, file))} | {
-            **replacements
-        }
     for old, new in sorted(replacements.items(), reverse=True):  # longer names first
         variables = {key: value.replace(old, new) for key, value in variables.items()}
         command = command.replace(old, new)
@@ -160,6 +152,7 @@ def running(name: str, secrets: Path, replacements: Mapping[str, str]) -> Iterat
 
 async def test_the_services_work_together_as_configured(secrets: Path, tmp_path: Path) -> None:
     replacements = {
+        "/run/secrets": str(secrets),
         "/model": str(REPO / "demo" / "model"),
         "/var/lib/lorry": str(tmp_path),
         "/run/lorry/images": str(tmp_path / "images"),
@@ -170,22 +163,19 @@ async def test_the_services_work_together_as_configured(secrets: Path, tmp_path:
     with ExitStack() as services:
 
         def start(name: str) -> str:
-            return services.enter_context(running(name, secrets, replacements))
+            return services.enter_context(running(name, replacements))
 
         store = replacements["adapter-store:50052"] = start("adapter-store")
         replacements["dns:///worker:50053"] = start("worker")
         router = start("router")
-        admin, infer = (
-            (secrets / role / "token").read_text().strip() for role in ("admin", "infer")
-        )
         request = Request(prompt="banana>", adapter="reverse", temperature=0, max_tokens=16)
         async with (
-            Client(router=router, store=store, token=admin) as operator,
-            Client(router=router, store=store, token=infer) as user,
-            Client(router=router, store=store) as stranger,
+            Client(router=router, store=store, tls=secrets / "admin") as operator,
+            Client(router=router, store=store, tls=secrets / "infer") as user,
+            Client(router=router, store=store, tls=secrets / "prometheus") as stranger,
         ):
             await operator.adapters.push(ADAPTER)
-            await ready(router)
+            await ready(router, Credentials(tls=secrets / "infer"))
             assert (await user.generate(request)).text == "ananab"
             with pytest.raises(PermissionDenied):
                 await user.adapters.push(ADAPTER, adapter_id="mine")
