@@ -23,8 +23,8 @@ INTRODUCTION = """# Metrics
 Each service has a port of its own for Prometheus, `http://HOST:PORT/metrics`: by default on
 127.0.0.1, at the port of `--address` plus 1000, so 51051 for the router, 51052 for the adapter
 store and 51053 for a worker. `--metrics-address HOST:PORT` chooses another one, port 0 a free one,
-which is logged; empty, there is none. Other machines are served only with `--tls`, by HTTPS and where
-callers must show a certificate to one that shows it, or with `--insecure`.
+which is logged; empty, there is none. Other machines are served only with `--tls`, by HTTPS, where
+callers must show a certificate to one that shows it too, or with `--insecure`.
 
 Units are seconds, bytes, tokens and pages. No label holds an adapter, a version, a tenant or any
 text of a peer, so the number of series does not grow with what is served: `code` and `reason` are
