@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 
 from benchmarks.cache_simulation import belady_hits, lru_hits
-from benchmarks.results_file import write_result
+from benchmarks.results_file import host_name, write_result
 from benchmarks.store import requests
 from lorry.adapter_store.image import image_bytes
 from lorry.adapter_store.peft_config import resolve
@@ -190,7 +190,7 @@ async def list_all(store: RunningStore, filter: str = "") -> tuple[list[float], 
     """Seconds of each page, and the version of each name."""
     stub, request = AdapterServiceStub(store.channel), pb.ListAdaptersRequest(page_size=PAGE_SIZE)
     request.filter = filter
-    seconds, versions = [], {}
+    seconds, versions = list[float](), dict[str, bytes]()
     while True:
         start_s = time.perf_counter()
         page: Any = await stub.ListAdapters(request)
@@ -344,7 +344,7 @@ def main() -> None:
     write_result(
         "store-scale",
         benchmark="store_scale",
-        device=f"x86_64, {psutil.cpu_count()} cores",
+        device=host_name(),
         config={
             "adapters": arguments.adapters,
             "ranks": list(RANKS),
