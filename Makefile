@@ -52,7 +52,8 @@ check: $(READY) .cache/third_party/google/rpc/status.proto ## linters, type chec
 	$(BIN)/buf lint
 	$(BIN)/buf format -d --exit-code
 	$(BIN)/buf breaking proto --against proto/baseline.binpb
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml \
+		docker-compose.redis.yml
 	sed -E 's/: !(reset|override)/:/' docker-compose.cpu.yml | $(BIN)/check-jsonschema \
 		--builtin-schema vendor.compose-spec --default-filetype yaml -
 	$(foreach overlay,$(OVERLAYS),$(BIN)/kubectl kustomize deploy/kubernetes/overlays/$(overlay) \
