@@ -35,7 +35,7 @@ class RedisAddress:
         if parts.scheme not in ("redis", "rediss") or not host or extra or not database.isdigit():
             raise ValueError(f"backend must be {FORM}, got {without_password(url)!r}")
         password = unquote(parts.password) if parts.password else None
-        if password_file is not None:
+        if password is None and password_file is not None:
             password = _read(password_file)
         return cls(
             host=host,

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from lorry.client.adapters import Adapter, AdapterVersion
-from lorry.client.commands import store_admin
+from lorry.client.commands import backends, store_admin
 from lorry.client.commands.connection import DEFAULT, Connection
 from lorry.client.commands.push_bars import PushBars
 from lorry.client.console import make_console, make_table, show_bytes
@@ -17,6 +17,7 @@ from lorry.rpc.names import check_id
 
 app = App(name="adapters", help="Manage the adapters of the store.")
 store_admin.add_to(app)
+backends.add_to(app)
 
 
 @app.command
