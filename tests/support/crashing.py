@@ -101,7 +101,7 @@ class Countdown:
     def watch(self) -> None:
         for name in CALLS:
             setattr(os, name, self._counted(name, getattr(os, name)))
-        io.open = self._counted("open", io.open)  # type: ignore[assignment]
+        io.open = self._counted("open", io.open)
 
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **options: Any) -> Any:
