@@ -1,4 +1,4 @@
-"""Writes what README tells of measurements, from the committed result files: `make figures`."""
+"""Writes what README tells of measurements, and plots, from committed results: `make figures`."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -7,6 +7,12 @@ from typing import Any
 
 from benchmarks.figures_engine import engine_figures
 from benchmarks.figures_gpu import cold_figures, copies_figures, start_figures, step_figures
+from benchmarks.figures_store import (
+    PLOT,
+    plot_memory,
+    store_fuzz_figures,
+    store_scale_figures,
+)
 from benchmarks.figures_text import Result, source, spread
 from benchmarks.results_file import RESULTS
 
@@ -85,6 +91,8 @@ PARTS: dict[str, Callable[[list[Result]], Iterator[str]]] = {
     "start": start_figures,
     "router": _router,
     "store": _store,
+    "store_scale": store_scale_figures,
+    "store_fuzz": store_fuzz_figures,
     "soak": _soak,
 }
 
@@ -94,6 +102,8 @@ def main() -> None:
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     README.write_text(before + BEGIN + figures() + END + after)
+    for row in results("store_scale"):
+        plot_memory(row, README.parent / PLOT)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from hypothesis import HealthCheck, given, seed, settings
 
-from benchmarks.results_file import write_result
+from benchmarks.results_file import host_name, write_result
 from tests.support.hostile_adapters import check_config, check_file, configs, files
 
 MORE_BYTES = 1 << 30  # of address space than at the start
@@ -30,7 +30,10 @@ def fuzz(
 
     @seed(number)
     @settings(
-        max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=count,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
     )
     @given(cases)
     def run(case: Any) -> None:
@@ -63,7 +66,7 @@ def main() -> None:
     write_result(
         "store-fuzz",
         benchmark="store_fuzz",
-        device=f"x86_64, {psutil.cpu_count()} cores",
+        device=host_name(),
         config={"cases": arguments.cases, "seed": arguments.seed},
         metrics=metrics,
     )
