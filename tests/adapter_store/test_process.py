@@ -13,11 +13,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorry.rpc.base_model import read_base_model
+from lorry.rpc.errors import OffsetMismatch
 from lorry.rpc.shared_memory import shm_namespace_id
 from lorry.v1 import adapter_data_service_pb2 as data_pb
-from tests.support.adapter_store import Client, write_base_model
+from tests.support.adapter_store import Client, upload_requests, write_base_model
 from tests.support.adapters import lora_config, lora_files, lora_tensors
 from tests.support.command import child_environment
+from tests.support.redis_server import running_redis
 from tests.support.waiting import until
 
 CONFIG = lora_config(r=4)
@@ -36,13 +38,14 @@ class StoreProcess(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def started(directory: Path, *options: str) -> AsyncIterator[StoreProcess]:
+async def started(directory: Path, backend: str | None = None) -> AsyncIterator[StoreProcess]:
     """``python -m lorry.adapter_store`` once it listens; killed on exit."""
     model, shm_dir = write_base_model(directory / "model"), directory / "shm"
     process = await asyncio.create_subprocess_exec(
         *[sys.executable, "-m", "lorry.adapter_store", "--address", "127.0.0.1:0"],
-        *["--model", str(model), "--backend", (directory / "my adapters").as_uri()],
-        *["--shm-dir", str(shm_dir), *options],
+        *["--model", str(model)],
+        *["--backend", backend or (directory / "my adapters").as_uri()],
+        *["--shm-dir", str(shm_dir)],
         env=child_environment(),
         stdout=asyncio.subprocess.PIPE,
     )
@@ -101,6 +104,27 @@ async def test_what_it_acknowledged_survives_kill_9(tmp_path: Path) -> None:
         for seed, version in enumerate(versions):
             assert (await store.client.get(f"adapters/a-{seed}")).version == version
             assert await image(store.client, version) == images[seed]
+
+
+async def test_a_killed_store_loses_nothing_of_a_redis_and_another_goes_on(tmp_path: Path) -> None:
+    content = lora_files(CONFIG, lora_tensors(CONFIG, seed=1))[1]
+    with running_redis(tmp_path / "redis") as server:
+        url = server.url
+        async with started(tmp_path / "a", url) as first, started(tmp_path / "b", url) as b:
+            version = await push(first.client, "a-0")
+            expected = await image(first.client, version)
+            upload_id = await first.client.begin("a-1", CONFIG, content)
+            part = iter([*upload_requests(upload_id, content, end=len(content) // 2)])
+            with pytest.raises(OffsetMismatch):
+                await first.client.call(first.client.adapters.UploadAdapter, part)
+            await first.end(signal.SIGKILL)
+            assert await image(b.client, version) == expected
+            await b.client.send(upload_id, content, start=len(content) // 2)
+            await b.end(signal.SIGKILL)
+        async with started(tmp_path / "b", url) as again:
+            for seed in range(2):
+                adapter = await again.client.get(f"adapters/a-{seed}")
+                assert await image(again.client, adapter.version)
 
 
 async def test_killing_it_leaves_no_builder_behind(tmp_path: Path) -> None:

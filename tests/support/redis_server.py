@@ -60,6 +60,12 @@ class RedisServer:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
+    def serve_tls(self) -> int:
+        """Also by TLS, with the certificate of its options; returns the port."""
+        port = _free_port()
+        self.client.config_set("tls-port", port)
+        return port
+
     def close(self) -> None:
         self.client.close()
         if self._process is not None:

@@ -11,6 +11,7 @@ from typing import Generic, ParamSpec, TypeVar
 from lorry.adapter_store.backend import Backend
 
 MAX_CALLS = 16  # at a time
+MAX_FILES = 8  # of weights at a time, which a Redis fills; more than there are builders for them
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -21,6 +22,7 @@ class Storage:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self.free_files = asyncio.Semaphore(MAX_FILES)
         self._threads = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="backend")
 
     async def run(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
@@ -29,7 +31,7 @@ class Storage:
         return await loop.run_in_executor(self._threads, partial(call, *args, **options))
 
     def entered(self, manager: AbstractContextManager[T]) -> "InThread[T]":
-        """Enter and leave what a method of the backend returned."""
+        """Enter and leave what a method of the backend returned: a local file of weights."""
         return InThread(self, manager)
 
     def close(self) -> None:
@@ -39,14 +41,19 @@ class Storage:
 
 
 class InThread(Generic[T]):
-    """Enters and leaves a context manager that blocks, in a storage's threads."""
+    """Enters and leaves a context manager that blocks, in a storage's threads, in its turn."""
 
     def __init__(self, storage: Storage, manager: AbstractContextManager[T]) -> None:
         self._storage = storage
         self._manager = manager
 
     async def __aenter__(self) -> T:
-        return await self._storage.run(self._manager.__enter__)
+        await self._storage.free_files.acquire()
+        try:
+            return await self._storage.run(self._manager.__enter__)
+        except BaseException:
+            self._storage.free_files.release()
+            raise
 
     async def __aexit__(
         self,
@@ -54,4 +61,7 @@ class InThread(Generic[T]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._storage.run(self._manager.__exit__, kind, error, traceback)
+        try:
+            await self._storage.run(self._manager.__exit__, kind, error, traceback)
+        finally:
+            self._storage.free_files.release()
