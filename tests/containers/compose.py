@@ -39,7 +39,7 @@ class Project:
     def logs(self) -> str:
         names = self.engine.run("ps", "--all", "--format", "{{.Names}}").split()
         ours = [name for name in names if name.startswith(PROJECT)]
-        return "\n".join(f"== {name}\n{self.engine.run('logs', name)}" for name in ours)
+        return "\n".join(f"== {name}\n{self.engine.logs(name)}" for name in ours)
 
 
 def configuration(project: Project) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def configuration(project: Project) -> dict[str, Any]:
 @contextmanager
 def running(project: Project) -> Iterator[Project]:
     """The services while the block runs; containers, volumes and network are gone after it."""
+    project.run("down", "--volumes", check=False)  # of a run that was killed
     try:
         project.run("up", "--detach", "--no-build")
         yield project

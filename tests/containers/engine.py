@@ -33,14 +33,18 @@ class Engine:
 
     def run(self, *arguments: str, timeout_s: float = COMMAND_S, check: bool = True) -> str:
         """What ``docker ARGUMENTS`` prints; raises AssertionError with its words if it fails."""
-        return self._run([self.command, *arguments], {}, timeout_s, check)
+        return self._run([self.command, *arguments], {}, timeout_s, check).stdout
+
+    def logs(self, container: str) -> str:
+        done = self._run([self.command, "logs", container], {}, COMMAND_S, check=False)
+        return done.stdout + done.stderr
 
     def run_compose(self, *arguments: str, variables: Mapping[str, str], check: bool = True) -> str:
-        return self._run([*self.compose, *arguments], variables, COMMAND_S, check)
+        return self._run([*self.compose, *arguments], variables, COMMAND_S, check).stdout
 
     def _run(
         self, command: list[str], variables: Mapping[str, str], timeout_s: float, check: bool
-    ) -> str:
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             command,
             cwd=REPO,
@@ -51,7 +55,7 @@ class Engine:
             timeout=timeout_s,
         )
         assert done.returncode == 0 or not check, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
-        return done.stdout
+        return done
 
 
 def find_engine(directory: Path) -> Engine:

@@ -19,6 +19,7 @@ COMPONENTS = ["router", "adapter-store", "worker"]
 TAG = "test-system"
 CACHE = REPO / ".cache" / "containers"
 DEBIAN, DEBIAN_PYTHON = "bookworm", "3.11"
+FOR_ITS_PYTHON = ["async-timeout"]  # redis wants it before 3.11.3
 DEBIAN_PACKAGES = ["ca-certificates", "python3", "python3-venv"]
 DEFAULT_BASE = "python:3.11.13-slim-bookworm"
 DOWNLOAD_S = 600.0
@@ -73,7 +74,7 @@ def download_wheels() -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--dest", str(wheels), "--constraint", "constraints-cpu.txt"]
     command += ["--only-binary", ":all:", "--python-version", DEBIAN_PYTHON]
-    call(*command, "hatchling", *sorted(wanted))
+    call(*command, "hatchling", *FOR_ITS_PYTHON, *sorted(wanted))
     return wheels
 
 

@@ -4,15 +4,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.containers.engine import Engine
 from tests.containers.images import TAG
 from tests.support.command import REPO
 
 RENDERED = REPO / "deploy" / "kubernetes" / "rendered" / "cpu.yaml"
-POD, CLAIM, CONTAINERS = "lorry", "model", ["adapter-store", "worker", "router"]
+POD, CLAIM = "lorry-test-system", "lorry-test-system-model"
+HEALTH_PORTS = {"adapter-store": 52052, "worker": 52053, "router": 52051}
 HEALTHY_S = 180.0
 # What `kubectl port-forward` and the lorry command do, from within the pod.
 ASK = """
@@ -29,8 +32,21 @@ asyncio.run(main())
 """
 
 
+def for_test(pod: dict[str, Any]) -> dict[str, Any]:
+    """With names that are the test's own."""
+    pod["metadata"]["name"] = POD
+    for container in pod["spec"]["containers"]:
+        container["image"] = container["image"].replace(":latest", f":{TAG}")
+    for volume in pod["spec"]["volumes"]:
+        if "persistentVolumeClaim" in volume:
+            volume["persistentVolumeClaim"]["claimName"] = CLAIM
+    return pod
+
+
 @contextmanager
 def played(engine: Engine, manifest: Path) -> Iterator[None]:
+    engine.run("kube", "down", str(manifest), check=False)  # of a run that was killed
+    engine.run("volume", "rm", "--force", CLAIM, check=False)
     bind = ["--opt", "type=none", "--opt", "o=bind", "--opt", f"device={REPO / 'demo' / 'model'}"]
     engine.run("volume", "create", *bind, CLAIM)
     try:
@@ -44,15 +60,14 @@ def played(engine: Engine, manifest: Path) -> Iterator[None]:
 def wait_until_healthy(engine: Engine) -> None:
     """Probe as a kubelet would: podman leaves that to systemd, which not every machine has."""
     deadline_s = time.monotonic() + HEALTHY_S
-    for name in CONTAINERS:
-        while not is_healthy(engine, name):
-            assert time.monotonic() < deadline_s, engine.run("logs", f"{POD}-{name}")
+    for name, port in HEALTH_PORTS.items():
+        while not is_healthy(engine, name, port):
+            assert time.monotonic() < deadline_s, engine.logs(f"{POD}-{name}")
             time.sleep(0.5)
 
 
-def is_healthy(engine: Engine, name: str) -> bool:
-    address = f"127.0.0.1:{dict(zip(CONTAINERS, (50052, 50053, 50051), strict=True))[name]}"
-    probe = ["python", "-m", "lorry.rpc.health", f"--address={address}"]
+def is_healthy(engine: Engine, name: str, port: int) -> bool:
+    probe = ["python", "-m", "lorry.rpc.health", f"--address=127.0.0.1:{port}"]
     printed = engine.run("exec", f"{POD}-{name}", *probe, check=False)
     return printed.strip().endswith(" SERVING")
 
@@ -61,7 +76,7 @@ def test_the_pod_of_the_cpu_overlay_answers(engine: Engine, tmp_path: Path) -> N
     if not engine.is_podman:
         pytest.skip("docker plays no pods")
     manifest = tmp_path / "pod.yaml"
-    manifest.write_text(RENDERED.read_text().replace(":latest", f":{TAG}"))
+    YAML().dump(for_test(YAML(typ="safe").load(RENDERED)), manifest)
     with played(engine, manifest):
         wait_until_healthy(engine)
         adapter = REPO / "demo" / "adapters" / "reverse"
