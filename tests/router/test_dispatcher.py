@@ -5,7 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lorry.router.dispatcher import MAX_RESUBMITS, Dispatcher, Place, Prefetch, Submit
+from lorry.router.actions import Prefetch, Submit
+from lorry.router.dispatcher import MAX_RESUBMITS, Dispatcher, Place
 from lorry.router.request import AT_WORKER, Request, RequestState
 from lorry.rpc.errors import (
     AdapterIncompatible,
@@ -22,7 +23,7 @@ S = RequestState
 
 def arrive(router: Dispatcher, asked: Request) -> Request:
     router.receive(asked)
-    router.enqueue(asked)
+    router.enqueue(asked, 0.0)
     return asked
 
 
@@ -30,8 +31,8 @@ def submits(router: Dispatcher) -> list[Submit]:
     return [action for action in router.plan(0.0) if isinstance(action, Submit)]
 
 
-def prefetches(router: Dispatcher) -> list[tuple[str, tuple[bytes, ...]]]:
-    plan = router.plan(0.0)
+def prefetches(router: Dispatcher, now_s: float = 0.0) -> list[tuple[str, tuple[bytes, ...]]]:
+    plan = router.plan(now_s)
     return [(a.worker.name, a.versions) for a in plan if isinstance(a, Prefetch)]
 
 
@@ -62,11 +63,15 @@ def test_waiting_versions_are_prefetched_most_urgent_first_and_once() -> None:
     for version in (b"a", b"b", b"c", b"b", b""):
         arrive(router, request(version=version))
     assert prefetches(router) == [("w1", (b"b", b"c"))]
-    assert prefetches(router) == []
+    assert prefetches(router, 1.0) == []
     only.raise_submit_limit(2)
-    assert prefetches(router) == [("w1", (b"c", b"b"))]
+    assert prefetches(router, 1.0) == []  # so soon nothing is ranked again
+    next_s = router.next_plan_s
+    assert next_s is not None
+    assert next_s < 1.2
+    assert prefetches(router, next_s) == [("w1", (b"c", b"b"))]
     only.raise_submit_limit(10)
-    assert prefetches(router) == [("w1", ())]
+    assert prefetches(router, 3.0) == [("w1", ())]
 
 
 def test_no_more_versions_are_prefetched_than_configured() -> None:
@@ -129,7 +134,7 @@ def test_a_rank_that_no_worker_serves_is_refused() -> None:
     router.attach(worker(max_rank=64))
     router.receive(asked)
     with pytest.raises(AdapterIncompatible, match=r"rank 65.*at most 64"):
-        router.enqueue(asked)
+        router.enqueue(asked, 0.0)
     router.end(asked, S.FAILED)
     router.check_integrity()
 
@@ -139,7 +144,7 @@ def test_a_context_that_no_worker_serves_is_refused() -> None:
     router.attach(worker(max_context_tokens=128))
     router.receive(asked)
     with pytest.raises(ContextLengthExceeded, match="100 prompt tokens and 29 output tokens"):
-        router.enqueue(asked)
+        router.enqueue(asked, 0.0)
 
 
 def test_a_cancel_is_due_only_where_a_worker_has_the_request() -> None:
@@ -165,8 +170,8 @@ def test_requests_of_a_lost_worker_go_to_another_in_their_old_turn() -> None:
     router.attach(first)
     asked, later = arrive(router, request()), arrive(router, request())
     submits(router)
-    asked.move_to(S.STREAMING)
     asked.output_ids += [5, 6]
+    router.drew(asked, 0.0)
     assert router.lose(first) == []
     router.attach(worker("w2"))
     router.check_integrity()
@@ -220,8 +225,8 @@ def test_a_complete_output_is_not_resubmitted(output_ids: list[int]) -> None:
     router.attach(only)
     asked = arrive(router, request(max_tokens=3, stop_token_ids=frozenset({9})))
     submits(router)
-    asked.move_to(S.STREAMING)
     asked.output_ids += output_ids
+    router.drew(asked, 0.0)
     assert router.lose(only) == [asked]
 
 
@@ -280,7 +285,7 @@ class Lifecycles(RuleBasedStateMachine):
         except LorryError:
             return
         try:
-            self.router.enqueue(asked)
+            self.router.enqueue(asked, 0.0)
         except LorryError:
             self.router.end(asked, S.FAILED)
 
@@ -295,10 +300,9 @@ class Lifecycles(RuleBasedStateMachine):
     @rule(data=st.data())
     def draw(self, data: st.DataObject) -> None:
         asked = data.draw(st.sampled_from(self.at_workers))
-        if asked.state is S.SUBMITTED:
-            asked.move_to(S.STREAMING)
-        if asked.state is S.STREAMING and not asked.output_complete:
+        if not asked.output_complete:
             asked.output_ids.append(5)
+            self.router.drew(asked, 0.0)
 
     @precondition(lambda self: self.router.requests)
     @rule(data=st.data(), state=st.sampled_from([S.FAILED, S.CANCELLED]))

@@ -11,9 +11,9 @@ from lorry.router.tenants import Tenant, read_tenants
 OTHERS = Tenant(max_queued_requests=10, max_queued_tokens=1000, slo=Slo(ttft_s=2.0, tpot_s=0.5))
 
 
-def written(tmp_path: Path, *entries: Any) -> Path:
+def written(tmp_path: Path, tenants: Any) -> Path:
     path = tmp_path / "tenants.json"
-    path.write_text(json.dumps({"tenants": entries}))
+    path.write_text(json.dumps({"tenants": tenants}))
     return path
 
 
@@ -26,8 +26,10 @@ def test_without_a_file_all_tenants_are_equal() -> None:
 def test_an_entry_overrules_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
     path = written(
         tmp_path,
-        {"tenant": "red", "weight": 3, "slo_ttft_s": 0.5},
-        {"tenant": "blue", "max_queued_requests": 7, "max_queued_tokens": 70, "tokens_per_s": 9},
+        {
+            "red": {"weight": 3, "slo_ttft_s": 0.5},
+            "blue": {"max_queued_requests": 7, "max_queued_tokens": 70, "tokens_per_s": 9},
+        },
     )
     tenants = read_tenants(path, OTHERS)
     assert tenants.weight("red") == 3
@@ -41,21 +43,16 @@ def test_an_entry_overrules_what_it_names_and_leaves_the_rest(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"tenant": "red", "weight": 0}, "red: weight must be a positive number, got 0"),
-        ({"tenant": "red", "weight": True}, "weight must be a positive number, got True"),
-        ({"tenant": "red", "slo_ttft_s": "1"}, "slo_ttft_s must be a positive number, got '1'"),
-        ({"tenant": "red", "max_queued_requests": 1.5}, "max_queued_requests must be whole"),
-        ({"tenant": "red", "wait": 1}, "red: there is no wait"),
-        ({"tenant": "Red"}, "tenant"),
-        ({"weight": 1}, "tenant"),
+        ({"red": {"weight": 0}}, "red: weight must be a positive number, got 0"),
+        ({"red": {"weight": True}}, "weight must be a positive number, got True"),
+        ({"red": {"slo_ttft_s": "1"}}, "slo_ttft_s must be a positive number, got '1'"),
+        ({"red": {"max_queued_requests": 1.5}}, "max_queued_requests must be whole"),
+        ({"red": {"wait": 1}}, "red: there is no wait"),
+        ({"Red": {}}, "tenants: must match"),
+        ({"red": 1}, "tenants.json"),
         ([], "tenants.json"),
     ],
 )
 def test_what_is_malformed_is_named(tmp_path: Path, entry: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         read_tenants(written(tmp_path, entry), OTHERS)
-
-
-def test_a_tenant_has_one_entry(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="two entries"):
-        read_tenants(written(tmp_path, {"tenant": "red"}, {"tenant": "red"}), OTHERS)

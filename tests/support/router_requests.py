@@ -19,8 +19,15 @@ PLAIN: dict[str, Any] = {
     "overload_order": "arrival",
     "admission": "all",
     "fairness": "none",
+    "fairness_quantum_tokens": 1,
     "cluster_adapters": 0,
     "placement_imbalance": 2,
+}
+ROOMY = {
+    "max_requests": 1 << 30,
+    "max_requests_per_tenant": 1 << 30,
+    "max_tokens": 1 << 50,
+    "max_tokens_per_tenant": 1 << 50,
 }
 _ids = itertools.count()
 
@@ -42,6 +49,7 @@ def request(
         tenant=tenant,
         adapter=None,
         prompt="",
+        max_tokens=max_tokens,
         **generation,
     )
     built = Request(asked, seed=0, arrival_s=arrival_s, deadline_s=arrival_s + 100.0, slo=slo)

@@ -1,12 +1,15 @@
 """The requests that are queued: who is next, and who has been passed over."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from lorry.router.fairness import Fairness, QueueKey
 from lorry.router.line import Line
 from lorry.router.order import Order
 from lorry.router.request import Request
+
+MAX_COMPARED = 16  # queues, for the first of some versions
 
 
 class Backlog:
@@ -30,6 +33,13 @@ class Backlog:
         self._passed_over: dict[QueueKey, dict[Request, None]] = {}  # the same, by queue
         self._aside: set[Request] = set()
         self._num_requests = 0
+        self._tokens: Counter[str] = Counter()  # of prompts, by tenant
+        self._num_tokens = 0
+
+    @property
+    def order(self) -> Order:
+        """The one in force."""
+        return self._line.order
 
     def __len__(self) -> int:
         return self._num_requests
@@ -48,7 +58,7 @@ class Backlog:
             self._queues_of.setdefault(queue.version, set()).add(queue)
             self._fairness.enter(queue)
         self._queued[queue][request.number] = request
-        self._num_requests += 1
+        self._count(request, 1)
         for line in self._lines:
             line.add(request)
 
@@ -58,7 +68,7 @@ class Backlog:
         if request not in self:
             return
         del self._queued[queue][request.number]
-        self._num_requests -= 1
+        self._count(request, -1)
         self._aside.discard(request)
         self._forget_passing_over(request)
         for line in self._lines:
@@ -87,6 +97,9 @@ class Backlog:
         while len(requests) < limit and (request := self.first(now_s)) is not None:
             requests.append(request)
             self.set_aside(request)
+            self.charge(request, prompt_tokens=request.num_known_tokens, output_tokens=0)
+        for request in requests:
+            self.charge(request, prompt_tokens=-request.num_known_tokens, output_tokens=0)
         self.put_back()
         return requests
 
@@ -102,15 +115,16 @@ class Backlog:
     def first_with(self, versions: Iterable[bytes]) -> Request | None:
         """Who is next of these versions' requests; those that were passed over go first."""
         best, best_rank = None, None
-        for version in versions:
-            for queue in self._queues_of.get(version, ()):
-                passed_over = self._passed_over.get(queue)
-                if passed_over:
-                    return next(iter(passed_over))
-                rank = self._line.rank(queue)
-                if rank is not None and (best_rank is None or rank < best_rank):
-                    best, best_rank = queue, rank
-        return None if best is None else self._line.first_of(best)
+        line = self._line
+        queues = (q for v in versions for q in self._queues_of.get(v, ()))
+        for queue in islice(queues, MAX_COMPARED):
+            passed_over = self._passed_over.get(queue)
+            if passed_over:
+                return next(iter(passed_over))
+            rank = line.rank(queue)
+            if rank is not None and (best_rank is None or rank < best_rank):
+                best, best_rank = queue, rank
+        return None if best is None else line.first_of(best)
 
     def set_aside(self, request: Request) -> None:
         """Have it skipped until `put_back`."""
@@ -132,6 +146,12 @@ class Backlog:
             request.queue, prompt_tokens=prompt_tokens, output_tokens=output_tokens
         )
 
+    def tokens_ahead(self, tenant: str) -> float:
+        """Prompt tokens that are sent before a request that the tenant adds to them, at most."""
+        share = self._fairness.share(tenant)
+        own = self._tokens[tenant]
+        return min(self._num_tokens, own / share) if share else self._num_tokens
+
     def check_integrity(self) -> None:
         queued = list(self)
         assert len(set(queued)) == len(queued) == self._num_requests
@@ -140,9 +160,18 @@ class Backlog:
         assert len(passed_over) == len(self._due)
         assert set(passed_over) == set(self._due) <= set(queued)
         assert not self._aside
+        assert self._num_tokens == sum(r.num_known_tokens for r in queued) == self._tokens.total()
         for request in queued:
             assert all((request in line) != (request in self._due) for line in self._lines)
         assert set().union(*self._queues_of.values()) == set(self._queued)
+
+    def _count(self, request: Request, sign: int) -> None:
+        tokens = sign * request.num_known_tokens
+        self._num_requests += sign
+        self._num_tokens += tokens
+        self._tokens[request.tenant] += tokens
+        if not self._tokens[request.tenant]:
+            del self._tokens[request.tenant]
 
     def _forget_passing_over(self, request: Request) -> None:
         if self._due.pop(request, None) is not None:

@@ -55,9 +55,11 @@ class Config(PolicyOptions, CallingServiceConfig):
     rate_burst_s: float = 10.0
     """Seconds' worth of its rates that a tenant may use at once after a pause."""
 
-    tenants: Path | None = None
-    """JSON file of tenants' weights, limits and SLOs; without one all have weight 1 and what the
-    options here say."""
+    tenants_file: Path | None = None
+    """JSON file of tenants that get other weights, limits, rates and SLOs: {"tenants": {ID:
+    {"weight": N, "max_queued_requests": N, "max_queued_tokens": N, "requests_per_s": N,
+    "tokens_per_s": N, "slo_ttft_s": N, "slo_tpot_s": N}}}; what an entry leaves out is 1 and as the
+    options say."""
 
     slo_ttft_s: float | None = None
     """Seconds to the first token that a request asks for which names none, nor does its tenant."""

@@ -5,16 +5,14 @@ anything has changed, and by `next_plan_s` at the latest. Every method leaves th
 also when it raises.
 """
 
-import heapq
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
+from lorry.router.actions import Abort, Action, Submit
 from lorry.router.backlog import Backlog
 from lorry.router.context_length import context_exceeded
 from lorry.router.places import RETRY_AFTER_S, Places
+from lorry.router.planner import Planner, Send
 from lorry.router.policies import Policies
 from lorry.router.rates import RateLimits, unlimited
 from lorry.router.request import AT_WORKER, Request, RequestState
@@ -29,31 +27,8 @@ from lorry.rpc.errors import (
 )
 
 MAX_RESUBMITS = 2
-# Waiting requests that one plan looks at beyond those it can send, so that its time is bounded.
-MAX_SET_ASIDE = 256
 CHARGE_TOKENS = 16  # output tokens that are counted as service at once
 S = RequestState
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    worker: Worker
-    seq: int
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Prefetch:
-    worker: Worker
-    versions: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    """The request cannot keep its objective; it is still queued and to be ended."""
-
-    request: Request
-    ttft_s: float  # that it would have, as predicted
 
 
 class Place(NamedTuple):
@@ -76,10 +51,10 @@ class Dispatcher:
         self._rates = rates or unlimited()
         self._policies = policies
         self._backlog = Backlog(policies.order, policies.overload_order, policies.fairness)
-        self._max_prefetch = max_prefetch
+        self._predictor = policies.predictor
         self._requests: dict[tuple[str, str], Request] = {}  # by tenant and request_id
         self._workers: dict[str, Worker] = {}
-        self._latest_starts: list[tuple[float, int, Request]] = []  # a heap; some have left
+        self._planner = Planner(policies, self._backlog, self._workers, max_prefetch=max_prefetch)
         self.num_requeued = 0
         self.draining = False
 
@@ -110,10 +85,16 @@ class Dispatcher:
         self._rates.count_request(request.tenant)
         self._requests[key] = request
 
-    def enqueue(self, request: Request) -> None:
-        """Queue a request that is now complete; raises if no attached worker could serve it."""
-        if not self._able(request):
+    def enqueue(self, request: Request, now_s: float) -> None:
+        """Queue a request that is now complete.
+
+        Raises if no attached worker could serve it, and SloUnattainable if it would be too late.
+        """
+        if not self._planner.able(request):
             raise self._why_unable(request)
+        abort = self._planner.arrive(request, now_s)
+        if abort is not None:
+            raise slo_unattainable(abort)
         self._rates.count_tokens(request.tenant, len(request.prompt_ids))
         self._queue(request)
 
@@ -134,6 +115,7 @@ class Dispatcher:
     def lose(self, worker: Worker) -> list[Request]:
         """Forget a worker and queue its requests again; returns those that cannot be."""
         del self._workers[worker.name]
+        self._predictor.forget(worker)
         return [request for request in list(worker.active.values()) if not self.requeue(request)]
 
     def requeue(self, request: Request, *, lost: bool = True) -> bool:
@@ -154,29 +136,37 @@ class Dispatcher:
 
     def stranded(self) -> list[Request]:
         """Queued requests that no attached worker can serve."""
-        return [r for r in self.requests if r.state is S.QUEUED and not self._able(r)]
+        return [r for r in self.requests if r.state is S.QUEUED and not self._planner.able(r)]
 
     def hear(self, worker: Worker, status: WorkerStatus, now_s: float) -> None:
         """Take a worker's status."""
+        self._predictor.advance(worker, now_s)
         worker.status = status
 
     def drew(self, request: Request, now_s: float) -> None:
-        """A token of the request was added to its output; on the hot path."""
+        """A token was added to the output of a request at a worker; on the hot path."""
+        if request.state is S.SUBMITTED:
+            self._begin(request, now_s)
         if len(request.output_ids) - request.num_charged >= CHARGE_TOKENS:
             self._charge_output(request)
 
-    def plan(self, now_s: float) -> list[Submit | Abort | Prefetch]:
+    def plan(self, now_s: float) -> list[Action]:
         """What to do now. All but an Abort is taken as done."""
-        return [
-            *self._plan_aborts(now_s),
-            *self._plan_submits(now_s),
-            *self._plan_prefetches(now_s),
-        ]
+        aborts = self._planner.aborts(now_s)
+        for abort in aborts:
+            self._policies.admission.aborted(abort.request, now_s)
+            self._backlog.set_aside(abort.request)
+        actions: list[Action] = [*aborts]
+        for action in self._planner.sends(now_s):
+            actions.append(self._submit(action, now_s) if isinstance(action, Send) else action)
+        num_submitted = sum(isinstance(action, Submit) for action in actions)
+        self._policies.admission.planned(len(self._backlog), num_submitted, now_s)
+        return [*actions, *self._planner.prefetches(now_s)]
 
     @property
     def next_plan_s(self) -> float | None:
         """When to plan again though nothing happens; None: need not be."""
-        return self._latest_starts[0][0] if self._latest_starts else None
+        return self._planner.next_plan_s
 
     def check_integrity(self) -> None:
         """Every request is in exactly one place."""
@@ -198,99 +188,28 @@ class Dispatcher:
         ready = [w.max_context_tokens for w in self._workers.values() if w.accepting]
         return max(ready, default=None)
 
-    def _able(self, request: Request) -> list[Worker]:
-        return [worker for worker in self._workers.values() if worker.can_serve(request)]
-
     def _queue(self, request: Request) -> None:
         request.move_to(S.QUEUED)
         self._places.keep(request)
         self._backlog.add(request)
-        self._watch_start(request)
+        self._planner.watch(request)
 
-    def _plan_aborts(self, now_s: float) -> Iterator[Abort]:
-        """Of those whose latest start has passed; where it has moved, look again then."""
-        starts = self._latest_starts
-        while starts and starts[0][0] <= now_s:
-            request = heapq.heappop(starts)[2]
-            if request in self._backlog:
-                if (late := self._too_late(request, now_s)) is not None:
-                    yield late
-                else:
-                    self._watch_start(request)
+    def _begin(self, request: Request, now_s: float) -> None:
+        worker = self._workers[request.worker_name]
+        self._predictor.begin(request, worker, now_s)
+        worker.begin(request)
+        request.move_to(S.STREAMING)
 
-    def _watch_start(self, request: Request) -> None:
-        latest_s = self._latest_start_s(request)
-        if latest_s is not None:
-            heapq.heappush(self._latest_starts, (latest_s, request.number, request))
-
-    def _latest_start_s(self, request: Request) -> float | None:
-        if request.output_ids:  # it comes back from a lost worker and has had its first token
-            return None
-        return self._policies.admission.latest_start_s(request, self._service_s(request))
-
-    def _too_late(self, request: Request, now_s: float) -> Abort | None:
-        latest_s = self._latest_start_s(request)
-        if latest_s is None or now_s < latest_s:
-            return None
-        return Abort(request, now_s + self._service_s(request) - request.arrival_s)
-
-    def _service_s(self, request: Request) -> float:
-        """On the best worker."""
-        able = self._able(request)
-        return min((self._policies.predictor.service_s(request, w) for w in able), default=0.0)
-
-    def _plan_submits(self, now_s: float) -> list[Submit]:
-        submits: list[Submit] = []
-        open_workers = [worker for worker in self._workers.values() if worker.has_room]
-        num_aside = 0
-        while open_workers and num_aside < MAX_SET_ASIDE:
-            request = self._backlog.first(now_s)
-            if request is None:
-                break
-            able = [worker for worker in open_workers if worker.can_serve(request)]
-            worker = self._policies.placement.place(request, able)
-            if worker is None:
-                self._backlog.set_aside(request)
-                num_aside += 1
-                continue
-            submits.append(self._submit(self._chosen(request, worker, now_s), worker))
-            if not worker.has_room:
-                open_workers.remove(worker)
-        self._backlog.put_back()
-        return submits
-
-    def _chosen(self, request: Request, worker: Worker, now_s: float) -> Request:
-        """Who goes to the worker now that it is the request's turn."""
-        clustering = self._policies.clustering
-        if self._backlog.is_overdue(request, now_s):
-            return request
-        other = clustering.instead_of(request, worker, self._backlog)
-        if other is None:
-            return request
-        self._backlog.pass_over(request, now_s + clustering.max_wait_s)
-        return other
-
-    def _submit(self, request: Request, worker: Worker) -> Submit:
+    def _submit(self, send: Send, now_s: float) -> Submit:
+        request, worker = send.request, send.worker
         self._places.free(request)
         self._backlog.remove(request)
-        self._backlog.charge(request, prompt_tokens=len(request.prompt_ids), output_tokens=0)
+        self._backlog.charge(request, prompt_tokens=request.num_known_tokens, output_tokens=0)
+        self._predictor.advance(worker, now_s)
         request.move_to(S.SUBMITTED)
         request.worker_name, request.seq = worker.name, worker.add(request)
+        request.last_submit_s, request.predicted_service_s = now_s, send.service_s
         return Submit(worker, request.seq, request)
-
-    def _plan_prefetches(self, now_s: float) -> Iterator[Prefetch]:
-        """The whole set of each worker, where it has changed."""
-        wanted: dict[str, dict[bytes, None]] = {name: {} for name in self._workers}
-        for request in self._backlog.ahead(now_s, MAX_SET_ASIDE):
-            worker = self._policies.placement.place(request, self._able(request))
-            if worker is not None and request.version:
-                wanted[worker.name][request.version] = None
-        for name, all_versions in wanted.items():
-            versions = tuple(islice(all_versions, self._max_prefetch))
-            worker = self._workers[name]
-            if worker.prefetched != versions:
-                worker.prefetched = versions
-                yield Prefetch(worker, versions)
 
     def _charge_output(self, request: Request) -> None:
         output_tokens = len(request.output_ids) - request.num_charged

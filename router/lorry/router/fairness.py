@@ -25,8 +25,12 @@ class QueueKey(NamedTuple):
 class Fairness(Protocol):
     """Ranks: the least goes first, and among equals the order of their requests decides."""
 
-    def tenant_rank(self, tenant: str) -> int: ...
+    def tenant_rank(self, tenant: str) -> float: ...
     def queue_rank(self, queue: QueueKey) -> int: ...
+
+    def share(self, tenant: str) -> float:
+        """Of the service, that the tenant gets at least while it waits; 0: none is assured."""
+        ...
 
     def enter(self, queue: QueueKey) -> None:
         """It has requests that wait, and had none."""
@@ -37,18 +41,21 @@ class Fairness(Protocol):
         ...
 
     def charge(self, queue: QueueKey, *, prompt_tokens: int, output_tokens: int) -> None:
-        """Count service that a request of the queue gets."""
+        """Count service that a request of the queue gets; what is negative takes it back."""
         ...
 
 
 class NoFairness:
     """Whoever is first in order."""
 
-    def tenant_rank(self, tenant: str) -> int:
+    def tenant_rank(self, tenant: str) -> float:
         return 0
 
     def queue_rank(self, queue: QueueKey) -> int:
         return 0
+
+    def share(self, tenant: str) -> float:
+        return 0.0
 
     def enter(self, queue: QueueKey) -> None:
         pass
@@ -67,19 +74,28 @@ class Counters(Generic[K]):
         self._weight = weight
         self._values: dict[K, float] = {}
         self._waiting: set[K] = set()
+        self._waiting_weight = 0.0
         self._by_value = KeyedHeap[K](self._value_if_waiting)
         self._last: K | None = None  # that stopped waiting
 
     def value(self, flow: K) -> float:
         return self._values.get(flow, 0.0)
 
+    def share(self, flow: K) -> float:
+        """Of all weights, beside those that wait."""
+        weight = self._weight(flow)
+        others = self._waiting_weight - (weight if flow in self._waiting else 0.0)
+        return weight / (weight + max(0.0, others))
+
     def enter(self, flow: K) -> None:
         self._values[flow] = max(self.value(flow), self._least())
         self._waiting.add(flow)
+        self._waiting_weight += self._weight(flow)
         self._by_value.touch(flow)
 
     def leave(self, flow: K) -> None:
         self._waiting.remove(flow)
+        self._waiting_weight -= self._weight(flow)
         self._last = flow
         if len(self._values) > 2 * len(self._waiting) + SPARE_COUNTERS:
             self._forget()
@@ -87,6 +103,8 @@ class Counters(Generic[K]):
     def charge(self, flow: K, tokens: float) -> None:
         before = self._values[flow] if flow in self._values else self._least()
         self._values[flow] = before + tokens / self._weight(flow)
+        if tokens < 0:
+            self._by_value.touch(flow)
 
     def _value_if_waiting(self, flow: K) -> float | None:
         return self._values[flow] if flow in self._waiting else None
@@ -111,8 +129,8 @@ class Counters(Generic[K]):
 class TokenCounters:
     """VTC over tenants and, with `by_adapter`, over each tenant's adapters.
 
-    Flows whose counters are within the same `quantum` of tokens rank equal, so that order decides
-    among them; the bound on the difference of service grows by as much.
+    Adapters whose counters are within the same `quantum_tokens` rank equal, so that order decides
+    among them; the bound on the difference of their service grows by as much.
     """
 
     def __init__(
@@ -124,13 +142,16 @@ class TokenCounters:
         self._by_adapter = by_adapter
         self._quantum = quantum_tokens
 
-    def tenant_rank(self, tenant: str) -> int:
-        return int(self._tenants.value(tenant) // self._quantum)
+    def tenant_rank(self, tenant: str) -> float:
+        return self._tenants.value(tenant)
 
     def queue_rank(self, queue: QueueKey) -> int:
         if not self._by_adapter:
             return 0
         return int(self._adapters[queue.tenant].value(queue.version) // self._quantum)
+
+    def share(self, tenant: str) -> float:
+        return self._tenants.share(tenant)
 
     def enter(self, queue: QueueKey) -> None:
         tenant = queue.tenant

@@ -7,17 +7,10 @@ from typing import Protocol
 
 import grpc
 
+from lorry.router.actions import Abort, Prefetch, Submit
 from lorry.router.active import ActiveRequests
 from lorry.router.config import Config
-from lorry.router.dispatcher import (
-    Abort,
-    Dispatcher,
-    Place,
-    Prefetch,
-    Submit,
-    no_worker,
-    slo_unattainable,
-)
+from lorry.router.dispatcher import Dispatcher, Place, no_worker, slo_unattainable
 from lorry.router.generation import Logprobs, PromptLogprobs, TokenLogprobs
 from lorry.router.output import Output
 from lorry.router.request import Request, RequestState
@@ -145,12 +138,10 @@ class Fleet:
         elif logprobs is None:
             self._active.fail(request, LorryError("the worker sent a token without its logprobs"))
             return
-        if request.state is S.SUBMITTED:
-            if request.awaits_prompt_logprobs:
-                message = "the worker sent a token before the logprobs of its prompt"
-                self._active.fail(request, LorryError(message))
-                return
-            request.move_to(S.STREAMING)
+        if request.state is S.SUBMITTED and request.awaits_prompt_logprobs:
+            message = "the worker sent a token before the logprobs of its prompt"
+            self._active.fail(request, LorryError(message))
+            return
         self._counts.draw(request, now_s)
         request.output_ids.append(token_id)
         self._dispatcher.drew(request, now_s)

@@ -54,7 +54,7 @@ async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIt
     """Raises ValueError for a model, file or address that cannot be served."""
     tls = config.server_tls()
     base_model = await asyncio.to_thread(read_base_model, config.model)
-    tenants = read_tenants(config.tenants, config.other_tenants)
+    tenants = read_tenants(config.tenants_file, config.other_tenants)
     readiness = Readiness()
     async with contextlib.AsyncExitStack() as stack:
         tokenizer = await _tokenizer(config)

@@ -16,7 +16,7 @@ class Line:
     there are but by a logarithm."""
 
     def __init__(self, order: Order, fairness: Fairness) -> None:
-        self._order = order
+        self.order = order
         self._fairness = fairness
         self._turns: dict[Request, Turn] = {}
         self._queues: dict[QueueKey, list[tuple[Turn, Request]]] = {}  # heaps
@@ -29,7 +29,7 @@ class Line:
 
     def add(self, request: Request) -> None:
         queue = request.queue
-        turn = self._turns[request] = (self._order.key(request), request.number)
+        turn = self._turns[request] = (self.order.key(request), request.number)
         heapq.heappush(self._queues.setdefault(queue, []), (turn, request))
         self._num_requests[queue] = self._num_requests.get(queue, 0) + 1
         self.touch(queue)
@@ -43,7 +43,8 @@ class Line:
         if not left:
             del self._num_requests[queue], self._queues[queue]
         elif len(self._queues[queue]) > 2 * left + SPARE_ENTRIES:
-            self._queues[queue] = [entry for entry in self._queues[queue] if self._counts(entry)]
+            turns = self._turns
+            self._queues[queue] = [e for e in self._queues[queue] if turns.get(e[1]) == e[0]]
             heapq.heapify(self._queues[queue])
 
     def first(self) -> Request | None:
@@ -55,11 +56,12 @@ class Line:
         entries = self._queues.get(queue)
         if entries is None:
             return None
-        while not self._counts(entries[0]):
+        turns = self._turns
+        while turns.get(entries[0][1]) != entries[0][0]:
             heapq.heappop(entries)
         return entries[0][1]
 
-    def rank(self, queue: QueueKey) -> tuple[int, int, Turn] | None:
+    def rank(self, queue: QueueKey) -> tuple[float, int, Turn] | None:
         """Where the queue's first request is in the line; None if it has none."""
         first = self.first_of(queue)
         if first is None:
@@ -76,14 +78,11 @@ class Line:
         heap.touch(queue)
         self._first.touch(queue.tenant)
 
-    def _counts(self, entry: tuple[Turn, Request]) -> bool:
-        return self._turns.get(entry[1]) == entry[0]
-
     def _queue_key(self, queue: QueueKey) -> tuple[int, Turn] | None:
         first = self.first_of(queue)
         return None if first is None else (self._fairness.queue_rank(queue), self._turns[first])
 
-    def _tenant_key(self, tenant: str) -> tuple[int, Turn] | None:
+    def _tenant_key(self, tenant: str) -> tuple[float, Turn] | None:
         queue = self._tenants[tenant].first()
         first = None if queue is None else self.first_of(queue)
         if first is None:

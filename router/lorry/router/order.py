@@ -9,14 +9,24 @@ from lorry.router.request import Request
 RELAXED_TTFT_S = 30.0
 
 
+# By how much of its time to first token a request of average size goes behind one of size 0.
+SIZE_SHARE = 0.7
+SMOOTHING = 0.02  # weight of the newest request in the average size
+OUTPUT_PRICE = 2  # of an output token, in prompt tokens
+
+
 class Order(Protocol):
+    waits_for_older: bool  # whether an arrival lets those go first that are there
+
     def key(self, request: Request) -> float:
-        """The least goes first; does not change while the request waits. Among equals, arrival."""
+        """For a request that joins the line; the least goes first, and among equals the oldest."""
         ...
 
 
 class ArrivalOrder:
     """First come, first served."""
+
+    waits_for_older = True
 
     def key(self, request: Request) -> float:
         return request.number
@@ -29,6 +39,8 @@ class NewestOrder:
     arrivals is best (S-LoRA, arXiv 2311.03285, theorem B.1).
     """
 
+    waits_for_older = False
+
     def key(self, request: Request) -> float:
         return -request.number
 
@@ -36,6 +48,38 @@ class NewestOrder:
 class DeadlineOrder:
     """The one whose time to first token runs out first."""
 
+    waits_for_older = True
+
     def key(self, request: Request) -> float:
-        ttft_s = request.slo.ttft_s
-        return request.arrival_s + (RELAXED_TTFT_S if ttft_s is None else ttft_s)
+        return request.arrival_s + _ttft_s(request)
+
+
+class SparingOrder:
+    """The latest arrivals, but small requests before large ones of about the same time.
+
+    Where not all can be served in time, each that is served costs others their turn: so many more
+    are served if those are that ask for little. Size is the prompt and the output that is asked
+    for; one that does not say how much counts as average.
+    """
+
+    waits_for_older = False
+
+    def __init__(self) -> None:
+        self._mean_size = 0.0
+
+    def key(self, request: Request) -> float:
+        size = self._size(request)
+        self._mean_size += SMOOTHING * (size - self._mean_size) if self._mean_size else size
+        behind = SIZE_SHARE * size / self._mean_size if self._mean_size else 0.0
+        return behind * _ttft_s(request) - request.arrival_s
+
+    def _size(self, request: Request) -> float:
+        asked = request.generation.max_tokens
+        if asked is None:
+            return self._mean_size
+        return len(request.prompt_ids) + OUTPUT_PRICE * asked
+
+
+def _ttft_s(request: Request) -> float:
+    ttft_s = request.slo.ttft_s
+    return RELAXED_TTFT_S if ttft_s is None else ttft_s

@@ -3,7 +3,7 @@
 import asyncio
 from typing import NamedTuple
 
-from lorry.router.dispatcher import Prefetch, Submit
+from lorry.router.actions import Prefetch, Submit
 
 
 class Commands(NamedTuple):

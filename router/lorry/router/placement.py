@@ -1,13 +1,15 @@
-"""Which worker a request goes to."""
+"""Which worker a request goes to, and which take any."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Protocol
+from zlib import crc32
 
+from lorry.router.predictor import Predictor
 from lorry.router.request import Request
 from lorry.router.worker import Worker
 
 IMBALANCE_SHARE = 0.25  # of the idlest worker's load that never counts as an imbalance
+MIN_UNSTARTED = 2  # requests that a worker always has room for, so that it is never idle
 
 
 class Placement(Protocol):
@@ -30,19 +32,46 @@ class ResidencyPlacement:
     def place(self, request: Request, workers: Sequence[Worker]) -> Worker | None:
         if not workers:
             return None
-        least = min(worker.load for worker in workers)
+        loads = [worker.load for worker in workers]
+        least = min(loads)
         most = least + max(self._imbalance, least * IMBALANCE_SHARE)
-        near = [worker for worker in workers if worker.load <= most]
-        return min(near, key=lambda worker: _rank(request, worker))
+        version = request.version
+        best: list[Worker] = []
+        best_rank = (3, 0)
+        for worker, load in zip(workers, loads, strict=True):
+            if load <= most and (rank := (distance(version, worker), load)) <= best_rank:
+                best = [*best, worker] if rank == best_rank else [worker]
+                best_rank = rank
+        return best[0] if len(best) == 1 else min(best, key=lambda w: _spread(version, w))
 
 
-def _rank(request: Request, worker: Worker) -> tuple[int, int, bytes]:
-    """The lowest is preferred."""
-    by_hash = hashlib.blake2b(request.version + worker.name.encode(), digest_size=8).digest()
-    return _distance(request, worker), worker.load, by_hash
+class Pacing:
+    """Which workers have room for one more request.
+
+    Requests are held back here rather than queue at a worker, since what is sent has lost its turn
+    to the policies: a worker gets no more than it begins within `backlog_s`, at its present pace.
+    0: as much as it takes.
+    """
+
+    def __init__(self, predictor: Predictor, *, backlog_s: float) -> None:
+        self._predictor = predictor
+        self._backlog_s = backlog_s
+
+    def has_room(self, worker: Worker) -> bool:
+        if not worker.has_room:
+            return False
+        if not self._backlog_s or len(worker.unstarted) < MIN_UNSTARTED:
+            return True
+        return worker.unstarted_tokens < self._predictor.pace(worker) * self._backlog_s
 
 
-def _distance(request: Request, worker: Worker) -> int:
-    if not request.version or worker.will_hold(request.version):
+def distance(version: bytes, worker: Worker) -> int:
+    """Of a version from the worker's GPU: 0 there or on its way, 1 in host memory, 2 absent."""
+    if not version or worker.will_hold(version):
         return 0
-    return 1 if request.version in worker.host else 2
+    return 1 if version in worker.host else 2
+
+
+def _spread(version: bytes, worker: Worker) -> int:
+    """Rendezvous hashing."""
+    return crc32(worker.name.encode(), crc32(version))

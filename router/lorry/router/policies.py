@@ -8,22 +8,19 @@ wait any longer. Each can be switched off.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lorry.router.admission import Admission, AdmitAll, EarlyAbort
+from lorry.router.admission import Admission, AdmitAll, EarlyAbort, SloraAbort
 from lorry.router.clustering import AdapterClustering, Clustering, NoClustering
 from lorry.router.fairness import Fairness, NoFairness, TokenCounters
-from lorry.router.order import ArrivalOrder, DeadlineOrder, NewestOrder, Order
-from lorry.router.placement import Placement, ResidencyPlacement
-from lorry.router.policy_options import AdmissionName, OrderName, PolicyOptions
-from lorry.router.predictor import Predictor, PriorPredictor
+from lorry.router.order import ArrivalOrder, DeadlineOrder, NewestOrder, Order, SparingOrder
+from lorry.router.placement import Pacing, Placement, ResidencyPlacement
+from lorry.router.policy_options import OrderName, PolicyOptions
+from lorry.router.predictor import Predictor
 
 ORDERS: Mapping[OrderName, Callable[[], Order]] = {
     "arrival": ArrivalOrder,
     "newest": NewestOrder,
     "deadline": DeadlineOrder,
-}
-ADMISSIONS: Mapping[AdmissionName, Callable[[], Admission]] = {
-    "all": AdmitAll,
-    "early-abort": EarlyAbort,
+    "sparing": SparingOrder,
 }
 
 
@@ -34,6 +31,7 @@ class Policies:
     fairness: Fairness
     clustering: Clustering
     placement: Placement
+    pacing: Pacing
     admission: Admission
     predictor: Predictor
 
@@ -42,15 +40,23 @@ def make_policies(
     options: PolicyOptions, *, weight: Callable[[str], float] = lambda tenant: 1.0
 ) -> Policies:
     """Those that `options` name; `weight` is a tenant's share of service."""
+    predictor = Predictor()
     return Policies(
         order=ORDERS[options.order](),
         overload_order=ORDERS[options.overload_order](),
         fairness=_fairness(options, weight),
         clustering=_clustering(options),
         placement=ResidencyPlacement(imbalance=options.placement_imbalance),
-        admission=ADMISSIONS[options.admission](),
-        predictor=PriorPredictor(),
+        pacing=Pacing(predictor, backlog_s=options.worker_backlog_s),
+        admission=_admission(options),
+        predictor=predictor,
     )
+
+
+def _admission(options: PolicyOptions) -> Admission:
+    if options.admission == "early-abort":
+        return EarlyAbort(refuse=options.overload_order == "arrival")
+    return SloraAbort() if options.admission == "slora" else AdmitAll()
 
 
 def _fairness(options: PolicyOptions, weight: Callable[[str], float]) -> Fairness:

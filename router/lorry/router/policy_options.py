@@ -5,8 +5,8 @@ from typing import Literal
 
 from lorry.rpc.command import check_not_negative, check_positive
 
-OrderName = Literal["arrival", "newest", "deadline"]
-AdmissionName = Literal["all", "early-abort"]
+OrderName = Literal["arrival", "newest", "deadline", "sparing"]
+AdmissionName = Literal["all", "early-abort", "slora"]
 FairnessName = Literal["none", "tenants", "adapters"]
 
 
@@ -14,27 +14,34 @@ FairnessName = Literal["none", "tenants", "adapters"]
 class PolicyOptions:
     """A part of the router's `Config`."""
 
-    order: OrderName = "arrival"
+    order: OrderName = "deadline"
     """Which of the requests whose turn it is goes first: the one that came first or last, or whose
-    time to first token runs out first."""
+    time to first token runs out first, or that came late and is small."""
 
-    overload_order: OrderName = "arrival"
+    overload_order: OrderName = "sparing"
     """The same while more waits than can be served in time."""
 
-    admission: AdmissionName = "all"
-    """Whether requests that cannot keep their SLO any more are aborted."""
+    admission: AdmissionName = "early-abort"
+    """Whether requests are aborted that cannot have their first token in time any more, and by
+    which rule: by what is predicted, or by S-LoRA's constants, to compare with."""
 
-    fairness: FairnessName = "none"
+    fairness: FairnessName = "adapters"
     """Whether the least served tenant is next, and the least served adapter of it."""
 
-    fairness_quantum_tokens: int = 1
-    """Tokens of service by which tenants or adapters may differ and count as equally served."""
+    fairness_quantum_tokens: int = 4096
+    """Tokens of service by which a tenant's adapters may differ and count as equally served."""
 
-    cluster_adapters: int = 0
-    """Adapters of one worker's batch from which on others are passed over; 0: no limit."""
+    cluster_adapters: int = 32
+    """Adapters of one worker from which on requests of others are passed over while its own have
+    some; 0: no request is ever passed over."""
 
     cluster_wait_s: float = 1.0
-    """Seconds that a request may be passed over for that."""
+    """Seconds that a request may be passed over, for that or because the worker that holds its
+    adapter is busy."""
+
+    worker_backlog_s: float = 0.25
+    """Seconds that requests may queue at a worker, at the pace at which it begins them; more wait
+    here, where the policies choose among them. 0: as many as the worker takes."""
 
     placement_imbalance: int = 8
     """Requests by which a worker that holds the adapter may be busier than the idlest one and still
@@ -42,4 +49,10 @@ class PolicyOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "fairness_quantum_tokens")
-        check_not_negative(self, "cluster_adapters", "cluster_wait_s", "placement_imbalance")
+        check_not_negative(
+            self,
+            "cluster_adapters",
+            "cluster_wait_s",
+            "worker_backlog_s",
+            "placement_imbalance",
+        )

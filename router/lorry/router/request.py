@@ -74,6 +74,9 @@ class Request:
     seq: int = 0
     num_losses: int = 0
     num_charged: int = 0  # output tokens that fairness has counted
+    last_submit_s: float = 0.0
+    predicted_ttft_s: float | None = None  # when it was queued first
+    predicted_service_s: float | None = None  # from the last submit to the next token
     # Filled by the router as the worker's messages arrive.
     output_ids: list[int] = field(default_factory=list)
     num_prompt_logprobs: int = 0
@@ -102,6 +105,11 @@ class Request:
     def num_prompt_tokens(self) -> int:
         """Until it is tokenized, as many as the prompt may have."""
         return len(self.prompt_ids) or largest_num_tokens(self.generation.prompt)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens that a worker must compute before it draws the next one."""
+        return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def num_context_tokens(self) -> int:

@@ -153,5 +153,5 @@ class Router:
         )
         if not streaming:
             check_answer_size(generation, request.max_tokens, len(prompt_ids))
-        self._dispatcher.enqueue(request)
+        self._dispatcher.enqueue(request, self._loop.time())
         self._fleet.plan_soon()

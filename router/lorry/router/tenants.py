@@ -1,8 +1,8 @@
 """What the deployment grants each tenant: a weight, limits and default objectives.
 
-The file is JSON, ``{"tenants": [{"tenant": id, "weight": 3, "max_queued_requests": 100,
+The file is JSON, ``{"tenants": {ID: {"weight": 3, "max_queued_requests": 100,
 "max_queued_tokens": 100000, "requests_per_s": 10, "tokens_per_s": 5000, "slo_ttft_s": 1.5,
-"slo_tpot_s": 0.1}, ...]}``. What an entry leaves out, and a tenant that has none, gets the router's
+"slo_tpot_s": 0.1}, ...}}``. What an entry leaves out, and a tenant that has none, gets the router's
 options and the weight 1.
 """
 
@@ -54,28 +54,28 @@ def read_tenants(path: Path | None, others: Tenant) -> Tenants:
         return Tenants(others)
     try:
         entries = json.loads(path.read_text())["tenants"]
-        named = {check_id(e["tenant"], field="tenant"): _tenant(e, others) for e in entries}
-        if len(named) < len(entries):
-            raise ValueError("a tenant has two entries")
-    except (OSError, ValueError, KeyError, TypeError, InvalidRequest) as error:
+        named = {
+            check_id(name, field="tenants"): _tenant(name, entry, others)
+            for name, entry in entries.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidRequest) as error:
         raise ValueError(f"tenants file {path}: {error!r}") from error
     return Tenants(others, named)
 
 
-def _tenant(entry: Mapping[str, Any], others: Tenant) -> Tenant:
-    numbers = {name: _number(entry, name) for name in entry if name != "tenant"}
+def _tenant(tenant: str, entry: Mapping[str, Any], others: Tenant) -> Tenant:
+    numbers = {name: _number(tenant, name, value) for name, value in entry.items()}
     slo = Slo(**{f.name: numbers.pop(f"slo_{f.name}", None) for f in fields(Slo)})
     defaults = {name: getattr(others, name) for name in ("weight", *LIMITS, *RATES)}
-    for name in numbers:
+    for name, number in numbers.items():
         if name not in defaults:
-            raise ValueError(f"{entry['tenant']}: there is no {name}")
-        if name in LIMITS and not isinstance(numbers[name], int):
-            raise ValueError(f"{entry['tenant']}: {name} must be whole, got {numbers[name]}")
+            raise ValueError(f"{tenant}: there is no {name}")
+        if name in LIMITS and not isinstance(number, int):
+            raise ValueError(f"{tenant}: {name} must be whole, got {number}")
     return Tenant(**(defaults | numbers), slo=slo.over(others.slo))
 
 
-def _number(entry: Mapping[str, Any], name: str) -> Any:
-    value = entry[name]
+def _number(tenant: str, name: str, value: object) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{entry['tenant']}: {name} must be a positive number, got {value!r}")
+        raise ValueError(f"{tenant}: {name} must be a positive number, got {value!r}")
     return value

@@ -1,7 +1,7 @@
 """What the router knows of one attached worker."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lorry.router.request import Request
@@ -17,8 +17,8 @@ class WorkerStatus:
     pages_total: int = 0
     pages_free: int = 0
     pages_adapter: int = 0
-    prefill_tokens_per_s: float = 0.0
-    step_s: Mapping[int, float] = field(default_factory=dict)  # of decodes only, by rows
+    prefill_tokens_per_s: float = 0.0  # by what one more prompt token adds to a step
+    step_s: Sequence[tuple[int, float]] = ()  # rows, ascending, and the time of their decode step
     adapter_load_bytes_per_s: float = 0.0
 
 
@@ -38,6 +38,8 @@ class Worker:
     listed: bool = True  # discovery still knows it
     num_submitted: int = 0
     active: dict[int, Request] = field(default_factory=dict)  # by seq
+    unstarted: dict[Request, int] = field(default_factory=dict)  # their tokens; no output came yet
+    unstarted_tokens: int = 0
     num_requests: Counter[bytes] = field(default_factory=Counter)  # of `active`, by version
     gpu: set[bytes] = field(default_factory=set)  # versions usable by the next step
     host: set[bytes] = field(default_factory=set)  # versions in host memory
@@ -61,9 +63,9 @@ class Worker:
     def can_serve(self, request: Request) -> bool:
         """Whether it could ever take the request."""
         return (
-            self.accepting
-            and request.rank <= self.max_rank
+            request.rank <= self.max_rank
             and request.num_context_tokens <= self.max_context_tokens
+            and self.accepting
         )
 
     def raise_submit_limit(self, limit: int) -> None:
@@ -75,14 +77,21 @@ class Worker:
         assert self.has_room, f"worker {self.name} takes no Submit beyond {self.submit_limit}"
         self.num_submitted += 1
         self.active[self.num_submitted] = request
+        self.unstarted[request] = request.num_known_tokens
+        self.unstarted_tokens += request.num_known_tokens
         self.num_requests[request.version] += 1
         return self.num_submitted
+
+    def begin(self, request: Request) -> None:
+        """Its output has begun. Does nothing if that is known."""
+        self.unstarted_tokens -= self.unstarted.pop(request, 0)
 
     def remove(self, request: Request) -> None:
         """Does nothing if it does not work on the request."""
         if self.active.get(request.seq) is not request:
             return
         del self.active[request.seq]
+        self.begin(request)
         self.num_requests[request.version] -= 1
         if not self.num_requests[request.version]:
             del self.num_requests[request.version]

@@ -10,7 +10,8 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
-from lorry.router.dispatcher import Place, Prefetch, Submit
+from lorry.router.actions import Prefetch, Submit
+from lorry.router.dispatcher import Place
 from lorry.router.generation import FinishReason, Logprobs, TokenLogprobs
 from lorry.router.outbox import Outbox
 from lorry.router.request import Request
@@ -293,7 +294,7 @@ def _status(status: pb.WorkerStatus) -> WorkerStatus:
         pages_free=status.pages_free,
         pages_adapter=status.pages_adapter,
         prefill_tokens_per_s=status.prefill_tokens_per_s,
-        step_s={point.rows: point.ms / 1e3 for point in status.step_times},
+        step_s=sorted((point.rows, point.ms / 1e3) for point in status.step_times),
         adapter_load_bytes_per_s=status.adapter_load_bytes_per_s,
     )
 

@@ -1,0 +1,189 @@
+"""The policies at work: who is sent where, who is aborted, and what is prefetched."""
+
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from lorry.router.actions import Abort, Prefetch
+from lorry.router.backlog import Backlog
+from lorry.router.policies import Policies
+from lorry.router.request import Request
+from lorry.router.worker import Worker
+
+# Waiting requests that one plan looks at beyond those it can send, so that its time is bounded.
+MAX_SET_ASIDE = 256
+# A set of wanted versions that is this old may be out of date: ranking what waits costs more than
+# a pick does.
+PREFETCH_PERIOD_S = 0.1
+MAX_AHEAD = 64  # requests that are ranked for it
+RECHECK_S = 0.05  # after which a request is looked at again that is late and not aborted
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """The request leaves the backlog for the worker."""
+
+    request: Request
+    worker: Worker
+    service_s: float  # to its first token, as predicted
+
+
+class Planner:
+    """Changes nothing but the policies' own state, `backlog`'s line and what `workers` prefetch."""
+
+    def __init__(
+        self,
+        policies: Policies,
+        backlog: Backlog,
+        workers: Mapping[str, Worker],
+        *,
+        max_prefetch: int,
+    ) -> None:
+        self._policies = policies
+        self._backlog = backlog
+        self._workers = workers
+        self._max_prefetch = max_prefetch
+        self._latest_starts: list[tuple[float, int, Request]] = []  # a heap; some have left
+        self._prefetched_s: float | None = None
+
+    @property
+    def next_plan_s(self) -> float | None:
+        """When to plan again though nothing happens; None: need not be."""
+        starts = self._latest_starts
+        while starts and starts[0][2] not in self._backlog:
+            heapq.heappop(starts)
+        times = [starts[0][0]] if starts else []
+        if self._prefetched_s is not None and len(self._backlog):
+            times.append(self._prefetched_s + PREFETCH_PERIOD_S)
+        return min(times, default=None)
+
+    def able(self, request: Request) -> list[Worker]:
+        return [worker for worker in self._workers.values() if worker.can_serve(request)]
+
+    def arrive(self, request: Request, now_s: float) -> Abort | None:
+        """Take a request that is about to be queued into account; an Abort: it should not be."""
+        service_s, wait_s = self._service_s(request, now_s), self._wait_s(request)
+        late_s = now_s - request.arrival_s + service_s
+        waits = self._backlog.order.waits_for_older
+        request.predicted_ttft_s = late_s + (wait_s if waits else 0.0)
+        if wait_s and not self._policies.admission.arrived(request, wait_s + service_s, now_s):
+            return Abort(request, late_s + wait_s)
+        return None
+
+    def watch(self, request: Request) -> None:
+        """Look at a queued request at the next plan, and again when it must have been sent."""
+        if self._latest_start_s(request, 0.0) is not None:
+            heapq.heappush(self._latest_starts, (0.0, request.number, request))
+
+    def aborts(self, now_s: float) -> list[Abort]:
+        """Of those whose latest start has passed; where it has moved, look again then."""
+        aborts, later = list[Abort](), list[tuple[float, int, Request]]()
+        starts = self._latest_starts
+        while starts and starts[0][0] <= now_s:
+            _, number, request = heapq.heappop(starts)
+            if request in self._backlog:
+                service_s = self._service_s(request, now_s)
+                latest_s = self._latest_start_s(request, service_s) or 0.0
+                if latest_s <= now_s and not self._has_idle_worker(request):
+                    aborts.append(Abort(request, now_s - request.arrival_s + service_s))
+                else:
+                    later.append((max(latest_s, now_s + RECHECK_S), number, request))
+        for entry in later:
+            heapq.heappush(starts, entry)
+        return aborts
+
+    def sends(self, now_s: float) -> Iterator[Send | Abort]:
+        """One after another; each must have been carried out before the next is asked for."""
+        policies, backlog = self._policies, self._backlog
+        backlog.overloaded = policies.admission.is_overloaded(now_s)
+        has_room = policies.pacing.has_room
+        open_workers = [worker for worker in self._workers.values() if has_room(worker)]
+        num_aside = 0
+        while open_workers and num_aside < MAX_SET_ASIDE:
+            request = backlog.first(now_s)
+            if request is None:
+                break
+            able = [worker for worker in open_workers if worker.can_serve(request)]
+            worker = policies.placement.place(request, able)
+            if worker is None:
+                backlog.set_aside(request)
+                num_aside += 1
+                continue
+            chosen = self._chosen(request, worker, now_s)
+            action = self._send(chosen, worker, now_s)
+            if isinstance(action, Abort):
+                backlog.set_aside(chosen)
+                num_aside += 1
+            yield action
+            if not has_room(worker):
+                open_workers.remove(worker)
+        backlog.put_back()
+
+    def prefetches(self, now_s: float) -> Iterator[Prefetch]:
+        """The whole set of each worker, where it has changed; most urgent first."""
+        since_s = self._prefetched_s
+        if since_s is not None and since_s <= now_s < since_s + PREFETCH_PERIOD_S:
+            return
+        self._prefetched_s = now_s if len(self._backlog) else None
+        wanted: dict[str, dict[bytes, None]] = {name: {} for name in self._workers}
+        for request in self._backlog.ahead(now_s, MAX_AHEAD):
+            worker = self._policies.placement.place(request, self.able(request))
+            if worker is not None and request.version:
+                wanted[worker.name][request.version] = None
+        for name, all_versions in wanted.items():
+            versions = tuple(islice(all_versions, self._max_prefetch))
+            worker = self._workers[name]
+            if worker.prefetched != versions:
+                worker.prefetched = versions
+                yield Prefetch(worker, versions)
+
+    def _chosen(self, request: Request, worker: Worker, now_s: float) -> Request:
+        """Who goes to the worker now that it is the request's turn."""
+        clustering = self._policies.clustering
+        if not request.version or request.version in worker.num_requests:
+            return request
+        if self._backlog.is_overdue(request, now_s) or self._is_pressed(request, now_s):
+            return request
+        preferred = self._policies.placement.place(request, self.able(request)) or worker
+        other = clustering.instead_of(request, worker, preferred, self._backlog)
+        if other is None:
+            return request
+        self._backlog.pass_over(request, now_s + clustering.max_wait_s)
+        return other
+
+    def _is_pressed(self, request: Request, now_s: float) -> bool:
+        """Whether being passed over could cost it its objective."""
+        ttft_s = request.slo.ttft_s
+        wait_s = self._policies.clustering.max_wait_s
+        return ttft_s is not None and request.arrival_s + ttft_s < now_s + 2 * wait_s
+
+    def _send(self, request: Request, worker: Worker, now_s: float) -> Send | Abort:
+        """An Abort if the worker would be too late and is not idle."""
+        service_s = self._policies.predictor.service_s(request, worker, now_s)
+        latest_s = self._latest_start_s(request, service_s)
+        if latest_s is None or now_s <= latest_s or not worker.active:
+            return Send(request, worker, service_s)
+        return Abort(request, now_s - request.arrival_s + service_s)
+
+    def _has_idle_worker(self, request: Request) -> bool:
+        """Then nobody could be sure that it is too late."""
+        return any(not worker.active for worker in self.able(request))
+
+    def _latest_start_s(self, request: Request, service_s: float) -> float | None:
+        if request.output_ids:  # it comes back from a lost worker and has had its first token
+            return None
+        return self._policies.admission.latest_start_s(request, service_s)
+
+    def _service_s(self, request: Request, now_s: float) -> float:
+        """At the worker that it would go to."""
+        worker = self._policies.placement.place(request, self.able(request))
+        return 0.0 if worker is None else self._policies.predictor.service_s(request, worker, now_s)
+
+    def _wait_s(self, request: Request) -> float:
+        """In the line, behind all that are there."""
+        able = self.able(request)
+        if not len(self._backlog) and any(map(self._policies.pacing.has_room, able)):
+            return 0.0
+        ahead = self._backlog.tokens_ahead(request.tenant)
+        return self._policies.predictor.wait_s(ahead, able)
