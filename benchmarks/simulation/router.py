@@ -10,7 +10,8 @@ from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.worker import Sequence as WorkerSequence
 from benchmarks.simulation.worker import SimulatedWorker
 from lorry.client.bench.record import OK, Record
-from lorry.router.dispatcher import Abort, Dispatcher, Prefetch, Submit
+from lorry.router.actions import Abort, Prefetch, Submit
+from lorry.router.dispatcher import Dispatcher
 from lorry.router.generation import Generation
 from lorry.router.request import Request, RequestState
 from lorry.router.slo import Slo
@@ -79,7 +80,11 @@ class SimulatedRouter:
         planned, now_s = record.planned, self._clock.now_s
         slo = Slo(ttft_s=_finite(record.slo.ttft_s), tpot_s=_finite(record.slo.tpot_s))
         generation = Generation(
-            request_id=str(record.index), tenant=planned.tenant, adapter=None, prompt=""
+            request_id=str(record.index),
+            tenant=planned.tenant,
+            adapter=None,
+            prompt="",
+            max_tokens=planned.output_tokens,
         )
         request = Request(
             generation, seed=0, arrival_s=now_s, deadline_s=now_s + MAX_REQUEST_S, slo=slo
@@ -94,13 +99,14 @@ class SimulatedRouter:
             self._note_end(record, error.code.name, error.reason)
             return
         self._records[request] = record
-        self._dispatcher.enqueue(request)
+        try:
+            self._dispatcher.enqueue(request, now_s)
+        except LorryError as error:
+            self._finish(request, S.FAILED, error.code.name, error.reason)
         self._plan_soon()
 
     def first_token(self, worker_name: str, seq: int) -> None:
         request = self._attached[worker_name].active[seq]
-        if request.state is S.SUBMITTED:
-            request.move_to(S.STREAMING)
         if request.first_token_s is None:
             request.first_token_s = self._clock.now_s
             self._records[request].first_token_s = self._clock.now_s
@@ -200,7 +206,7 @@ class SimulatedRouter:
             pages_free=worker.pool.free,
             pages_adapter=worker.adapters.pages,
             prefill_tokens_per_s=worker.prefill_tokens_per_s,
-            step_s=dict(worker.step_s),
+            step_s=sorted(worker.step_s.items()),
             adapter_load_bytes_per_s=worker.limits.load_bytes_per_s,
         )
         self._dispatcher.hear(self._attached[worker.name], status, self._clock.now_s)

@@ -9,7 +9,8 @@ from benchmarks.simulation.router import SimulatedAdapter, SimulatedRouter
 from benchmarks.simulation.worker import SimulatedWorker, WorkerLimits
 from lorry.client.bench.record import Record, Slo
 from lorry.client.bench.trace import NO_ADAPTER, TraceRequest
-from lorry.router.dispatcher import Dispatcher, Submit
+from lorry.router.actions import Submit
+from lorry.router.dispatcher import Dispatcher
 from lorry.router.places import Amount, Places
 from lorry.router.policies import Policies, make_policies
 from lorry.router.policy_options import PolicyOptions

@@ -98,7 +98,7 @@ def test_the_dispatcher_counts_prompts_and_outputs_once() -> None:
     router.attach(only)
     asked = request(tenant="a")
     router.receive(asked)
-    router.enqueue(asked)
+    router.enqueue(asked, 0.0)
     router.plan(0.0)
     assert rates._tokens["a"].level == 20 - len(asked.prompt_ids)
     router.requeue(asked)

@@ -19,7 +19,8 @@ from benchmarks.simulation.worker import SimulatedWorker, WorkerLimits
 from lorry.client.bench.lengths import Uniform
 from lorry.client.bench.record import Record
 from lorry.client.bench.trace import TraceRequest, TraceSpec, make_trace
-from lorry.router.dispatcher import Dispatcher, Submit
+from lorry.router.actions import Submit
+from lorry.router.dispatcher import Dispatcher
 from lorry.router.places import Amount, Places
 from lorry.router.policies import make_policies
 from lorry.router.policy_options import PolicyOptions
@@ -200,8 +201,7 @@ class Live:
             pages_adapter=status.pages_adapter,
             prefill_tokens_per_s=status.prefill_tokens_per_s,
             step_times=[
-                worker_pb.StepTime(rows=rows, ms=seconds * 1e3)
-                for rows, seconds in status.step_s.items()
+                worker_pb.StepTime(rows=rows, ms=seconds * 1e3) for rows, seconds in status.step_s
             ],
             adapter_load_bytes_per_s=status.adapter_load_bytes_per_s,
         )

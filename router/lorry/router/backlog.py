@@ -118,9 +118,9 @@ class Backlog:
         line = self._line
         queues = (q for v in versions for q in self._queues_of.get(v, ()))
         for queue in islice(queues, MAX_COMPARED):
-            passed_over = self._passed_over.get(queue)
-            if passed_over:
-                return next(iter(passed_over))
+            passed_over = self._passed_over.get(queue, ())
+            if waits := next((r for r in passed_over if r not in self._aside), None):
+                return waits
             rank = line.rank(queue)
             if rank is not None and (best_rank is None or rank < best_rank):
                 best, best_rank = queue, rank

@@ -122,6 +122,8 @@ class Planner:
 
     def prefetches(self, now_s: float) -> Iterator[Prefetch]:
         """The whole set of each worker, where it has changed; most urgent first."""
+        if not self._max_prefetch:
+            return
         since_s = self._prefetched_s
         if since_s is not None and since_s <= now_s < since_s + PREFETCH_PERIOD_S:
             return
