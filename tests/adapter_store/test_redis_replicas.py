@@ -280,3 +280,20 @@ async def test_who_watched_changes_that_redis_lost_is_told_to_list_again(
             with pytest.raises(AdapterNotFound):
                 await store.client.get("adapters/lost")
         await b.client.push("new", CONFIG, WEIGHTS[1])
+
+
+async def test_stores_go_on_with_a_redis_that_was_emptied(
+    stores: Pair, redis_server: RedisServer
+) -> None:
+    a, b = stores
+    await a.client.push("lost", CONFIG, WEIGHTS[0])
+    await known(b, 1)
+    store_id = a.store.catalogue.store_id
+    redis_server.client.flushall()
+    for store in stores:
+        await listed_again(store, store_id)
+        assert store.store.catalogue.num_adapters == 0
+    adapter = await b.client.push("new", CONFIG, WEIGHTS[0])
+    await known(a, 1)
+    assert await a.client.get("adapters/new") == adapter
+    assert a.store.catalogue.store_id == b.store.catalogue.store_id

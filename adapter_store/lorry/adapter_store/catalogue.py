@@ -166,7 +166,7 @@ class Catalogue:
         async with self._one_at_a_time:
             for _ in range(MAX_ATTEMPTS):
                 await self.catch_up()
-                before = self.get(name)
+                store_id, before = self.store_id, self.get(name)
                 after = edit(before)
                 if after is before:
                     return Change(self.revision, name, after)
@@ -174,15 +174,15 @@ class Catalogue:
                     change = await self._storage.run(self._backend.commit, name, before, after)
                 except Outdated:
                     continue
-                await self._learn(change)
+                await self._learn(change, store_id)
                 return change
         raise StoreUnavailable(f"other stores keep changing {name}", retry_after_s=1.0)
 
-    async def _learn(self, change: Change) -> None:
+    async def _learn(self, change: Change, store_id: str) -> None:
         """Apply a change of this store, which is durable, after those before it."""
-        if change.revision == self.revision + 1:
+        if store_id == self.store_id and change.revision == self.revision + 1:
             self._apply(change)
-        elif change.revision > self.revision:
+        elif store_id != self.store_id or change.revision > self.revision:
             with contextlib.suppress(StoreUnavailable):  # it comes once the backend is back
                 await self.catch_up()
 

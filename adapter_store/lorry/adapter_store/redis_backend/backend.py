@@ -44,10 +44,12 @@ class RedisBackend:
         self.reader = ChunkReader(self.link, scratch_dir)
         try:
             check_server(self.link, address)
-            store_id, self.model_digest = self._open(address, model_digest)
+            _, self.model_digest = self._open(address, model_digest)
+            self.catalogue = RedisCatalogue(
+                self.link, lambda: self._open(address, self.model_digest)[0]
+            )
         except StoreUnavailable as error:
             raise ValueError(str(error)) from error
-        self.catalogue = RedisCatalogue(self.link, store_id)
         self.uploads = RedisUploads(self.link, self.reader)
         self.contents = RedisContents(self.link, self.reader, grace_ms=grace_ms)
 

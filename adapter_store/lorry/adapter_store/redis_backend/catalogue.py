@@ -3,7 +3,7 @@
 import json
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from lorry.adapter_store.backend import Outdated, Position
 from lorry.adapter_store.records import Adapter, Change, adapter_from_json, adapter_to_json
@@ -23,9 +23,10 @@ log = logging.getLogger(__name__)
 class RedisCatalogue:
     """The names of a backend."""
 
-    def __init__(self, link: RedisLink, store_id: str) -> None:
-        self.store_id = store_id
+    def __init__(self, link: RedisLink, open_store: Callable[[], str]) -> None:
+        self.store_id = open_store()
         self._link = link
+        self._open_store = open_store
 
     def load(self) -> tuple[Position, list[Adapter], list[Change]]:
         """All names, their position, and the last changes up to it.
@@ -33,6 +34,7 @@ class RedisCatalogue:
         Names are read in parts while others may change; the changes since then make up for it.
         """
         for _ in range(LOAD_ATTEMPTS):
+            self.store_id = self._open_store()
             begin = self._revision()
             adapters = {adapter.name: adapter for adapter in self._names()}
             changes = list(self._all_changes())
@@ -71,7 +73,9 @@ class RedisCatalogue:
 
     def changes(self, after: Position) -> list[Change]:
         """The next changes, once the one at `after` is seen to be of the same history."""
-        newest, entries = self._link.run("changes", after.revision, CHANGES_PER_READ)
+        store_id, newest, entries = self._link.run("changes", after.revision, CHANGES_PER_READ)
+        if store_id.decode() != self.store_id:
+            raise RevisionCompacted("another store has seen that Redis lost changes")
         found = [
             _change(entry_id, dict(zip(fields[::2], fields[1::2], strict=True)))
             for entry_id, fields in entries
@@ -105,7 +109,6 @@ class RedisCatalogue:
 
     def _revision(self) -> int:
         with self._link.client() as client:
-            self.store_id = client.hget("lorry:store", "store_id").decode()
             return int(client.get("lorry:revision") or 0)
 
     def _names(self) -> Iterator[Adapter]:

@@ -101,9 +101,9 @@ call('SET', P .. 'commit:' .. id, text, 'EX', 600)
 return revision
 """
 
-# The newest revision, and changes from a revision on: revision, most of them.
+# The store id, the newest revision, and changes from a revision on: revision, most of them.
 CHANGES = """
-return {call('GET', P .. 'revision') or '0',
+return {call('HGET', P .. 'store', 'store_id') or '', call('GET', P .. 'revision') or '0',
   call('XRANGE', P .. 'events', ARGV[1] .. '-0', '+', 'COUNT', ARGV[2])}
 """
 
