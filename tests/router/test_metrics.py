@@ -55,6 +55,7 @@ async def test_a_request_is_counted_in_every_stage(
         found = await scrape_until(url, lambda s: s.value(IN_PROGRESS, state="queued"))
         assert found.value(IN_PROGRESS, state="submitted") == 1
         assert found.value(IN_PROGRESS, state="queued") == 1
+        assert found.value("lorry_router_predicted_ttft_seconds") > 0
         assert found.value("lorry_router_worker_requests", worker=stack.worker.address) == 1
         assert found.value("lorry_router_worker_submit_room", worker=stack.worker.address) == 0
         assert found.value("lorry_router_queue_seconds_count") == 1
@@ -70,6 +71,7 @@ async def test_a_request_is_counted_in_every_stage(
 
         found = await scrape(url)
         assert found.value(IN_PROGRESS) == 0
+        assert found.value("lorry_router_predicted_ttft_seconds") == 0
         assert found.value("lorry_router_requests_total", code="OK", reason="") == 2
         assert found.value("lorry_router_queue_seconds_count") == 2
         assert found.value("lorry_router_ttft_seconds_count") == 1

@@ -27,6 +27,11 @@ class Source:
         states = Counter(request.state for request in self.active)
         return {(state.name.lower(),): states[state] for state in STATES}
 
+    def predicted_ttft_s(self) -> float:
+        """Of the queued request that is to wait longest; 0 if none is."""
+        queued = (each for each in self.active if each.state is RequestState.QUEUED)
+        return max((request.predicted_ttft_s or 0.0 for request in queued), default=0.0)
+
     def workers_attached(self) -> Mapping[tuple[str], int]:
         attached = {worker.name for worker in self.dispatcher.workers}
         return {(name,): name in attached for name in self.fleet.worker_names}
@@ -74,6 +79,11 @@ METRICS: Sequence[Metric[Source]] = (
         "lorry_router_ttft_seconds",
         "From a request's arrival until its first token comes from a worker",
         lambda s: s.active.counts.ttft_s,
+    ),
+    gauge(
+        "lorry_router_predicted_ttft_seconds",
+        "The longest time to a first token that was predicted, on arrival, for one that is queued",
+        Source.predicted_ttft_s,
     ),
     histogram(
         "lorry_router_token_gap_seconds",
