@@ -146,6 +146,13 @@ async def test_a_check_finds_what_is_damaged_and_repairs_it_from_a_copy(
     assert "checked 3 versions, 2 damaged or missing, 2 still" in out
     await asyncio.to_thread(check, backend=redis_server.url, repair_from=url)
     assert "2 damaged or missing, 0 still" in capsys.readouterr().out
+    redis.hincrby("lorry:chunks", flipped.decode().rpartition(":")[2], 1)
+    redis.set("lorry:chunk:stray", b"x")
+    with pytest.raises(SystemExit):
+        await asyncio.to_thread(check, backend=redis_server.url)
+    told = capsys.readouterr().err
+    assert "has 1 owners, but 2 are counted" in told
+    assert "chunk stray belongs to nothing" in told
     async with running_store(tmp_path, redis_url=redis_server.url) as running:
         assert await all_of(running) == expected
 

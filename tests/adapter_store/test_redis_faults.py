@@ -106,6 +106,7 @@ async def test_while_redis_is_away_what_is_in_memory_goes_on_and_then_all_heals(
         with pytest.raises(StoreUnavailable) as caught:
             await failing
         assert caught.value.retry_after_s
+        assert str(redis_server.port) not in str(caught.value)
 
     end()
     await reachable(running, well=True)

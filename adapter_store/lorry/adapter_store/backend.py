@@ -113,4 +113,8 @@ class Backend(Protocol):
     def quarantine(self, digest: bytes) -> None:
         """Put a content aside that is not what was uploaded, so that another may take its place."""
 
+    def problems(self) -> list[str]:
+        """What does not fit together beside the contents, each as a line."""
+        ...
+
     def close(self) -> None: ...

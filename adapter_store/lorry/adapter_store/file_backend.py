@@ -229,6 +229,10 @@ class FileBackend:
                 (self._versions / digest.hex()).rename(aside)
             sync_directory(self._versions)
 
+    def problems(self) -> list[str]:
+        """None: what does not fit together does not open."""
+        return []
+
     def close(self) -> None:
         self._held.close()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lorry.adapter_store.backend import Loaded, Position, StoredUpload, UnderWay
 from lorry.adapter_store.records import Adapter, Change, Content, UploadRecord
+from lorry.adapter_store.redis_backend import books
 from lorry.adapter_store.redis_backend.address import RedisAddress
 from lorry.adapter_store.redis_backend.catalogue import RedisCatalogue
 from lorry.adapter_store.redis_backend.chunks import ChunkReader
@@ -49,7 +50,7 @@ class RedisBackend:
                 self.link, lambda: self._open(address, self.model_digest)[0]
             )
         except StoreUnavailable as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(f"{address} cannot be used: {error.__cause__}") from error
         self.uploads = RedisUploads(self.link, self.reader)
         self.contents = RedisContents(self.link, self.reader, grace_ms=grace_ms)
 
@@ -104,6 +105,9 @@ class RedisBackend:
 
     def quarantine(self, digest: bytes) -> None:
         """Nothing to do: chunks are verified, and put aside, as they are read."""
+
+    def problems(self) -> list[str]:
+        return books.problems(self.link)
 
     def close(self) -> None:
         self.link.close()

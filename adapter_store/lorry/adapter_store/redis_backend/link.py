@@ -10,9 +10,7 @@ from typing import Any
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
-    AuthenticationError,
     ConnectionError,
-    NoPermissionError,
     OutOfMemoryError,
     RedisError,
     TimeoutError,
@@ -23,6 +21,7 @@ from lorry.adapter_store.redis_backend.address import RedisAddress
 from lorry.adapter_store.redis_backend.scripts import SCRIPTS
 from lorry.adapter_store.storage import MAX_CALLS
 from lorry.rpc.errors import StoreFull, StoreUnavailable
+from lorry.rpc.repeated_log import RepeatedLog
 
 TIMEOUT_S = 5.0  # of one answer, and of a free connection
 CONNECT_TIMEOUT_S = 2.0
@@ -34,12 +33,16 @@ log = logging.getLogger(__name__)
 
 
 class RedisLink:
-    """Owns the connections. All failures of Redis leave it as StoreFull or StoreUnavailable."""
+    """Owns the connections. All failures of Redis leave it as StoreFull or StoreUnavailable.
+
+    They do not say where the Redis is, for clients may see them; the log does.
+    """
 
     def __init__(self, address: RedisAddress) -> None:
         self._address = address
         self._client: Any = redis.Redis(connection_pool=_pool(address))
         self._scripts = {name: self._client.register_script(text) for name, text in SCRIPTS.items()}
+        self._failures = RepeatedLog(log)
         self._lock = threading.Lock()
         self._away = False
         self._probing = False
@@ -59,7 +62,7 @@ class RedisLink:
         except RedisError as error:
             raise self._unavailable(error) from error
         else:
-            self._away = False
+            self._set_here()
         finally:
             if probe:
                 self._probing = False
@@ -78,7 +81,7 @@ class RedisLink:
             if not self._away:
                 return False
             if self._probing or time.monotonic() < self._next_probe_s:
-                raise self._unavailable("it did not answer")
+                raise _unavailable()
             self._probing = True
             return True
 
@@ -87,13 +90,18 @@ class RedisLink:
             self._away = True
             self._next_probe_s = time.monotonic() + PROBE_PERIOD_S
 
-    def _unavailable(self, reason: object) -> StoreUnavailable:
-        if isinstance(reason, AuthenticationError | NoPermissionError):
-            log.error("%s refuses this store: %s", self._address, reason)
-        return StoreUnavailable(
-            f"the store's Redis at {self._address} cannot be used: {reason}",
-            retry_after_s=RETRY_AFTER_S,
-        )
+    def _set_here(self) -> None:
+        if self._away:
+            self._away = False
+            self._failures.worked()
+
+    def _unavailable(self, error: RedisError) -> StoreUnavailable:
+        self._failures.failed(type(error).__name__, logging.WARNING, "%s: %s", self._address, error)
+        return _unavailable()
+
+
+def _unavailable() -> StoreUnavailable:
+    return StoreUnavailable("the store's Redis cannot be used now", retry_after_s=RETRY_AFTER_S)
 
 
 def _pool(address: RedisAddress) -> redis.ConnectionPool:

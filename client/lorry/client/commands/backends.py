@@ -85,7 +85,7 @@ def check(
 ) -> None:
     """Verify every version that a backend keeps; what is damaged is put aside.
 
-    Exits with 1 if anything is damaged or missing and was not repaired.
+    Exits with 1 if anything is damaged or missing and was not repaired, or a Redis miscounts.
 
     Parameters
     ----------
@@ -112,10 +112,13 @@ def check(
                     names = ", ".join(str(name) for name in entry.names)
                     table.add_row(entry.version.digest.hex(), names, state)
                 bar.advance(task, entry.version.file_bytes)
+        problems = checked.problems()
     if table.row_count:
         make_console().print(table)
+    for problem in problems:
+        complain(problem)
     print(f"checked {len(found)} versions, {table.row_count} damaged or missing, {num_bad} still")
-    if num_bad:
+    if num_bad or problems:
         sys.exit(1)
 
 
