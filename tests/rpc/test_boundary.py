@@ -10,7 +10,14 @@ import pytest
 
 from lorry.rpc.boundary import Boundary
 from lorry.rpc.call_counts import CallCounts
-from lorry.rpc.errors import InvalidRequest, LorryError, NoWorker, QueueFull, Violation
+from lorry.rpc.errors import (
+    DeadlineExpired,
+    InvalidRequest,
+    LorryError,
+    NoWorker,
+    QueueFull,
+    Violation,
+)
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.status import from_rpc
 from tests.support.services import METHODS, serving_all
@@ -151,6 +158,9 @@ class GoneClient:
     def peer(self) -> str:
         return "ipv4:127.0.0.1:5000"
 
+    async def read(self) -> bytes:
+        return b""
+
     async def abort(self, *status: object) -> None:
         raise grpc.aio.InternalError("Failed SendStatusFromServerOperation")
 
@@ -171,6 +181,33 @@ async def test_an_error_that_cannot_be_sent_any_more_is_no_defect(kind: str) -> 
 
     boundary: Any = Boundary(Authenticator(), CallCounts())
     wrapped = await boundary.intercept_service(service, Details(KINDS[kind]))
-    answer = getattr(wrapped, kind)(b"", GoneClient())
+    answer = getattr(wrapped, kind.replace("unary_", "stream_", 1))(None, GoneClient())
     with pytest.raises(asyncio.CancelledError):
         await (anext(answer) if kind.endswith("stream") else answer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_stranger_is_refused_before_anything_else_comes(kind: str) -> None:
+    """Whoever is not known cannot keep a call open by sending nothing."""
+    path = KINDS[kind]
+    async with serving_all(Authenticator(dict)) as (_, channel):
+        call: Any = channel.stream_stream(path)(timeout=30)
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await call.read()
+        assert failed.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream"])
+async def test_a_request_that_does_not_come_is_not_waited_for(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorry.rpc.boundary.REQUEST_S", 0.1)
+    async with serving_all(Authenticator()) as (_, channel):
+        call: Any = channel.stream_stream(KINDS[kind])(timeout=30)
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await call.read()
+        assert isinstance(from_rpc(failed.value), DeadlineExpired)
+        call = channel.stream_stream(KINDS[kind])(iter(()), timeout=30)
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await call.read()
+        assert isinstance(from_rpc(failed.value), InvalidRequest)

@@ -7,7 +7,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from lorry.client import Client
+from lorry.client.probe import worker_status
+from lorry.rpc.channel import Credentials
 from lorry.rpc.identity import Role
+from lorry.v1.worker_service_pb2 import WorkerStatus
 from tests.support.processes import Stack
 
 TENANTS = ["red", "blue"]
@@ -54,6 +57,10 @@ class GuardedStack(Stack):
             file.write_text(token("red", role))
             file.chmod(0o600)
             service.options += ("--token-file", str(file))
+
+    async def worker_status(self) -> WorkerStatus:
+        shown = Credentials(token=token("red", Role.ADMIN))
+        return (await worker_status(self.worker.address, shown, timeout_s=10)).status
 
     @contextlib.asynccontextmanager
     async def client_of(self, tenant: str, role: Role = Role.INFER) -> AsyncIterator[Client]:

@@ -1,7 +1,8 @@
 """The interceptor that stands before every method: who may call, and what failures look like.
 
-A message is parsed behind it too: one that cannot be is the caller's error like any other. Probes
-of the server's health pass it as all calls do, but carry no credentials.
+A message is read and parsed behind it too: nothing of a stranger's call is waited for, what comes
+too late or cannot be parsed is the caller's error like any other. Probes of the server's health
+pass it as all calls do, but carry no credentials.
 """
 
 import asyncio
@@ -16,14 +17,17 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from lorry.rpc.call_counts import OK, Call, CallCounts, Outcome
-from lorry.rpc.errors import InvalidRequest, LorryError
+from lorry.rpc.errors import DeadlineExpired, InvalidRequest, LorryError
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.status import to_status
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
+REQUEST_S = 30.0  # that a whole request may take to come
 PUSHBACK_KEY = "grpc-retry-pushback-ms"  # that gRPC's own retries obey; they ignore RetryInfo
 Context = grpc.aio.ServicerContext[Any, Any]
 Parser = Callable[[Any], Any]
+Requests = AsyncIterator[Any]
+Receiver = Callable[[Requests, Context], Awaitable[Any]]
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
 else:
@@ -49,29 +53,28 @@ class Boundary(grpc.aio.ServerInterceptor):
         return None if handler is None else self._wrapped(handler, method)
 
     def _wrapped(self, handler: Handler, method: str) -> Handler:
-        kind = "stream" if handler.request_streaming else "unary"
-        kind += "_stream" if handler.response_streaming else "_unary"
-        behavior = getattr(handler, kind)
+        """A handler of a stream of requests, also where there is one: gRPC would read that before
+        it calls anybody, for as long as the caller likes."""
+        answers = "stream" if handler.response_streaming else "unary"
+        requests = "stream" if handler.request_streaming else "unary"
+        behavior = getattr(handler, f"{requests}_{answers}")
         wrap = self._streaming if handler.response_streaming else self._unary
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        parse = _parser(handler.request_deserializer or _as_it_is)
-        # A stream's messages are parsed as its method reads them, a single one by `call`.
-        streamed = handler.request_streaming
+        make = getattr(grpc, f"stream_{answers}_rpc_method_handler")
         wrapped: Handler = make(
-            wrap(behavior, method, _as_it_is if streamed else parse),
-            request_deserializer=parse if streamed else None,
+            wrap(behavior, method, _as_they_are if handler.request_streaming else _the_only_one),
+            request_deserializer=_parser(handler.request_deserializer or _as_it_is),
             response_serializer=handler.response_serializer,
         )
         return wrapped
 
     def _unary(
-        self, behavior: Callable[..., Awaitable[Any]], method: str, parse: Parser
+        self, behavior: Callable[..., Awaitable[Any]], method: str, receive: Receiver
     ) -> Callable[..., Any]:
-        async def call(request: Any, context: Context) -> Any:
+        async def call(requests: Requests, context: Context) -> Any:
             counted = self._begin(method, context)
             try:
                 self._admit(method, context)
-                response = await behavior(parse(request), context)
+                response = await behavior(await receive(requests, context), context)
                 counted.outcome = OK
                 return response
             except Exception as error:
@@ -80,15 +83,15 @@ class Boundary(grpc.aio.ServerInterceptor):
         return call
 
     def _streaming(
-        self, behavior: Callable[..., AsyncIterator[Any]], method: str, parse: Parser
+        self, behavior: Callable[..., AsyncIterator[Any]], method: str, receive: Receiver
     ) -> Callable[..., Any]:
         assert inspect.isasyncgenfunction(behavior), f"{method} must be an async generator"
 
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        async def call(requests: Requests, context: Context) -> AsyncIterator[Any]:
             counted = self._begin(method, context)
             try:
                 self._admit(method, context)
-                async for response in behavior(parse(request), context):
+                async for response in behavior(await receive(requests, context), context):
                     yield response
                 counted.outcome = OK
             except Exception as error:
@@ -116,7 +119,23 @@ def _parser(deserialize: Parser) -> Parser:
     return parse
 
 
-def _as_it_is(request: Any) -> Any:
+def _as_it_is(data: bytes) -> bytes:
+    return data
+
+
+async def _as_they_are(requests: Requests, context: Context) -> Requests:
+    """Of a stream: its method reads them."""
+    return requests
+
+
+async def _the_only_one(requests: Requests, context: Context) -> Any:
+    try:
+        async with asyncio.timeout(REQUEST_S):
+            request = await context.read()  # `requests` would take a task more, to be closed
+    except TimeoutError:
+        raise DeadlineExpired(f"the request did not come within {REQUEST_S:g} s") from None
+    if request is grpc.aio.EOF:
+        raise InvalidRequest("the call ended without a request")
     return request
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from lorry.rpc.tls import ServerTls
 # chance, without a reason; how many a service takes is its own to decide.
 MAX_PENDING_CALLS = 1 << 14
 MAX_PROBE_BYTES = 4096
+HANDSHAKE_MS = 10_000  # of TLS and of HTTP/2
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use is an error, not shared
@@ -34,6 +36,11 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+    (
+        "grpc.max_allowed_incoming_connections",
+        resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4,
+    ),
 )
 
 log = logging.getLogger(__name__)
