@@ -41,6 +41,7 @@ from tests.support.adapters import lora_files, lora_tensors
 
 PROCESSES, STREAMS, VERSIONS = 8, 25, 4
 LAYOUT = PageLayout(geometry=LLAMA_3_8B, dtype=Dtype.BF16)
+UPLOADER_NICENESS = 10  # it stands for another machine, whose CPU is its own
 MIN_PACE_S = 1e-3
 
 
@@ -193,6 +194,7 @@ async def measure(
         versions = [await uploader.push() for _ in range(VERSIONS)]
         order["versions"] = [version.hex() for version in versions]
         async with readers(order) as fleet:
+            os.nice(UPLOADER_NICENESS)
             await fleet.run(1.0)  # builds the images
             capacity = len(await fleet.run(seconds)) / seconds
             period_s = max(MIN_PACE_S, PROCESSES * STREAMS / (capacity / 2))

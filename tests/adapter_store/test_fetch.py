@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 from crc32c import crc32c
 
+from lorry.adapter_store import service
 from lorry.adapter_store.images import ImageTier
 from lorry.kernels.page_layout import MODULES, Dtype, PageLayout, TpStrategy
 from lorry.rpc.errors import (
@@ -22,6 +23,7 @@ from lorry.rpc.errors import (
     InvalidRequest,
     LayoutUnsupported,
     LorryError,
+    SlowReader,
     StoreFull,
     VersionNotFound,
 )
@@ -31,7 +33,7 @@ from lorry.rpc.shared_memory import open_shared, shm_namespace_id
 from lorry.rpc.status import from_rpc
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_service_pb2 as pb
-from tests.support.adapter_store import RunningStore, running_store
+from tests.support.adapter_store import Client, RunningStore, running_store
 from tests.support.adapters import TINY, build_image, lora_config, lora_files, lora_tensors
 from tests.support.waiting import until
 
@@ -59,6 +61,12 @@ async def read_all(call: Any) -> list[data_pb.FetchAdapterResponse]:
         return [response async for response in call]
     except grpc.aio.AioRpcError as error:
         raise from_rpc(error) from error
+
+
+async def read_on(call: Any) -> None:
+    """Read to the end of a call of which something was read."""
+    while await read(call):
+        continue
 
 
 async def read(call: Any) -> data_pb.FetchAdapterResponse:
@@ -205,10 +213,10 @@ async def test_many_fetches_of_one_version_build_it_once(
         await build(self, key)
 
     monkeypatch.setattr(ImageTier, "_build", counted)
-    calls = [leased(running, version) for _ in range(8)]
-    calls += [leased(running, version) for _ in range(8)]
+    calls = [leased(running, version) for _ in range(64)]
     handles = {handle.name for _, handle in await asyncio.gather(*calls)}
     assert len(handles) == len(builds) == 1
+    assert sum(running.store.images.counts.read_s.counts) == 1
 
 
 async def test_a_fetch_that_is_cancelled_while_it_builds_leaves_nothing_behind(
@@ -370,6 +378,36 @@ async def test_a_reader_that_stops_reading_keeps_its_lease_only_while_it_is_ther
             await call.read()
             await until(lambda: running.store.images.num_leases == 1)
         await until(lambda: running.store.images.num_leases == 0)
+
+
+async def test_a_reader_that_takes_no_chunk_for_too_long_loses_its_lease(
+    running: RunningStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "STALL_S", 0.2)
+    version = await pushed(running)
+    small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}", small_window) as channel:
+        reader = Client(channel, running.client.base_model)
+        call = reader.fetch(version, max_chunk_bytes=16)
+        await read(call)
+        await until(lambda: running.store.images.num_leases == 0)
+        assert not call.done()
+        with pytest.raises(SlowReader):
+            await read_on(call)
+
+
+async def test_a_reader_that_ignores_reclaim_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "RECLAIM_GRACE_S", 0.2)
+    async with running_store(tmp_path, ram_bytes=len(IMAGE)) as running:
+        versions = [await pushed(running, seed) for seed in range(2)]
+        call, _ = await leased(running, versions[0])
+        other, _ = await leased(running, versions[1])
+        assert (await read(call)).HasField("reclaim")
+        with pytest.raises(SlowReader):
+            await read(call)
+        other.cancel()
 
 
 async def test_a_version_lives_until_its_last_lease_ends(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import mmap
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -91,6 +92,7 @@ def answer(request: Request, geometry: ModelGeometry) -> dict[str, Any]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     geometry = ModelGeometry(**json.loads(sys.argv[1]))
+    os.nice(int(sys.argv[2]))
     for line in sys.stdin:
         request = json.loads(line)
         signal.alarm(request["limit_s"])

@@ -40,8 +40,9 @@ class Checked(NamedTuple):
 class Builders:
     """Runs `lorry.adapter_store.builder` in up to `processes` processes, started when needed."""
 
-    def __init__(self, geometry: ModelGeometry, *, processes: int) -> None:
-        self._geometry = geometry
+    def __init__(self, geometry: ModelGeometry, *, processes: int, niceness: int = 0) -> None:
+        """With `niceness` the processes yield the CPU to those that have less."""
+        self._geometry, self._niceness = geometry, niceness
         self._free = asyncio.Semaphore(processes)
         self._idle: list[asyncio.subprocess.Process] = []
 
@@ -128,6 +129,7 @@ class Builders:
             "-m",
             "lorry.adapter_store.builder",
             json.dumps(asdict(self._geometry)),
+            str(self._niceness),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=MAX_REPLY_BYTES,

@@ -51,7 +51,7 @@ class Config(ServiceConfig):
     """Type in which uploaded values must be finite; by default the base model's."""
 
     builders: int = 2
-    """Processes that check uploads and pack page images."""
+    """Processes that pack page images, and as many that check uploads at a lower priority."""
 
     max_weights_bytes: int = 4 << 30
     """Size of one adapter's safetensors file at most."""

@@ -64,6 +64,10 @@ class Lease:
         self._after_release: list[Callable[[], None]] = [partial(released, image)]
         image.leases.add(self)
 
+    @property
+    def held(self) -> bool:
+        return self in self._image.leases
+
     def then(self, action: Callable[[], None]) -> None:
         """Also do this once when the lease ends."""
         self._after_release.append(action)

@@ -1,5 +1,7 @@
 """The store's services but for the operators' of memory; their methods translate."""
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from lorry.adapter_store.leases import Lease
 from lorry.adapter_store.records import Adapter, Published
 from lorry.adapter_store.store import Store
 from lorry.rpc.base_model import BaseModel
-from lorry.rpc.errors import Draining, InvalidRequest
+from lorry.rpc.errors import Draining, InvalidRequest, SlowReader
 from lorry.rpc.identity import current_caller
 from lorry.rpc.layout import layout_from_proto
 from lorry.rpc.names import AdapterName, check_id, check_sha256
@@ -32,6 +34,8 @@ SERVICES = tuple(
     for name in ("AdapterService", "CatalogueService", "AdapterDataService", "StoreAdminService")
 )
 MAX_PAGE_BYTES = 1 << 20
+STALL_S = 30.0  # without taking a chunk, after which a reader has no lease any more
+RECLAIM_GRACE_S = 20.0  # from Reclaim until the store ends the call itself
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -213,8 +217,11 @@ class AdapterDataServicer(data_grpc.AdapterDataServiceServicer):
         )
         await lease.reclaimed.wait()
         yield data_pb.FetchAdapterResponse(reclaim=data_pb.Reclaim())
-        await self._store.draining.wait()
-        raise Draining("the store is shutting down", retry_after_s=1.0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RECLAIM_GRACE_S):
+                await self._store.draining.wait()
+                raise Draining("the store is shutting down", retry_after_s=1.0)
+        raise SlowReader(f"the image was asked back {RECLAIM_GRACE_S:g} s ago")
 
     async def _send_chunks(
         self, lease: Lease, offset: int, chunk_bytes: int
@@ -223,9 +230,19 @@ class AdapterDataServicer(data_grpc.AdapterDataServiceServicer):
         image_bytes = lease.header.image_bytes
         if offset > image_bytes:
             raise InvalidRequest.of("offset", f"must be at most {image_bytes}, got {offset}")
-        async for chunk in read_chunks(lease.path, range(offset, image_bytes, chunk_bytes)):
-            self._store.fetches.num_bytes["chunks",] += len(chunk.data)
-            yield translation.chunk_to_proto(chunk)
+        # While the reader takes nothing this generator rests in `yield`: a timer ends its lease.
+        loop, patience = asyncio.get_running_loop(), None
+        try:
+            async for chunk in read_chunks(lease.path, range(offset, image_bytes, chunk_bytes)):
+                if not lease.held:
+                    raise SlowReader(f"the reader took nothing for {STALL_S:g} s")
+                self._store.fetches.num_bytes["chunks",] += len(chunk.data)
+                patience = loop.call_later(STALL_S, lease.release)
+                yield translation.chunk_to_proto(chunk)
+                patience.cancel()
+        finally:
+            if patience is not None:
+                patience.cancel()
 
     def _by_handle(self, request: data_pb.FetchAdapterRequest) -> bool:
         """Whether the first transport that the reader accepts and that works is a handle."""

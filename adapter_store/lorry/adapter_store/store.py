@@ -36,6 +36,7 @@ from lorry.rpc.shared_directory import SharedDirectory
 from lorry.rpc.shared_memory import shm_namespace_id
 
 SWEEP_PERIOD_S = 5.0
+CHECK_NICENESS = 10  # uploads leave the CPU to fetches, and neither waits for the other
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Store:
         *,
         storage: Storage,
         loaded: Loaded,
-        builders: Builders,
+        builders: Builders,  # of page images
+        checkers: Builders,  # of uploads
         shared: SharedDirectory,
         ram_bytes: int,
         limits: Limits,
@@ -65,7 +67,7 @@ class Store:
         self.images = ImageTier(shared, budget_bytes=ram_bytes, storage=storage, builders=builders)
         publisher = Publisher(
             storage=storage,
-            builders=builders,
+            builders=checkers,
             catalogue=self.catalogue,
             contents=self.contents,
             limits=limits,
@@ -90,7 +92,7 @@ class Store:
         self.fetches = FetchCounts()
         self.shm_namespace_id = shm_namespace_id(shared.path)
         self.draining = asyncio.Event()
-        self._builders = builders
+        self._checkers = checkers
         self._now_ns = now_ns
         self._sweep_wanted = asyncio.Event()
         self._sweep_log = RepeatedLog(log)
@@ -112,7 +114,7 @@ class Store:
         record = UploadRecord(
             key="",
             name=name,
-            spec=await self._builders.check_config(config_json),
+            spec=await self._checkers.check_config(config_json),
             weights_bytes=weights_bytes,
             weights_sha256=weights_sha256,
             config_sha256=sha256(config_json.encode()).digest(),
@@ -224,10 +226,12 @@ async def opened(
         stack.callback(storage.close)
         loaded = await storage.run(backend.load)
         builders = Builders(geometry, processes=builder_processes)
+        checkers = Builders(geometry, processes=builder_processes, niceness=CHECK_NICENESS)
         store = Store(
             storage=storage,
             loaded=loaded,
             builders=builders,
+            checkers=checkers,
             shared=shared,
             ram_bytes=ram_budget(shm_dir, ram_bytes),
             limits=limits,
@@ -251,3 +255,4 @@ async def opened(
             await store.start_draining()
             await store.close()
             await builders.close()
+            await checkers.close()

@@ -38,7 +38,8 @@ class AdapterDataServiceStub:
     The open RPC is the lease of a handle: the file stays until the RPC ends. A connection that has been silent for
     20 s (keepalive) ends it. Chunks end the RPC; after a handle it stays open until the reader cancels it.
     NOT_FOUND: no such version. FAILED_PRECONDITION LAYOUT_UNSUPPORTED: unknown layout_revision, or a layout that the
-    store cannot build. RESOURCE_EXHAUSTED STORE_FULL: no room for the image.
+    store cannot build. RESOURCE_EXHAUSTED STORE_FULL: no room for the image. RESOURCE_EXHAUSTED SLOW_READER: the reader
+    took no chunk for 30 s (it may resume at its offset), or did not end the RPC within 20 s of Reclaim.
     """
 
 @_typing.type_check_only
@@ -51,7 +52,8 @@ class AdapterDataServiceAsyncStub(AdapterDataServiceStub):
     The open RPC is the lease of a handle: the file stays until the RPC ends. A connection that has been silent for
     20 s (keepalive) ends it. Chunks end the RPC; after a handle it stays open until the reader cancels it.
     NOT_FOUND: no such version. FAILED_PRECONDITION LAYOUT_UNSUPPORTED: unknown layout_revision, or a layout that the
-    store cannot build. RESOURCE_EXHAUSTED STORE_FULL: no room for the image.
+    store cannot build. RESOURCE_EXHAUSTED STORE_FULL: no room for the image. RESOURCE_EXHAUSTED SLOW_READER: the reader
+    took no chunk for 30 s (it may resume at its offset), or did not end the RPC within 20 s of Reclaim.
     """
 
 class AdapterDataServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -67,7 +69,8 @@ class AdapterDataServiceServicer(metaclass=_abc_1.ABCMeta):
         The open RPC is the lease of a handle: the file stays until the RPC ends. A connection that has been silent for
         20 s (keepalive) ends it. Chunks end the RPC; after a handle it stays open until the reader cancels it.
         NOT_FOUND: no such version. FAILED_PRECONDITION LAYOUT_UNSUPPORTED: unknown layout_revision, or a layout that the
-        store cannot build. RESOURCE_EXHAUSTED STORE_FULL: no room for the image.
+        store cannot build. RESOURCE_EXHAUSTED STORE_FULL: no room for the image. RESOURCE_EXHAUSTED SLOW_READER: the reader
+        took no chunk for 30 s (it may resume at its offset), or did not end the RPC within 20 s of Reclaim.
         """
 
 def add_AdapterDataServiceServicer_to_server(servicer: AdapterDataServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
