@@ -7,6 +7,8 @@ from typing import Any
 
 from benchmarks.figures_engine import engine_figures
 from benchmarks.figures_gpu import cold_figures, copies_figures, start_figures, step_figures
+from benchmarks.figures_scheduling import DOCS, draw_scheduling, scheduling_text
+from benchmarks.figures_scheduling import TITLES as STUDIES
 from benchmarks.figures_store import (
     PLOT,
     plot_memory,
@@ -17,6 +19,7 @@ from benchmarks.figures_text import Result, source, spread
 from benchmarks.results_file import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
+SCHEDULING = DOCS / "scheduling.md"
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->"
 
 
@@ -97,11 +100,22 @@ PARTS: dict[str, Callable[[list[Result]], Iterator[str]]] = {
 }
 
 
-def main() -> None:
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
+def studies() -> list[Result]:
+    """Committed results of the policies' studies, in the order in which they are told."""
+    return [result for study in STUDIES for result in results(f"studies.{study}")]
+
+
+def replace_figures(page: Path, text: str) -> None:
+    """Write what stands between the page's markers."""
+    before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
-    README.write_text(before + BEGIN + figures() + END + after)
+    page.write_text(before + BEGIN + text + END + after)
+
+
+def main() -> None:
+    replace_figures(README, figures())
+    replace_figures(SCHEDULING, scheduling_text(studies()))
+    draw_scheduling(studies())
     for row in results("store_scale"):
         plot_memory(row, README.parent / PLOT)
 

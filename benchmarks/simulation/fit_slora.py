@@ -31,8 +31,8 @@ from lorry.client.bench.record import Record
 RATE_TOLERANCE, TIME_TOLERANCE, ATTAINMENT_TOLERANCE = 0.02, math.log(1.5), 0.05
 LOAD_S_PER_RANK = 2 * (2 << 20) / 12e9  # each adapter is copied twice, over PCIe 4
 FIRST_GUESS = {
-    A10G_S2: LinearCosts(step_ms=30.0, row_ms=0.25, kv_token_ms=0.0012, rank_ms=0.008),
-    A100_S4: LinearCosts(step_ms=30.0, row_ms=0.12, kv_token_ms=0.0006, rank_ms=0.004),
+    A10G_S2: LinearCosts(step_ms=30.0, row_ms=0.24, kv_token_ms=0.00095, rank_ms=0.008),
+    A100_S4: LinearCosts(step_ms=30.0, row_ms=0.112, kv_token_ms=0.00055, rank_ms=0.004),
 }
 
 
@@ -109,22 +109,22 @@ def report(hardware: Hardware, costs: LinearCosts) -> list[Mapping[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tries", type=int, default=150)
+    parser.add_argument("--hardware", nargs="+", default=[A10G_S2.name, A100_S4.name])
     arguments = parser.parse_args()
-    metrics = {}
     for hardware in (A10G_S2, A100_S4):
-        costs, least = fit(hardware, arguments.tries)
-        metrics[hardware.name] = {
-            "costs": asdict(costs),
-            "loss": least,
-            "runs": report(hardware, costs),
-        }
-    write_result(
-        "simulation-slora-fit",
-        benchmark="simulation.fit_slora",
-        device="virtual clock",
-        config={"tries": arguments.tries},
-        metrics=metrics,
-    )
+        if hardware.name in arguments.hardware:
+            costs, least = fit(hardware, arguments.tries)
+            write_result(
+                f"simulation-slora-fit-{hardware.name}",
+                benchmark="simulation.fit_slora",
+                device="virtual clock",
+                config={"hardware": hardware.name, "tries": arguments.tries},
+                metrics={
+                    "costs": asdict(costs),
+                    "loss": least,
+                    "runs": report(hardware, costs),
+                },
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
+import re
 from typing import Any
 
-from benchmarks.figures import BEGIN, END, README, figures
+from benchmarks.figures import BEGIN, END, README, SCHEDULING, figures, studies
 from benchmarks.figures_engine import engine_figures
+from benchmarks.figures_scheduling import scheduling_text
 
 PLAIN = {"requests": 50, "trace_seed": 42, "alpha": 1.0, "pool_gib": 108.0}
 
@@ -9,6 +11,13 @@ PLAIN = {"requests": 50, "trace_seed": 42, "alpha": 1.0, "pool_gib": 108.0}
 def test_readme_holds_what_the_result_files_say() -> None:
     text = README.read_text()
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == figures()
+
+
+def test_the_page_of_scheduling_holds_what_the_studies_say() -> None:
+    text = SCHEDULING.read_text()
+    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == scheduling_text(studies())
+    for plot in re.findall(r"\(figures/(\S+)\)", text):
+        assert (SCHEDULING.parent / "figures" / plot).is_file()
 
 
 def engine_result(model: str, adapters: int, command: str, **config: Any) -> dict[str, Any]:

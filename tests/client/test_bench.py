@@ -53,6 +53,8 @@ async def test_every_request_is_sent_once_and_recorded(tmp_path: Path) -> None:
     asked = sorted((spec.adapter, len(spec.token_ids.ids)) for spec in inference.specs)
     assert asked == sorted((f"adapters/lora-{r['adapter']}", r["prompt_tokens"]) for r in trace)
     assert {spec.stopping.max_tokens for spec in inference.specs} == {3}
+    assert {spec.slo.ttft.ToSeconds() for spec in inference.specs} == {60}
+    assert not any(spec.slo.HasField("tpot") for spec in inference.specs)
 
 
 async def test_a_dry_run_shows_the_trace_and_sends_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sends a trace's requests at their times, whatever became of the ones before: an open loop."""
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +106,8 @@ class Load:
             max_tokens=planned.output_tokens,
             temperature=0.0,
             ignore_eos=True,
+            slo_ttft_s=_asked(record.slo.ttft_s),
+            slo_tpot_s=_asked(record.slo.tpot_s),
         )
 
     def _adapter(self, planned: TraceRequest) -> str:
@@ -114,3 +117,7 @@ class Load:
 
     def _now_s(self) -> float:
         return time.monotonic() - self._start_s
+
+
+def _asked(slo_s: float) -> float | None:
+    return slo_s if math.isfinite(slo_s) else None

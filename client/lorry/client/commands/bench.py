@@ -74,7 +74,8 @@ class RunOptions:
     """How it is sent and judged."""
 
     slo_ttft_s: float | None = None
-    """Seconds within which a request's first token must come; default: any time will do."""
+    """Seconds within which a request's first token must come, which the router is told; default:
+    any time will do."""
 
     slo_tpot_s: float | None = None
     """Seconds that each further output token may take, on average; default: any."""

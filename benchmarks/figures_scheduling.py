@@ -1,0 +1,223 @@
+"""What docs/scheduling.md tells of the policies' studies: tables and plots."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.figures_text import Result
+
+DOCS = Path(__file__).parents[1] / "docs"
+COLOURS = {"fcfs": "#8d99ae", "lcfs": "#e9a23b", "abort": "#c8453b", "lorry": "#2a9d8f"}
+NAMES = {
+    "fcfs": "FCFS",
+    "lcfs": "LCFS",
+    "abort": "early abort",
+    "own-loop": "S-LoRA's loop",
+    "slora": "S-LoRA's rule",
+    "lorry": "Lorry",
+}
+
+
+def scheduling_text(studies: Sequence[Result]) -> str:
+    """The generated section of docs/scheduling.md."""
+    lines: list[str] = []
+    for study in studies:
+        kind = study["benchmark"].removeprefix("studies.")
+        lines += ["", f"### {TITLES[kind]}{_of(study)}", ""]
+        if kind in PLOTS:
+            lines += [f"![{TITLES[kind]}](figures/{_plot_name(study)})", ""]
+        lines += TABLES[kind](study["metrics"])
+        lines += ["", f"`{study['command']}`, {study['date'][:10]}"]
+    return "\n".join(lines) + "\n"
+
+
+def draw_scheduling(studies: Sequence[Result], directory: Path = DOCS / "figures") -> None:
+    """A PNG for each study that has a plot."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for study in studies:
+        kind = study["benchmark"].removeprefix("studies.")
+        if kind in PLOTS:
+            figure = Figure(figsize=(9, 3.2), layout="constrained")
+            PLOTS[kind](figure, study["metrics"])
+            for axes in figure.axes:
+                axes.spines[["top", "right"]].set_visible(False)
+                axes.grid(alpha=0.25)
+            figure.savefig(directory / _plot_name(study), dpi=110, metadata={"Software": None})
+
+
+def _plot_name(study: Result) -> str:
+    kind = study["benchmark"].removeprefix("studies.")
+    return f"scheduling-{'-'.join([kind, *study['config'].get('hardware', '').split()])}.png"
+
+
+def _of(study: Result) -> str:
+    hardware = study["config"].get("hardware")
+    return f" ({hardware})" if hardware else ""
+
+
+def _slora(metrics: dict[str, Any]) -> Iterator[str]:
+    yield "| policy | cv | attainment recorded | simulated | satisfaction recorded | simulated |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for cell in metrics["recorded"]:
+        recorded, simulated = cell["recorded"], cell["simulated"]
+        columns = []
+        for name in ("attainment", "satisfaction"):
+            columns += [_number(recorded.get(name)), _number(simulated[name])]
+        yield f"| {NAMES[cell['policy']]} | {cell['cv']:g} | {' | '.join(columns)} |"
+    yield ""
+    yield "Lorry minus the other, mean of paired seeds and 95 % interval:"
+    yield ""
+    yield "| minus | cv | attainment | satisfaction | goodput, req/s |"
+    yield "|---|---:|---:|---:|---:|"
+    for cell in metrics["compared"]:
+        for other, differences in cell["differences"].items():
+            columns = [_interval(found) for found in differences.values()]
+            yield f"| {NAMES[other]} | {cell['cv']:g} | {' | '.join(columns)} |"
+
+
+def _slora_plot(figure: Figure, metrics: dict[str, Any]) -> None:
+    left, right = figure.subplots(1, 2)
+    for policy in ("fcfs", "lcfs", "abort"):
+        cells = [cell for cell in metrics["recorded"] if cell["policy"] == policy]
+        cvs = [cell["cv"] for cell in cells]
+        colour, name = COLOURS[policy], NAMES[policy]
+        recorded = [cell["recorded"]["attainment"] for cell in cells]
+        simulated = [cell["simulated"]["attainment"] for cell in cells]
+        left.plot(cvs, recorded, "o", color=colour, label=f"{name}, recorded")
+        left.plot(cvs, simulated, "-", color=colour, label="simulated")
+    left.set(xlabel="cv of the gaps between arrivals", ylabel="attainment", ylim=(0, 1))
+    left.legend(frameon=False, fontsize=7, ncols=3)
+    for other, style in (("own-loop", "-o"), ("slora", "--s")):
+        cvs = [cell["cv"] for cell in metrics["compared"]]
+        found = [cell["differences"][other]["attainment"] for cell in metrics["compared"]]
+        means = [difference["mean"] for difference in found]
+        errors = [
+            [difference["mean"] - difference["low"] for difference in found],
+            [difference["high"] - difference["mean"] for difference in found],
+        ]
+        right.errorbar(cvs, means, yerr=errors, fmt=style, capsize=3, label=f"to {NAMES[other]}")
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(xlabel="cv of the gaps between arrivals", ylabel="gain of attainment")
+    right.legend(frameon=False, fontsize=8)
+
+
+def _load(metrics: dict[str, Any]) -> Iterator[str]:
+    yield f"Capacity {metrics['capacity_req_per_s']:.1f} requests/s."
+    yield ""
+    yield (
+        "| load | capacity's share | FCFS attainment | Lorry attainment | of admitted "
+        "| Lorry goodput, req/s | longest wait for an abort, s |"
+    )
+    yield "|---:|---:|---:|---:|---:|---:|---:|"
+    for cell in metrics["cells"]:
+        lorry = cell["lorry"]
+        yield (
+            f"| {cell['load']:g} | {cell['allowed']:.3f} | {cell['fcfs']['attainment']:.3f} "
+            f"| {lorry['attainment']:.3f} | {lorry['attainment_of_admitted']:.3f} "
+            f"| {lorry['goodput_while_arriving_per_s']:.1f} | {lorry['longest_abort_s']:.2f} |"
+        )
+
+
+def _load_plot(figure: Figure, metrics: dict[str, Any]) -> None:
+    left, right = figure.subplots(1, 2)
+    cells = metrics["cells"]
+    loads = [cell["load"] for cell in cells]
+    left.plot(loads, [cell["allowed"] for cell in cells], "k:", label="what capacity allows")
+    for name in ("fcfs", "lorry"):
+        for axes, metric in ((left, "attainment"), (right, "goodput_while_arriving_per_s")):
+            values = [cell[name][metric] for cell in cells]
+            axes.plot(loads, values, "-o", color=COLOURS[name], label=NAMES[name])
+    _label(left, "load, by capacity", "attainment")
+    _label(right, "load, by capacity", "goodput, requests/s")
+
+
+def _clustering(metrics: dict[str, Any]) -> Iterator[str]:
+    yield "| alpha | d | requests/s | attainment | satisfaction |"
+    yield "|---:|---:|---:|---:|---:|"
+    for cell in metrics["cells"]:
+        limit = f"{cell['limit']}" if cell["limit"] else "none"
+        yield (
+            f"| {cell['alpha']:g} | {limit} | {cell['req_per_s']:.3f} "
+            f"| {cell['attainment']:.3f} | {cell['satisfaction']:.3f} |"
+        )
+
+
+def _clustering_plot(figure: Figure, metrics: dict[str, Any]) -> None:
+    left, right = figure.subplots(1, 2)
+    for alpha in sorted({cell["alpha"] for cell in metrics["cells"]}):
+        cells = [cell for cell in metrics["cells"] if cell["alpha"] == alpha]
+        limits = [str(cell["limit"] or "none") for cell in cells]
+        for axes, metric in ((left, "req_per_s"), (right, "attainment")):
+            axes.plot(limits, [cell[metric] for cell in cells], "-o", label=f"alpha {alpha:g}")
+    _label(left, "most adapters of a batch", "requests/s")
+    _label(right, "most adapters of a batch", "attainment")
+
+
+def _fairness(metrics: dict[str, Any]) -> Iterator[str]:
+    yield "| modest tenant's time to first token, p99, s | alone | beside load | beside greed |"
+    yield "|---|---:|---:|---:|"
+    for name, found in metrics["greedy"].items():
+        times = [
+            f"{found[crowd]['p99']:.3f}" for crowd in ("alone", "beside_load", "beside_greedy")
+        ]
+        yield f"| {'by tenant' if name == 'fair' else 'no fairness'} | {' | '.join(times)} |"
+    yield ""
+    ratio = metrics["weighted"]["ratio"]
+    yield f"Service of two backlogged tenants of weights 3 and 1: {ratio:.3f} to 1."
+
+
+def _placement(metrics: dict[str, Any]) -> Iterator[str]:
+    yield "| placement | adapter loads | GB loaded | imbalance | TTFT p99, s | requeued | failed |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    names = {"residency": "Lorry's", "random": "random", "one_lost": "Lorry's, one worker lost"}
+    for key, name in names.items():
+        found = metrics[key]
+        yield (
+            f"| {name} | {found['loads']} | {found['loaded_bytes'] / 1e9:.1f} "
+            f"| {found['imbalance']:.1%} | {found['ttft_s']['p99']:.3f} "
+            f"| {found['requeued']} | {found['failed']} |"
+        )
+
+
+def _scale(metrics: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"{metrics['requests']:,} requests, {metrics['steps']:,} steps and "
+        f"{metrics['events']:,} events of {metrics['virtual_seconds']:.0f} virtual seconds take "
+        f"{metrics['cpu_seconds']:.0f} s of CPU time: "
+        f"{metrics['cpu_seconds'] / metrics['requests'] * 1e3:.2f} ms a request."
+    )
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
+TITLES = {
+    "slora": "S-LoRA's study of early abort",
+    "load": "Load from half to three times the capacity",
+    "clustering": "Adapters of a batch",
+    "fairness": "Fairness",
+    "placement": "Placement over eight workers",
+    "scale": "The simulator's own speed",
+}
+TABLES = {
+    "slora": _slora,
+    "load": _load,
+    "clustering": _clustering,
+    "fairness": _fairness,
+    "placement": _placement,
+    "scale": _scale,
+}
+PLOTS = {"slora": _slora_plot, "load": _load_plot, "clustering": _clustering_plot}
