@@ -12,6 +12,7 @@ from benchmarks.figures_scheduling import TITLES as STUDIES
 from benchmarks.figures_store import (
     PLOT,
     plot_memory,
+    store_flood_figures,
     store_fuzz_figures,
     store_scale_figures,
 )
@@ -96,6 +97,7 @@ PARTS: dict[str, Callable[[list[Result]], Iterator[str]]] = {
     "store": _store,
     "store_scale": store_scale_figures,
     "store_fuzz": store_fuzz_figures,
+    "store_flood": store_flood_figures,
     "soak": _soak,
 }
 

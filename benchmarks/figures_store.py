@@ -50,6 +50,20 @@ def store_fuzz_figures(rows: list[Result]) -> Iterator[str]:
         yield f"  {source(row)}."
 
 
+def store_flood_figures(rows: list[Result]) -> Iterator[str]:
+    for row in rows:
+        metrics, config = row["metrics"], row["config"]
+        yield (
+            f"- {config['uploads']:,} uploads offered by one tenant over {config['connections']} "
+            f"connections: {metrics['answers']['begun']} begun (its limit), the rest refused, in"
+        )
+        yield (
+            f"  {metrics['grown_mib']:.0f} MiB more; another tenant's push took "
+            f"{metrics['other_tenants_push_s']:.2f} s meanwhile."
+        )
+        yield f"  {source(row)}."
+
+
 def plot_memory(row: Result, path: Path) -> None:
     """Hit rates by the share of the bytes that memory holds."""
     zipf = row["metrics"]["zipf"]

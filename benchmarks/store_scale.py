@@ -37,6 +37,7 @@ from lorry.adapter_store.peft_config import resolve
 from lorry.kernels.page_layout import Dtype, PageLayout
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.layout import layout_to_proto
+from lorry.rpc.renewed_channel import Metadata
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
@@ -89,6 +90,7 @@ def bytes_of(number: int) -> int:
 @dataclass
 class RunningStore:
     process: psutil.Process
+    address: str
     channel: grpc.aio.Channel
     metrics_url: str
     start_s: float  # until it has answered
@@ -115,7 +117,9 @@ class Place:
 
 
 @contextlib.asynccontextmanager
-async def started(place: Place, *options: str) -> AsyncIterator[RunningStore]:
+async def started(
+    place: Place, *options: str, metadata: Metadata = ()
+) -> AsyncIterator[RunningStore]:
     """A store on the adapters of `place`, ended by SIGTERM."""
     start_s = time.perf_counter()
     command = [sys.executable, "-m", "lorry.adapter_store", "--address", "127.0.0.1:0"]
@@ -130,10 +134,11 @@ async def started(place: Place, *options: str) -> AsyncIterator[RunningStore]:
             assert process.stdout is not None
             address = (await process.stdout.readline()).decode().split()[-1]
             async with grpc.aio.insecure_channel(address) as channel:
-                await AdapterServiceStub(channel).ListAdapters(pb.ListAdaptersRequest(page_size=1))
+                request = pb.ListAdaptersRequest(page_size=1)
+                await AdapterServiceStub(channel).ListAdapters(request, metadata=metadata)
                 answers_s = time.perf_counter() - start_s
                 url = metrics_url(log_path.read_text())
-                yield RunningStore(psutil.Process(process.pid), channel, url, answers_s)
+                yield RunningStore(psutil.Process(process.pid), address, channel, url, answers_s)
         finally:
             process.send_signal(signal.SIGTERM)
             await process.wait()
