@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import platform
+import signal
 import statistics
 import tempfile
 import time
@@ -163,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each of the three phases")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the services are stopped then, too
     with tempfile.TemporaryDirectory(prefix="lorry-burst-") as directory:
         metrics = asyncio.run(measure(Path(directory), arguments.seconds))
     write_result(
