@@ -14,6 +14,7 @@ from lorry.router.dispatcher import Dispatcher, Place
 from lorry.router.generation import Completion, FinishReason
 from lorry.router.output import Output
 from lorry.router.request import Request, RequestState
+from lorry.router.slo_counts import SloCounts
 from lorry.router.worker_link import Ended
 from lorry.rpc.errors import DeadlineExpired, Interrupted, LorryError, WorkerLost
 
@@ -33,8 +34,9 @@ class _Held:
 class ActiveRequests:
     """`when_ended` hears of each end, with the place at a worker that must be cancelled."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, slo_counts: SloCounts) -> None:
         self.counts = RequestCounts()
+        self.slo_counts = slo_counts
         self._dispatcher = dispatcher
         self._loop = asyncio.get_running_loop()
         self._held: dict[Request, _Held] = {}
@@ -69,6 +71,7 @@ class ActiveRequests:
         held.deadline.cancel()
         place = self._dispatcher.end(request, state)
         self.counts.end(state, error)
+        self.slo_counts.end(request, state)
         if not self._held:
             self._none.set()
         log.debug("%s %s", state.name, request.generation)

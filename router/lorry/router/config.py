@@ -67,6 +67,10 @@ class Config(PolicyOptions, CallingServiceConfig):
     slo_tpot_s: float | None = None
     """Seconds per output token, likewise."""
 
+    slo_label: str = ""
+    """Key of a label of requests by whose first 32 values the metrics tell attained objectives
+    apart; empty: by none."""
+
     max_request_s: float = 3600.0
     """Seconds that a request may live; also the deadline of a request that names none."""
 

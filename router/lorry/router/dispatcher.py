@@ -14,6 +14,7 @@ from lorry.router.context_length import context_exceeded
 from lorry.router.places import RETRY_AFTER_S, Places
 from lorry.router.planner import Planner, Send
 from lorry.router.policies import Policies
+from lorry.router.predictor import PredictionErrors
 from lorry.router.rates import RateLimits, unlimited
 from lorry.router.request import AT_WORKER, Request, RequestState
 from lorry.router.worker import Worker, WorkerStatus
@@ -66,6 +67,15 @@ class Dispatcher:
     @property
     def workers(self) -> list[Worker]:
         return list(self._workers.values())
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether more waits than can be served in time, as of the last plan."""
+        return self._backlog.overloaded
+
+    @property
+    def prediction_errors(self) -> PredictionErrors:
+        return self._predictor.errors
 
     def receive(self, request: Request) -> None:
         """Give an arriving request its place in the queue, or raise why it is refused."""

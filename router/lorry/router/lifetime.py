@@ -21,6 +21,7 @@ from lorry.router.readiness import Readiness
 from lorry.router.roster import Roster
 from lorry.router.router import Router
 from lorry.router.service import SERVICE, InferenceService
+from lorry.router.slo_counts import SloCounts
 from lorry.router.store import Store
 from lorry.router.tenants import Tenants, read_tenants
 from lorry.router.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIt
             on_synced=readiness.set_catalogue_synced,
         )
         dispatcher = _dispatcher(config, tenants)
-        active = ActiveRequests(dispatcher)
+        active = ActiveRequests(dispatcher, SloCounts(tenants.named, config.slo_label))
         fleet = Fleet(config, dispatcher, active, on_workers=readiness.set_workers)
         roster = _roster(config, fleet, base_model, resolve)
         fleet.connect(roster.links)

@@ -9,6 +9,7 @@ from lorry.router.dispatcher import Dispatcher
 from lorry.router.fleet import Fleet
 from lorry.router.request import FINAL, RequestState
 from lorry.router.store import Store
+from lorry.rpc.histogram import Histogram
 from lorry.rpc.metrics import Metric, counter, gauge, histogram
 
 STATES = [state for state in RequestState if state not in FINAL]
@@ -42,6 +43,10 @@ class Source:
     def worker_room(self) -> Mapping[tuple[str], int]:
         workers = self.dispatcher.workers
         return {(w.name,): w.submit_limit - w.num_submitted if w.has_room else 0 for w in workers}
+
+    def prediction_errors(self) -> Mapping[tuple[str], Histogram]:
+        errors = self.dispatcher.prediction_errors
+        return {("arrival",): errors.at_arrival, ("submit",): errors.at_submit}
 
     def worker_adapters(self) -> Mapping[tuple[str, str], int]:
         tiers = [
@@ -89,6 +94,32 @@ METRICS: Sequence[Metric[Source]] = (
         "lorry_router_token_gap_seconds",
         "Between two tokens of a request as they come from workers",
         lambda s: s.active.counts.token_gap_s,
+    ),
+    counter(
+        "lorry_router_slo_requests_total",
+        "Requests with an objective that have ended, by tenant (other: not in the tenants file), "
+        "value of the label that --slo-label names, and outcome: met or missed, which whatever is "
+        "aborted or refused counts as. Their rates are goodput and attainment",
+        lambda s: s.active.slo_counts.requests,
+        ("tenant", "label", "outcome"),
+    ),
+    counter(
+        "lorry_router_slo_satisfaction_total",
+        "Sum of those requests' satisfaction, 1 - (TTFT / SLO)^2 where the first token was in time",
+        lambda s: s.active.slo_counts.satisfaction,
+        ("tenant", "label"),
+    ),
+    gauge(
+        "lorry_router_overloaded",
+        "1 while more requests with objectives wait than can be served in time, else 0",
+        lambda s: s.dispatcher.overloaded,
+    ),
+    histogram(
+        "lorry_router_ttft_prediction_error_ratio",
+        "How far a predicted time to first token was off, as a share of the true one, by when it "
+        "was predicted: at arrival, or at the submit for what was left of it",
+        Source.prediction_errors,
+        ("at",),
     ),
     counter(
         "lorry_router_prompt_tokens_total",

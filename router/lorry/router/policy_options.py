@@ -39,7 +39,7 @@ class PolicyOptions:
     """Seconds that a request may be passed over, for that or because the worker that holds its
     adapter is busy."""
 
-    worker_backlog_s: float = 0.25
+    worker_backlog_s: float = 0.1
     """Seconds that requests may queue at a worker, at the pace at which it begins them; more wait
     here, where the policies choose among them. 0: as many as the worker takes."""
 

@@ -117,6 +117,7 @@ class Router:
             self._dispatcher.receive(request)
         except LorryError as error:
             self._active.counts.refuse(error)
+            self._active.slo_counts.end(request, S.FAILED)
             raise
         text = TextStream(
             self._tokenizer.table,

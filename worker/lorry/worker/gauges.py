@@ -12,6 +12,7 @@ from lorry.worker.request import RequestState
 from lorry.worker.runner import RunCounts
 from lorry.worker.scheduler import Scheduler
 from lorry.worker.statistics import StepStatistics, Transfers, loads
+from lorry.worker.step_fit import StepFit
 
 SMOOTHING = 0.1  # weight of the newest measurement in a moving average
 
@@ -27,6 +28,7 @@ class Gauges:
     adapter_evictions: int = 0
     max_adapters_in_step: int = 0
     max_adapters_beside_base_in_step: int = 0
+    fit: StepFit = field(default_factory=StepFit)
     steps: StepStatistics = field(default_factory=StepStatistics)
     loads: Transfers = field(default_factory=loads)
 
@@ -44,12 +46,13 @@ class Gauges:
             sequences=len(batch.row_S),
             adapters=adapters,
         )
+        self.fit.note(batch.num_tokens, seconds)
         if batch.is_decode_only:
             rows = 1 << (len(batch.row_S) - 1).bit_length()
             before = self.step_times_ms.get(rows, 0.0)
             self.step_times_ms[rows] = _average(before, seconds * 1e3)
         else:
-            rate = batch.num_tokens / seconds
+            rate = self.fit.rows_per_s(batch.num_tokens, seconds)
             self.prefill_tokens_per_s = _average(self.prefill_tokens_per_s, rate)
 
     def note_load(self, source: str, num_bytes: int, seconds: float) -> None:

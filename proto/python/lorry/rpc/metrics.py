@@ -2,7 +2,8 @@
 
 Services count in plain numbers and `Histogram`s, and only a scrape turns these into metrics, so
 nothing of Prometheus runs where requests do. A label's values come from a closed set, or are things
-that there are few of, such as workers; never adapters, versions, tenants or a peer's own words.
+that there are few of, such as workers, or tenants that a file names; never adapters, versions or a
+peer's own words, but for a few values of one label that the deployment has chosen.
 """
 
 import enum

@@ -520,7 +520,7 @@ class WorkerStatus(_message.Message):
     """Of running requests, pages of the prefix cache that they use included."""
     pages_adapter: _builtins.int
     prefill_tokens_per_s: _builtins.float
-    """Measured, a moving average of prompt tokens per second; 0 = not measured yet."""
+    """Measured, a moving average: prompt tokens per second, by what one more adds to a step; 0 = not measured yet."""
     adapter_load_bytes_per_s: _builtins.float
     """Measured, host to GPU; 0 = not measured yet."""
     draining: _builtins.bool
