@@ -126,7 +126,7 @@ async def measure(directory: Path, seconds: float) -> dict[str, Any]:
             for name in TASKS:
                 await client.adapters.push(adapter_dir(name), adapter_id=name)
         await alone_ttft_s(router)  # every worker has met every adapter
-        alone_s, capacity = await alone_ttft_s(router), await capacity_req_per_s(router, 300)
+        alone_s, capacity = await alone_ttft_s(router), await capacity_req_per_s(router, 100)
         light = LIGHT * capacity
         burst = Burst(seconds, seconds, 3.0 / LIGHT)
         spec = TraceSpec(
