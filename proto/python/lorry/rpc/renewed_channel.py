@@ -71,7 +71,8 @@ class RenewedChannel(grpc.aio.Channel, Generic[C]):
         await self.close()
 
     async def close(self, grace: float | None = None) -> None:
-        await asyncio.gather(*(life.channel.close(grace) for life in self._lives), *self._closing)
+        lives, self._lives = self._lives, set()
+        await asyncio.gather(*(life.channel.close(grace) for life in lives), *self._closing)
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
         return self._channel.get_state(try_to_connect)
@@ -125,6 +126,8 @@ class RenewedChannel(grpc.aio.Channel, Generic[C]):
         return life
 
     def _end_life(self, life: _Life) -> None:
+        if life not in self._lives:  # `close` ends it
+            return
         self._lives.remove(life)
         closing = asyncio.get_running_loop().create_task(life.channel.close())
         self._closing.add(closing)
