@@ -138,6 +138,12 @@ def test_options_that_are_not_given_are_left_to_the_router() -> None:
     assert not spec.stopping.HasField("max_tokens")
     assert not spec.response.HasField("top_logprobs")
     assert not spec.response.HasField("prompt_logprobs")
+    assert not spec.slo.HasField("ttft")
+
+
+def test_an_slo_is_sent_as_durations() -> None:
+    slo = Request(prompt="a", slo_ttft_s=1.5, slo_tpot_s=0.05).to_proto().slo
+    assert (slo.ttft.ToMilliseconds(), slo.tpot.ToMilliseconds()) == (1500, 50)
 
 
 def test_a_chat_is_sent_as_messages() -> None:

@@ -23,6 +23,7 @@ from lorry.rpc.errors import (
     ModelNotFound,
     PoolTooSmall,
     QueueFull,
+    SloUnattainable,
     SlowReader,
     StoreUnavailable,
     TenantLimit,
@@ -421,4 +422,21 @@ async def test_what_still_runs_after_the_grace_is_ended(model: Path) -> None:
         (interrupted,) = (error for error in errors if isinstance(error, Interrupted))
         assert interrupted.metadata == {"sentTokens": "3"}
         await stack.worker.until(lambda: sorted(stack.worker.cancels) == [1, 2])
+        stack.check_idle()
+
+
+async def test_an_slo_that_cannot_be_kept_is_refused_with_what_was_predicted(model: Path) -> None:
+    async with router_stack(model, worker={"submit_limit": 1}) as stack:
+        first = stack.open(pb.GenerationSpec(prompt="say"))
+        await stack.worker.until(lambda: len(stack.worker.submits) == 1)
+        asked = pb.GenerationSpec(prompt="say")
+        asked.slo.ttft.FromMilliseconds(50)
+        refusal = await error_of(stack.stream(asked))
+        first.cancel()
+        assert isinstance(refusal, SloUnattainable)
+        assert refusal.metadata["askedTtftS"] == "0.05"
+        assert float(refusal.metadata["predictedTtftS"]) >= 0.05
+        assert refusal.retry_after_s is not None
+        assert len(stack.worker.submits) == 1
+        await until(lambda: not stack.running.router._active)
         stack.check_idle()
