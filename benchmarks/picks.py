@@ -16,8 +16,8 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, count
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -36,15 +36,15 @@ from lorry.router.worker import Worker
 QUEUED = (1_000, 10_000, 100_000)
 TENANTS, ADAPTERS, WORKERS, RUNNING = 100, 10_000, 8, 64
 PICK_EVERY_S = 0.01  # of virtual time
-PLAIN: dict[str, Any] = {"admission": "all", "fairness": "none", "cluster_adapters": 0}
-OPTIONS: dict[str, PolicyOptions] = {
+PLAIN = PolicyOptions(admission="all", fairness="none", cluster_adapters=0)
+OPTIONS = {
     "default": PolicyOptions(),
-    "arrival alone": PolicyOptions(order="arrival", overload_order="arrival", **PLAIN),
-    "newest alone": PolicyOptions(order="newest", overload_order="newest", **PLAIN),
-    "deadline alone": PolicyOptions(order="deadline", overload_order="deadline", **PLAIN),
-    "fair to tenants": PolicyOptions(**PLAIN | {"fairness": "tenants"}),
-    "fair to adapters": PolicyOptions(**PLAIN | {"fairness": "adapters"}),
-    "8 adapters": PolicyOptions(**PLAIN | {"cluster_adapters": 8}),
+    "arrival alone": replace(PLAIN, order="arrival", overload_order="arrival"),
+    "newest alone": replace(PLAIN, order="newest", overload_order="newest"),
+    "deadline alone": replace(PLAIN, order="deadline", overload_order="deadline"),
+    "fair to tenants": replace(PLAIN, fairness="tenants"),
+    "fair to adapters": replace(PLAIN, fairness="adapters"),
+    "8 adapters": replace(PLAIN, cluster_adapters=8),
 }
 
 
