@@ -133,6 +133,7 @@ def load_s(server: RedisServer, count: int) -> float:
 def measure(server: RedisServer, mib: int, count: int) -> dict[str, Any]:
     backend = opened(server)
     rates: dict[str, list[float]] = {"write": [], "read": []}
+    version = b""
     for round_ in range(ROUNDS):
         data = random.Random(round_).randbytes(mib * MIB)
         seconds, version = send(backend, AdapterName("default", "sent"), data)
@@ -148,7 +149,7 @@ def measure(server: RedisServer, mib: int, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=80, help="of an adapter's weights")
     parser.add_argument("--adapters", type=int, default=10_000, help="names to commit")
     parser.add_argument("--name", default="store-redis", help="of the file in benchmarks/results")
