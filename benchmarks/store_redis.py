@@ -133,16 +133,17 @@ def load_s(server: RedisServer, count: int) -> float:
 def measure(server: RedisServer, mib: int, count: int) -> dict[str, Any]:
     backend = opened(server)
     rates: dict[str, list[float]] = {"write": [], "read": []}
-    version = b""
+    versions = list[Version]()
     for round_ in range(ROUNDS):
         data = random.Random(round_).randbytes(mib * MIB)
         seconds, version = send(backend, AdapterName("default", "sent"), data)
+        versions.append(version)
         rates["write"].append(mib * MIB / seconds / 1e6)
         rates["read"].append(mib * MIB / read(backend, version) / 1e6)
     metrics: dict[str, Any] = {
         f"{name}_mb_per_s": spread(values, digits=0) for name, values in rates.items()
     }
-    metrics |= commit_all(server, count, version)
+    metrics |= commit_all(server, count, versions[-1])
     metrics["load_s"] = spread([load_s(server, count) for _ in range(ROUNDS)], digits=2)
     backend.close()
     return metrics
