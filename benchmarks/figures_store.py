@@ -46,7 +46,8 @@ def store_fuzz_figures(rows: list[Result]) -> Iterator[str]:
         kinds = ", ".join(
             f"{metrics[kind]['cases']:,} hostile {kind}" for kind in ("files", "configs")
         )
-        yield f"- {kinds}: all taken or refused as they should, in {metrics['grown_mib']:.0f} MiB."
+        grown_mib = max(0.0, metrics["grown_mib"])
+        yield f"- {kinds}: all taken or refused as they should, in {grown_mib:.0f} MiB more."
         yield f"  {source(row)}."
 
 
