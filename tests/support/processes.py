@@ -88,7 +88,9 @@ class Stack:
         self.worker = Service(
             "worker", directory / "worker.log", *model, *shm, "--threads", "1", *worker_options
         )
-        self.router = Service("router", directory / "router.log", *model)
+        # A worker's next life may take a busy machine longer than a router waits by default.
+        wait = ["--worker-wait-s", "60"]
+        self.router = Service("router", directory / "router.log", *model, *wait)
 
     async def start(self) -> None:
         await self.store.start()

@@ -107,7 +107,7 @@ def test_the_wheel_is_small_and_has_the_packages_and_nothing_else(wheel: Path) -
 def test_the_wheel_has_every_proto(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     protos = {f"lorry/v1/{path.name}" for path in (REPO / "proto/lorry/v1").glob("*.proto")}
-    assert len(protos) == 7
+    assert len(protos) == 8
     assert protos <= set(names)
 
 

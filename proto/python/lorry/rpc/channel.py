@@ -83,7 +83,8 @@ def _options(max_receive_bytes: int, server_name: str | None) -> list[tuple[str,
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 5_000),  # how long TCP and TLS may take, despite its name
-        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # Shorter than a client's retries last: the last one does not fail of a wait to connect.
+        ("grpc.max_reconnect_backoff_ms", 500),
         ("grpc.enable_retries", 0),
     ]
     if server_name is not None:
