@@ -35,7 +35,6 @@ FILES = [
 ]
 Hook = Callable[[], object]
 LOST_ANSWER = "Internal error from Core"
-MOST_CALLS = 10
 
 
 class Method(NamedTuple):
@@ -83,25 +82,29 @@ class Method(NamedTuple):
     async def call(self, channel: grpc.aio.Channel, token: str | None = None) -> list[Any]:
         """Call it with an empty request and return the answers.
 
-        Where a server answers before a first message is sent, grpc.aio may lose the answer.
+        Where a server answers before a first message is sent, grpc.aio may lose the answer. It is
+        asked for once more, by a call that sends nothing and so can lose nothing.
         """
-        for _ in range(MOST_CALLS - 1):
-            try:
-                return await self._call(channel, token)
-            except grpc.aio.AioRpcError as error:
-                if error.details() != LOST_ANSWER:
-                    raise
-        return await self._call(channel, token)
+        try:
+            return await self._call(channel, token, self.request())
+        except grpc.aio.AioRpcError as error:
+            if error.details() != LOST_ANSWER:
+                raise
+        return await self._call(channel, token, None)
 
-    async def _call(self, channel: grpc.aio.Channel, token: str | None) -> list[Any]:
+    async def _call(
+        self, channel: grpc.aio.Channel, token: str | None, request: Message | None
+    ) -> list[Any]:
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
         multicallable = getattr(channel, self.kind)(
             self.path,
             request_serializer=self.request.SerializeToString,
             response_deserializer=self.response.FromString,
         )
-        request = iter([self.request()]) if self.kind.startswith("stream") else self.request()
-        call = multicallable(request, metadata=metadata, timeout=30)
+        sent: Any = request
+        if self.kind.startswith("stream") and request is not None:
+            sent = iter([request])
+        call = multicallable(sent, metadata=metadata, timeout=30)
         if self.kind.endswith("stream"):
             return [response async for response in call]
         return [await call]
