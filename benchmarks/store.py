@@ -1,12 +1,15 @@
 """How fast a worker gets an adapter from the store, beside a plain memory copy in the same run.
 
     python -m benchmarks.store
+    mount -t tmpfs -o size=1G,huge=within_size lorry DIRECTORY
+    python -m benchmarks.store --shm-parent DIRECTORY
 
 The store is the real process, the adapter one of rank 16 on all modules of Llama-3-8B. Each round
 takes, one after another: a copy between two buffers (the yardstick), a fetch from disk (the image
 is built), a fetch through shared memory (call, map, copy into a buffer), the copy of such a mapping
 alone, a fetch by gRPC chunks, and as many chunks from a server that does nothing but send one
-message again and again: what grpc.aio itself can do here.
+message again and again: what grpc.aio itself can do here. The second form has the images in huge
+pages, as the yardstick's buffers are.
 """
 
 import argparse
@@ -34,13 +37,16 @@ from lorry.rpc.base_model import read_base_model
 from lorry.rpc.channel import open_channel
 from lorry.rpc.layout import layout_to_proto
 from lorry.rpc.shared_memory import open_shared, shm_namespace_id
+from lorry.rpc.weight_chunk import (
+    DATA_SERVICE,
+    FETCH_ADAPTER,
+    Chunk,
+    encode_chunk,
+    fetch_adapter,
+    upload_adapter,
+)
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_service_pb2 as pb
-from lorry.v1.adapter_data_service_pb2_grpc import (
-    AdapterDataServiceServicer,
-    AdapterDataServiceStub,
-    add_AdapterDataServiceServicer_to_server,
-)
 from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from tests.support.adapter_store import write_base_model
 from tests.support.adapters import lora_config, lora_files, lora_tensors
@@ -57,14 +63,14 @@ class Fetcher:
     """What a worker does, and its target buffer."""
 
     def __init__(self, channel: grpc.aio.Channel, shm_dir: Path, layout: data_pb.PageLayout):
-        self._stub = AdapterDataServiceStub(channel)
+        self._fetch = fetch_adapter(channel)
         self._shm_dir = shm_dir
         self._layout = layout
         self.allocate(0)
 
     async def hold(self, version: bytes) -> tuple[Any, data_pb.ShmHandle]:
         """An open call that leases the image, and its handle."""
-        call: Any = self._stub.FetchAdapter(
+        call: Any = self._fetch(
             data_pb.FetchAdapterRequest(
                 version=version,
                 layout=self._layout,
@@ -84,13 +90,10 @@ class Fetcher:
         with open_shared(self._shm_dir, handle.name, handle.bytes) as mapping:
             np.copyto(self.target, np.frombuffer(mapping, np.uint8))
 
-    async def by_chunks(self, version: bytes, stub: AdapterDataServiceStub | None = None) -> None:
-        call: Any = (stub or self._stub).FetchAdapter(
-            data_pb.FetchAdapterRequest(version=version, layout=self._layout)
-        )
-        async for response in call:
-            if response.HasField("chunk"):
-                chunk = response.chunk
+    async def by_chunks(self, version: bytes, fetch: Any = None) -> None:
+        request = data_pb.FetchAdapterRequest(version=version, layout=self._layout)
+        async for chunk in (fetch or self._fetch)(request):
+            if isinstance(chunk, Chunk):
                 assert crc32c(chunk.data) == chunk.crc32c
                 end = chunk.offset + len(chunk.data)
                 self.target[chunk.offset : end] = np.frombuffer(chunk.data, np.uint8)
@@ -103,25 +106,18 @@ class Fetcher:
         self.target[:] = self.source
 
 
-class BareSender(AdapterDataServiceServicer):
-    """Sends one message as often as an image has chunks."""
-
-    def __init__(self, num_chunks: int) -> None:
-        self._num_chunks = num_chunks
-
-    async def FetchAdapter(
-        self, request: Any, context: Any
-    ) -> AsyncIterator[data_pb.FetchAdapterResponse]:
-        response = data_pb.FetchAdapterResponse()
-        response.chunk.data = bytes(CHUNK_BYTES)
-        response.chunk.crc32c = crc32c(response.chunk.data)
-        for _ in range(self._num_chunks):
-            yield response
-
-
 async def serve_bare(num_chunks: int) -> None:
+    """Send one message as often as an image has chunks."""
+    data = bytes(CHUNK_BYTES)
+    message = encode_chunk(Chunk(0, data, crc32c(data)))
+
+    async def send(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        for _ in range(num_chunks):
+            yield message
+
+    methods: Any = {FETCH_ADAPTER: grpc.unary_stream_rpc_method_handler(send)}
     server = grpc.aio.server()
-    add_AdapterDataServiceServicer_to_server(BareSender(num_chunks), server)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(DATA_SERVICE, methods),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(f"listening on 127.0.0.1:{port}", flush=True)
@@ -155,18 +151,23 @@ async def push(channel: grpc.aio.Channel, adapter_id: str, seed: int) -> tuple[b
             weights_sha256=hashlib.sha256(weights).digest(),
         )
     )
-    response: Any = await stub.UploadAdapter(requests(upload.upload_id, weights))
+    response: Any = await upload_adapter(channel)(requests(upload.upload_id, weights))
     return response.version.digest, time.monotonic() - start_s, len(weights)
 
 
-def requests(upload_id: str, weights: bytes) -> Iterator[pb.UploadAdapterRequest]:
+def requests(upload_id: str, weights: bytes) -> Iterator[pb.UploadAdapterRequest | Chunk]:
     yield pb.UploadAdapterRequest(start=pb.UploadStart(upload_id=upload_id))
     for offset in range(0, len(weights), CHUNK_BYTES):
         data = weights[offset : offset + CHUNK_BYTES]
-        request = pb.UploadAdapterRequest()  # filled in place: the constructor copies slowly
-        request.chunk.offset, request.chunk.data = offset, data
-        request.chunk.crc32c = crc32c(data)
-        yield request
+        yield Chunk(offset, data, crc32c(data))
+
+
+def huge_pages(directory: Path) -> str:
+    """What the tmpfs of a directory was mounted with, as `huge=`."""
+    command = ["findmnt", "--noheadings", "--output", "FS-OPTIONS", "--target", str(directory)]
+    options = subprocess.check_output(command, text=True).strip().split(",")
+    found = (option.removeprefix("huge=") for option in options if option.startswith("huge="))
+    return next(found, "never")
 
 
 async def timed(work: Callable[[], Any]) -> float:
@@ -177,9 +178,7 @@ async def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start_s
 
 
-async def measure(
-    fetcher: Fetcher, version: bytes, bare: AdapterDataServiceStub
-) -> dict[str, float]:
+async def measure(fetcher: Fetcher, version: bytes, bare: Any) -> dict[str, float]:
     """One round. Everything but the fetch from disk finds the image in memory."""
     start_s = time.perf_counter()
     call, handle = await fetcher.hold(version)
@@ -205,8 +204,8 @@ async def measure(
     }
 
 
-async def benchmark(rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
+async def benchmark(rounds: int, shm_parent: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory(dir=shm_parent) as shm:
         directory, shm_dir = Path(name), Path(shm)
         model = write_base_model(directory / "model", LLAMA_3_8B)
         digest = read_base_model(model).digest
@@ -221,11 +220,11 @@ async def benchmark(rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
         ):
             async with open_channel(address) as channel, open_channel(bare_address) as bare:
                 fetcher = Fetcher(channel, shm_dir, layout_to_proto(layout, digest))
-                bare_stub = AdapterDataServiceStub(bare)
+                bare_fetch = fetch_adapter(bare)
                 measured = []
                 for seed in range(rounds + 1):
                     pushed, upload_s, weights_bytes = await push(channel, f"a-{seed}", seed)
-                    measured.append(await measure(fetcher, pushed, bare_stub))
+                    measured.append(await measure(fetcher, pushed, bare_fetch))
                     measured[-1]["upload_mb_per_s"] = weights_bytes / upload_s / 1e6
     config: dict[str, Any] = {"model": "llama-3-8b", "rank": CONFIG["r"], "modules": MODULES}
     config["image_bytes"] = fetcher.target.nbytes
@@ -236,17 +235,21 @@ async def benchmark(rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--shm-parent", type=Path, default=Path("/dev/shm"), help="on a tmpfs; default %(default)s"
+    )
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bare:
         asyncio.run(serve_bare(arguments.bare))
         return
-    config, metrics = asyncio.run(benchmark(arguments.rounds))
+    config, metrics = asyncio.run(benchmark(arguments.rounds, arguments.shm_parent))
+    huge = huge_pages(arguments.shm_parent)
     write_result(
-        "store",
+        "store" if huge == "never" else "store-huge-pages",
         benchmark="store",
         device=host_name(),
-        config=config | {"rounds": arguments.rounds},
+        config=config | {"rounds": arguments.rounds, "huge_pages": huge},
         metrics=metrics,
     )
 

@@ -25,6 +25,7 @@ from benchmarks.store_scale import Files, Place, RunningStore, started
 from lorry.rpc.channel import bearer
 from lorry.rpc.errors import TenantLimit
 from lorry.rpc.status import from_rpc
+from lorry.rpc.weight_chunk import upload_adapter
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from tests.support.adapter_store import write_base_model
@@ -86,7 +87,8 @@ async def measure(store: RunningStore, uploads: int) -> dict[str, Any]:
     stub, (_, weights) = AdapterServiceStub(store.channel), files()
     calm_s = time.monotonic()
     upload_id = await begin(stub, "calm", 0)
-    await stub.UploadAdapter(requests(upload_id, weights), metadata=bearer("calm"))
+    upload = upload_adapter(store.channel)
+    await upload(requests(upload_id, weights), metadata=bearer("calm"))
     calm_s = time.monotonic() - calm_s
     running = sum(not task.done() for task in floods)
     answers = sum([await task for task in floods], Counter[str]())

@@ -32,6 +32,7 @@ from lorry.kernels.page_layout import Dtype, PageLayout
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.layout import layout_to_proto
 from lorry.rpc.shared_memory import open_shared, shm_namespace_id
+from lorry.rpc.weight_chunk import upload_adapter
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
@@ -161,7 +162,7 @@ class Uploader:
     """Pushes adapters of equal shape and different bytes."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = AdapterServiceStub(channel)
+        self._stub, self._upload = AdapterServiceStub(channel), upload_adapter(channel)
         tensors = lora_tensors(CONFIG, LLAMA_3_8B, dtype=ml_dtypes.bfloat16)
         self._config, self._weights = lora_files(CONFIG, tensors)
         self.count = 0
@@ -177,7 +178,7 @@ class Uploader:
                 weights_sha256=hashlib.sha256(weights).digest(),
             )
         )
-        answer: Any = await self._stub.UploadAdapter(requests(upload.upload_id, weights))
+        answer: Any = await self._upload(requests(upload.upload_id, weights))
         version: bytes = answer.version.digest
         return version
 

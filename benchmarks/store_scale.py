@@ -38,6 +38,7 @@ from lorry.kernels.page_layout import Dtype, PageLayout
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.layout import layout_to_proto
 from lorry.rpc.renewed_channel import Metadata
+from lorry.rpc.weight_chunk import upload_adapter
 from lorry.v1 import adapter_data_service_pb2 as data_pb
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
@@ -163,7 +164,8 @@ def quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
 
 async def register(store: RunningStore, files: Files, count: int) -> list[float]:
     """Upload all adapters by `CLIENTS` at once; seconds of each."""
-    stub, numbers = AdapterServiceStub(store.channel), iter(range(count))
+    stub, send = AdapterServiceStub(store.channel), upload_adapter(store.channel)
+    numbers = iter(range(count))
     seconds: list[float] = []
 
     async def upload(number: int) -> None:
@@ -177,7 +179,7 @@ async def register(store: RunningStore, files: Files, count: int) -> list[float]
                 labels={"group": str(number % LABELS)},
             )
         )
-        await stub.UploadAdapter(requests(begun.upload_id, weights))
+        await send(requests(begun.upload_id, weights))
 
     async def client() -> None:
         for number in numbers:

@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 from crc32c import crc32c
 
-from lorry.adapter_store import service
+from lorry.adapter_store import data_service
 from lorry.adapter_store.images import ImageTier
 from lorry.kernels.page_layout import MODULES, Dtype, PageLayout, TpStrategy
 from lorry.rpc.errors import (
@@ -383,7 +383,7 @@ async def test_a_reader_that_stops_reading_keeps_its_lease_only_while_it_is_ther
 async def test_a_reader_that_takes_no_chunk_for_too_long_loses_its_lease(
     running: RunningStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "STALL_S", 0.2)
+    monkeypatch.setattr(data_service, "STALL_S", 0.2)
     version = await pushed(running)
     small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
     async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}", small_window) as channel:
@@ -399,7 +399,7 @@ async def test_a_reader_that_takes_no_chunk_for_too_long_loses_its_lease(
 async def test_a_reader_that_ignores_reclaim_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "RECLAIM_GRACE_S", 0.2)
+    monkeypatch.setattr(data_service, "RECLAIM_GRACE_S", 0.2)
     async with running_store(tmp_path, ram_bytes=len(IMAGE)) as running:
         versions = [await pushed(running, seed) for seed in range(2)]
         call, _ = await leased(running, versions[0])

@@ -77,7 +77,7 @@ class Backend(Protocol):
 
     def find_upload(self, key: str) -> StoredUpload | None: ...
 
-    def append(self, key: str, offset: int, data: bytes) -> None:
+    def append(self, key: str, offset: int, data: bytes | memoryview) -> None:
         """Add to an upload's bytes. Raises OffsetMismatch where they do not end at `offset`."""
 
     def staged(self, key: str) -> AbstractContextManager[Path]:

@@ -1,28 +1,25 @@
-"""Pieces of weights and images on their way in or out."""
+"""Pieces of images on their way out."""
 
 import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import NamedTuple
 
 from crc32c import crc32c
 
 from lorry.adapter_store.tasks import Tasks
+from lorry.rpc.weight_chunk import Chunk, encode_chunk
 
 
-class Chunk(NamedTuple):
-    offset: int
-    data: bytes
-    crc32c: int  # as its sender says
+async def read_messages(path: Path, offsets: range) -> AsyncIterator[bytes]:
+    """The messages with a file's chunks that begin at `offsets`.
 
-
-async def read_chunks(path: Path, offsets: range) -> AsyncIterator[Chunk]:
-    """A file's chunks that begin at `offsets`; the next is read in a thread while one is sent."""
+    The next is read in a thread while one is sent.
+    """
     tasks = Tasks()
     waiting = iter(offsets)
 
-    def read_next() -> asyncio.Task[Chunk] | None:
+    def read_next() -> asyncio.Task[bytes] | None:
         offset = next(waiting, None)
         if offset is None:
             return None
@@ -30,12 +27,12 @@ async def read_chunks(path: Path, offsets: range) -> AsyncIterator[Chunk]:
 
     ahead = read_next()
     while ahead is not None:
-        chunk = await ahead
+        message = await ahead
         ahead = read_next()
-        yield chunk
+        yield message
 
 
-def _read(path: Path, offset: int, num_bytes: int) -> Chunk:
+def _read(path: Path, offset: int, num_bytes: int) -> bytes:
     with path.open("rb", buffering=0) as file:
         data = os.pread(file.fileno(), num_bytes, offset)
-    return Chunk(offset, data, crc32c(data))
+    return encode_chunk(Chunk(offset, data, crc32c(data)))

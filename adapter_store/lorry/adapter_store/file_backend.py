@@ -138,7 +138,7 @@ class FileBackend:
         idle_s = self._clock() - upload.active_s
         return StoredUpload(upload.record, upload.received_bytes, idle_s)
 
-    def append(self, key: str, offset: int, data: bytes) -> None:
+    def append(self, key: str, offset: int, data: bytes | memoryview) -> None:
         upload = self._under_way.get(key)
         if upload is None:
             raise UploadNotFound("the upload has expired")

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from crc32c import crc32c
 
-from lorry.adapter_store.chunks import Chunk
 from lorry.adapter_store.peft_config import MAX_CONFIG_BYTES
 from lorry.adapter_store.records import Adapter
 from lorry.adapter_store.store import Store
 from lorry.rpc.errors import AdapterInvalid
 from lorry.rpc.names import AdapterName
 from lorry.rpc.protocol import MAX_CHUNK_BYTES
+from lorry.rpc.weight_chunk import Chunk
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -65,8 +65,11 @@ class Source:
 
     async def chunks(self) -> AsyncIterator[Chunk]:
         for offset in range(0, self.weights_bytes, MAX_CHUNK_BYTES):
-            data = await asyncio.to_thread(os.pread, self.weights, MAX_CHUNK_BYTES, offset)
-            yield Chunk(offset, data, crc32c(data))
+            yield await asyncio.to_thread(self._read_chunk, offset)
+
+    def _read_chunk(self, offset: int) -> Chunk:
+        data = os.pread(self.weights, MAX_CHUNK_BYTES, offset)
+        return Chunk(offset, data, crc32c(data))
 
 
 async def ingest(

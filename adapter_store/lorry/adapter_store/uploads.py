@@ -12,7 +12,6 @@ from crc32c import crc32c
 
 from lorry.adapter_store.backend import Outdated
 from lorry.adapter_store.catalogue import Catalogue
-from lorry.adapter_store.chunks import Chunk
 from lorry.adapter_store.counts import UploadCounts
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.publisher import Publisher
@@ -31,6 +30,7 @@ from lorry.rpc.errors import (
     UploadNotFound,
 )
 from lorry.rpc.protocol import MAX_CHUNK_BYTES
+from lorry.rpc.weight_chunk import Chunk
 
 ID_BYTES = 32
 CHUNK_WAIT_S = 60

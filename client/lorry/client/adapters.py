@@ -261,7 +261,7 @@ class Adapters:
             start.offset = state.received_bytes
         with open_blocking_channel(self._address, self._credentials) as channel:
             return await send(
-                AdapterServiceStub(channel),
+                channel,
                 start,
                 files,
                 progress=progress,

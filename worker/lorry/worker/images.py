@@ -33,8 +33,8 @@ from lorry.rpc.errors import (
 from lorry.rpc.shared_directory import SharedDirectory
 from lorry.rpc.shared_memory import SharedFileRefused, open_shared, shm_namespace_id
 from lorry.rpc.status import from_rpc
+from lorry.rpc.weight_chunk import Chunk, fetch_adapter
 from lorry.v1 import adapter_data_service_pb2 as pb
-from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
 from lorry.worker.failures import to_failure
 from lorry.worker.image_header import ImageFormat, to_image
 from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
@@ -42,7 +42,7 @@ from lorry.worker.statistics import fetches
 
 # What the router and the client may be told as it is; anything else is the store's own trouble.
 PASSED_ON = (AdapterIncompatible, AdapterNotFound, VersionNotFound, StoreFull, DigestMismatch)
-Call = grpc.aio.UnaryStreamCall[Any, pb.FetchAdapterResponse]
+Call = grpc.aio.UnaryStreamCall[Any, Any]
 Send = Callable[[Command], None]
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class ImageSource:
         shm_dir: Path,
         local: SharedDirectory,
     ) -> None:
-        self._stub = AdapterDataServiceStub(channel)
+        self._fetch = fetch_adapter(channel)
         self._format = image_format
         self._shm_dir = shm_dir
         self._local = local
@@ -80,14 +80,14 @@ class ImageSource:
             return await self._open(version, owner, shared=False)
 
     async def _open(self, version: bytes, owner: contextlib.ExitStack, *, shared: bool) -> Held:
-        call = self._stub.FetchAdapter(self._request(version, shared))
+        call: Call = self._fetch(self._request(version, shared))
         owner.callback(call.cancel)
         header = await _read(call, "header")
         self._format.check(header.header, version)
         first = await _read(call, "shm", "chunk")
-        if first.HasField("shm"):
-            return Held(self._shared(header.header, first.shm), call)
-        return Held(await self._chunks(header.header, first, call, owner), None)
+        if isinstance(first, Chunk):
+            return Held(await self._chunks(header.header, first, call, owner), None)
+        return Held(self._shared(header.header, first.shm), call)
 
     def _request(self, version: bytes, shared: bool) -> pb.FetchAdapterRequest:
         transports = [pb.TRANSPORT_SHM] if shared else []
@@ -108,7 +108,7 @@ class ImageSource:
     async def _chunks(
         self,
         header: pb.ImageHeader,
-        message: pb.FetchAdapterResponse,
+        chunk: Chunk,
         call: Call,
         owner: contextlib.ExitStack,
     ) -> ImageReady:
@@ -118,7 +118,6 @@ class ImageSource:
         received, image_crc = 0, 0
         with path.open("r+b") as file:
             while True:
-                chunk = message.chunk
                 if chunk.offset != received or received + len(chunk.data) > header.image_bytes:
                     raise DigestMismatch(f"a chunk of the page image is not at {received}")
                 if crc32c(chunk.data) != chunk.crc32c:
@@ -128,7 +127,7 @@ class ImageSource:
                 received += len(chunk.data)
                 if received == header.image_bytes:
                     break
-                message = await _read(call, "chunk")
+                chunk = await _read(call, "chunk")
         if image_crc != header.image_crc32c:
             raise DigestMismatch("the page image has another CRC than its header says")
         return to_image(header, str(path), 0, copied=True)
@@ -262,15 +261,18 @@ class ImageFetcher:
         await asyncio.get_running_loop().create_future()  # until cancelled
 
 
-async def _read(call: Call, *expected: str) -> pb.FetchAdapterResponse:
-    """The next message, one of the expected; raises the LorryError that the call ended with."""
+async def _read(call: Call, *expected: str) -> Any:
+    """The next message, one of the expected, a chunk as `Chunk`.
+
+    Raises the LorryError that the call ended with.
+    """
     try:
-        message = await call.read()
+        message: Any = await call.read()
     except grpc.RpcError as error:
         raise from_rpc(error) from error
-    if not isinstance(message, pb.FetchAdapterResponse):
+    if message is grpc.aio.EOF:
         raise StoreUnavailable("the adapter store ended the fetch early")
-    payload = message.WhichOneof("payload")
+    payload = "chunk" if isinstance(message, Chunk) else message.WhichOneof("payload")
     if payload not in expected:
         raise StoreUnavailable(f"the adapter store sent {payload}, not {' or '.join(expected)}")
     return message

@@ -76,7 +76,7 @@ class RedisBackend:
     def find_upload(self, key: str) -> StoredUpload | None:
         return self.uploads.find(key)
 
-    def append(self, key: str, offset: int, data: bytes) -> None:
+    def append(self, key: str, offset: int, data: bytes | memoryview) -> None:
         self.uploads.append(key, offset, data)
 
     def staged(self, key: str) -> AbstractContextManager[Path]:

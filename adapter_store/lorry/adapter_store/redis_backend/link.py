@@ -67,7 +67,7 @@ class RedisLink:
             if probe:
                 self._probing = False
 
-    def run(self, name: str, *arguments: str | bytes | int) -> Any:
+    def run(self, name: str, *arguments: str | bytes | memoryview | int) -> Any:
         """Run a script of `scripts`."""
         with self.client():
             return self._scripts[name](args=arguments)

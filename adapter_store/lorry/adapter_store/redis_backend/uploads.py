@@ -44,7 +44,7 @@ class RedisUploads:
         record, received, idle_ms = found
         return StoredUpload(upload_from_json(json.loads(record)), int(received), idle_ms / 1e3)
 
-    def append(self, key: str, offset: int, data: bytes) -> None:
+    def append(self, key: str, offset: int, data: bytes | memoryview) -> None:
         """Each part up to the end of a chunk is a step; one that is repeated does nothing."""
         start = 0
         while start < len(data):
@@ -84,7 +84,7 @@ class RedisUploads:
         expired = self._link.run("drop_expired", int(idle_s * 1e3), *busy)
         return [key.decode() for key in expired]
 
-    def _append_part(self, key: str, offset: int, part: bytes) -> None:
+    def _append_part(self, key: str, offset: int, part: bytes | memoryview) -> None:
         whole = len(part) == CHUNK_BYTES
         digest = sha256(part).hexdigest() if whole else ""
         end = offset + len(part)
