@@ -74,6 +74,12 @@ class AdapterCache:
                 self.rank_sum -= rank
                 self._resident[version].last_used_step = self.step
 
+    @property
+    def idle_pages(self) -> int:
+        """Of adapters that no request uses."""
+        used = sum(self.num_pages(version) for version in self._references)
+        return self.pages - used
+
     def num_pages(self, version: bytes) -> int:
         return -(-self.sizes[version] // self._page_bytes)
 

@@ -63,6 +63,8 @@ class SimulatedRouter:
             max_context_tokens=MAX_CONTEXT_TOKENS,
             max_rank=256,
             submit_limit=worker.window,
+            max_running=worker.limits.max_running,
+            step_tokens=worker.limits.step_tokens,
         )
         self._attached[worker.name] = attached
         self._dispatcher.attach(attached)
@@ -205,6 +207,7 @@ class SimulatedRouter:
             pages_total=worker.limits.pool_pages,
             pages_free=worker.pool.free,
             pages_adapter=worker.adapters.pages,
+            pages_adapter_idle=worker.adapters.idle_pages,
             prefill_tokens_per_s=worker.prefill_tokens_per_s,
             step_s=sorted(worker.step_s.items()),
             adapter_load_bytes_per_s=worker.limits.load_bytes_per_s,

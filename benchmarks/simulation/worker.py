@@ -15,6 +15,7 @@ from typing import Protocol
 from benchmarks.simulation.adapters import AdapterCache, AdapterEvents, Pool
 from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.costs import StepCosts
+from lorry.worker.step_fit import StepFit
 
 PAGE_TOKENS = 16
 TOLD_TOKENS = 16  # that a sequence draws before the router hears of them; of the first at once
@@ -105,6 +106,7 @@ class SimulatedWorker:
         self.waiting: deque[Sequence] = deque()  # by seq
         self.prefill_tokens_per_s = 0.0
         self.step_s: dict[int, float] = {}  # of steps without prompts, by rows
+        self._fit = StepFit()
         self._clock = clock
         self._costs = costs
         self._events = events
@@ -340,8 +342,10 @@ class SimulatedWorker:
         """As the engine measures itself."""
         self.counts.steps += 1
         self.counts.busy_s += seconds
+        self._fit.note(rows, seconds)
         if has_prompts:
-            self.prefill_tokens_per_s = _average(self.prefill_tokens_per_s, rows / seconds)
+            rate = self._fit.rows_per_s(rows, seconds)
+            self.prefill_tokens_per_s = _average(self.prefill_tokens_per_s, rate)
         else:
             point = 1 << (rows - 1).bit_length()
             self.step_s[point] = _average(self.step_s.get(point, 0.0), seconds)

@@ -199,6 +199,7 @@ class Live:
             pages_total=status.pages_total,
             pages_free=status.pages_free,
             pages_adapter=status.pages_adapter,
+            pages_adapter_idle=status.pages_adapter_idle,
             prefill_tokens_per_s=status.prefill_tokens_per_s,
             step_times=[
                 worker_pb.StepTime(rows=rows, ms=seconds * 1e3) for rows, seconds in status.step_s
@@ -237,7 +238,12 @@ async def test_a_live_router_decides_as_the_simulated_one(model: Path) -> None:
         model,
         num_workers=2,
         store=store,
-        worker={"submit_limit": WINDOW, "heartbeat_s": 3600.0},
+        worker={
+            "submit_limit": WINDOW,
+            "max_running": LIMITS.max_running,
+            "step_tokens": LIMITS.step_tokens,
+            "heartbeat_s": 3600.0,
+        },
         worker_silence_s=600.0,
         **OPTIONS,
     ) as stack:

@@ -49,6 +49,8 @@ class FakeWorker(WorkerServiceServicer):
         submit_limit: int = 1000,
         max_context_tokens: int = 512,
         max_rank: int = 64,
+        max_running: int = 0,
+        step_tokens: int = 0,
         heartbeat_s: float = 0.1,
         failure: LorryError | None = None,
     ) -> None:
@@ -57,6 +59,8 @@ class FakeWorker(WorkerServiceServicer):
         self.submit_limit = submit_limit
         self.max_context_tokens = max_context_tokens
         self.max_rank = max_rank
+        self.max_running = max_running
+        self.step_tokens = step_tokens
         self.heartbeat_s = heartbeat_s
         self.failure = failure  # that every Attach ends with
         self.accepts_any_model = False
@@ -175,6 +179,8 @@ class FakeWorker(WorkerServiceServicer):
             max_context_tokens=self.max_context_tokens,
             max_rank=self.max_rank,
             submit_limit=self.submit_limit,
+            max_running=self.max_running,
+            step_tokens=self.step_tokens,
         )
         return pb.AttachResponse(welcome=welcome)
 

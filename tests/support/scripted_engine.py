@@ -19,6 +19,7 @@ ECHO = 20  # any other one
 BEGINNING = "SCRIPTED_ENGINE"
 COMMAND = (sys.executable, "-m", "tests.support.scripted_engine")
 MAX_RUNNING = 4
+STEP_TOKENS = 32
 STEP_S = 0.002
 HEARTBEAT_S = 0.1
 FLOOD_ROWS = 20_000
@@ -174,7 +175,7 @@ def main() -> None:
     if beginning == "never-ready":
         time.sleep(3600)
     engine = ScriptedEngine()
-    engine.events.append(m.Started(100, MAX_RUNNING, arguments.config.max_rank, 512))
+    engine.events.append(m.Started(100, MAX_RUNNING, STEP_TOKENS, arguments.config.max_rank, 512))
     heartbeat_s = 0.0
     while True:
         for command in channel.receive(STEP_S):

@@ -55,7 +55,7 @@ class Link:
         self.fetched: list[bytes] = []
         self.released: list[bytes] = []
         self.front = Front(self.commands.append, self, window=3)
-        self.front.handle([Started(100, 4, 64, 512)])
+        self.front.handle([Started(100, 4, 32, 64, 512)])
 
     def fetch(self, version: bytes) -> None:
         self.fetched.append(version)

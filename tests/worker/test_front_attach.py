@@ -66,6 +66,7 @@ async def test_the_welcome_tells_what_the_worker_is(router, model):
     assert router.welcome.model_digest == read_base_model(model).digest
     assert (router.welcome.max_context_tokens, router.welcome.max_rank) == (512, 256)
     assert router.welcome.submit_limit == WINDOW
+    assert (router.welcome.max_running, router.welcome.step_tokens) == (4, 32)
     assert router.welcome.status.pages_total == 100
 
 

@@ -109,6 +109,7 @@ async def test_a_cancelled_crowd_leaves_every_page_free(model, adapters, tmp_pat
         assert status.pages_kv == 0
         unused = status.pages_free + status.pages_cached
         assert unused + status.pages_adapter == status.pages_total == 500
+        assert status.pages_adapter_idle == status.pages_adapter
 
 
 async def test_a_prompt_that_came_before_is_taken_from_the_prefix_cache(model, adapters, tmp_path):

@@ -32,6 +32,7 @@ class Backlog:
         )  # who was passed over, and until when
         self._passed_over: dict[QueueKey, dict[Request, None]] = {}  # the same, by queue
         self._aside: set[Request] = set()
+        self._held: set[str] = set()  # tenants
         self._num_requests = 0
         self._tokens: Counter[str] = Counter()  # of prompts, by tenant
         self._num_tokens = 0
@@ -82,7 +83,7 @@ class Backlog:
 
     def first(self, now_s: float) -> Request | None:
         """Who is next: one that is overdue, else the first in line."""
-        due = next((r for r in self._due if r not in self._aside), None)
+        due = next((r for r in self._due if not self._is_skipped(r)), None)
         if due is not None and self._due[due] <= now_s:
             return due
         in_line = self._line.first()
@@ -118,8 +119,10 @@ class Backlog:
         line = self._line
         queues = (q for v in versions for q in self._queues_of.get(v, ()))
         for queue in islice(queues, MAX_COMPARED):
+            if queue.tenant in self._held:
+                continue
             passed_over = self._passed_over.get(queue, ())
-            if waits := next((r for r in passed_over if r not in self._aside), None):
+            if waits := next((r for r in passed_over if not self._is_skipped(r)), None):
                 return waits
             rank = line.rank(queue)
             if rank is not None and (best_rank is None or rank < best_rank):
@@ -132,8 +135,17 @@ class Backlog:
         for line in self._lines:
             line.discard(request)
 
+    def hold(self, tenant: str) -> None:
+        """Have all of the tenant's requests skipped until `put_back`."""
+        self._held.add(tenant)
+        for line in self._lines:
+            line.hold(tenant)
+
     def put_back(self) -> None:
-        """Undo all `set_aside`."""
+        """Undo all `set_aside` and `hold`."""
+        self._held.clear()
+        for line in self._lines:
+            line.release()
         for request in self._aside:
             if request not in self._due:
                 for line in self._lines:
@@ -160,6 +172,7 @@ class Backlog:
         assert len(passed_over) == len(self._due)
         assert set(passed_over) == set(self._due) <= set(queued)
         assert not self._aside
+        assert not self._held
         assert self._num_tokens == sum(r.num_known_tokens for r in queued) == self._tokens.total()
         for request in queued:
             assert all((request in line) != (request in self._due) for line in self._lines)
@@ -178,6 +191,9 @@ class Backlog:
             del self._passed_over[request.queue][request]
             if not self._passed_over[request.queue]:
                 del self._passed_over[request.queue]
+
+    def _is_skipped(self, request: Request) -> bool:
+        return request in self._aside or request.tenant in self._held
 
     @property
     def _line(self) -> Line:

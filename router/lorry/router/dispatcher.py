@@ -151,7 +151,7 @@ class Dispatcher:
     def hear(self, worker: Worker, status: WorkerStatus, now_s: float) -> None:
         """Take a worker's status."""
         self._predictor.advance(worker, now_s)
-        worker.status = status
+        worker.hear(status)
 
     def drew(self, request: Request, now_s: float) -> None:
         """A token was added to the output of a request at a worker; on the hot path."""
@@ -190,7 +190,11 @@ class Dispatcher:
         assert set(self._backlog) == {r for r in active if r.state is S.QUEUED}
         assert not any(request.ended for request in active)
         for worker in self._workers.values():
-            assert worker.num_requests == Counter(r.version for r in worker.active.values())
+            active_there = worker.active.values()
+            assert worker.num_requests == Counter(r.version for r in active_there)
+            usage = worker.usage
+            assert usage.requests.by_tenant == Counter(r.tenant for r in active_there)
+            assert usage.tokens.total == sum(r.num_charged_tokens for r in active_there)
 
     @property
     def max_context_tokens(self) -> int | None:
@@ -224,6 +228,9 @@ class Dispatcher:
     def _charge_output(self, request: Request) -> None:
         output_tokens = len(request.output_ids) - request.num_charged
         request.num_charged = len(request.output_ids)
+        worker = self._workers.get(request.worker_name)
+        if worker is not None:
+            worker.usage.grow(request.tenant, output_tokens)
         self._rates.count_tokens(request.tenant, output_tokens)
         self._backlog.charge(request, prompt_tokens=0, output_tokens=output_tokens)
 

@@ -23,6 +23,7 @@ class Line:
         self._num_requests: dict[QueueKey, int] = {}
         self._tenants: dict[str, KeyedHeap[QueueKey]] = {}
         self._first = KeyedHeap[str](self._tenant_key)
+        self._held: set[str] = set()
 
     def __contains__(self, request: Request) -> bool:
         return request in self._turns
@@ -46,6 +47,16 @@ class Line:
             turns = self._turns
             self._queues[queue] = [e for e in self._queues[queue] if turns.get(e[1]) == e[0]]
             heapq.heapify(self._queues[queue])
+
+    def hold(self, tenant: str) -> None:
+        """Have the tenant's requests skipped until `release`."""
+        self._held.add(tenant)
+
+    def release(self) -> None:
+        """Undo all `hold`."""
+        held, self._held = self._held, set()
+        for tenant in held & self._tenants.keys():
+            self._first.touch(tenant)
 
     def first(self) -> Request | None:
         tenant = self._first.first()
@@ -83,7 +94,7 @@ class Line:
         return None if first is None else (self._fairness.queue_rank(queue), self._turns[first])
 
     def _tenant_key(self, tenant: str) -> tuple[float, Turn] | None:
-        queue = self._tenants[tenant].first()
+        queue = None if tenant in self._held else self._tenants[tenant].first()
         first = None if queue is None else self.first_of(queue)
         if first is None:
             return None

@@ -1,12 +1,14 @@
 """The policies at work: who is sent where, who is aborted, and what is prefetched."""
 
 import heapq
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
 from lorry.router.actions import Abort, Prefetch
 from lorry.router.backlog import Backlog
+from lorry.router.open_workers import OpenWorkers
 from lorry.router.policies import Policies
 from lorry.router.request import Request
 from lorry.router.worker import Worker
@@ -63,6 +65,7 @@ class Planner:
 
     def arrive(self, request: Request, now_s: float) -> Abort | None:
         """Take a request that is about to be queued into account; an Abort: it should not be."""
+        self._policies.reserve.arrived(request.tenant, now_s)
         service_s, wait_s = self._service_s(request, now_s), self._wait_s(request)
         late_s = now_s - request.arrival_s + service_s
         waits = self._backlog.order.waits_for_older
@@ -97,15 +100,20 @@ class Planner:
         """One after another; each must have been carried out before the next is asked for."""
         policies, backlog = self._policies, self._backlog
         backlog.overloaded = policies.admission.is_overloaded(now_s)
-        has_room = policies.pacing.has_room
-        open_workers = [worker for worker in self._workers.values() if has_room(worker)]
+        open_workers = OpenWorkers(self._workers.values(), policies.pacing, policies.reserve)
         num_aside = 0
+        most_rank = math.inf  # of a tenant that may have its turn while others are held
         while open_workers and num_aside < MAX_SET_ASIDE:
             request = backlog.first(now_s)
-            if request is None:
+            if request is None or policies.fairness.tenant_rank(request.tenant) > most_rank:
                 break
-            able = [worker for worker in open_workers if worker.can_serve(request)]
-            worker = policies.placement.place(request, able)
+            if open_workers.are_kept_from(request.tenant):
+                rank = policies.fairness.tenant_rank(request.tenant)
+                most_rank = min(most_rank, rank + policies.reserve.max_lead_tokens)
+                backlog.hold(request.tenant)
+                num_aside += 1
+                continue
+            worker = policies.placement.place(request, open_workers.able(request))
             if worker is None:
                 backlog.set_aside(request)
                 num_aside += 1
@@ -116,8 +124,7 @@ class Planner:
                 backlog.set_aside(chosen)
                 num_aside += 1
             yield action
-            if not has_room(worker):
-                open_workers.remove(worker)
+            open_workers.note_sent(worker)
         backlog.put_back()
 
     def prefetches(self, now_s: float) -> Iterator[Prefetch]:
@@ -149,10 +156,16 @@ class Planner:
             return request
         preferred = self._policies.placement.place(request, self.able(request)) or worker
         other = clustering.instead_of(request, worker, preferred, self._backlog)
-        if other is None:
+        if other is None or self._is_greedier(other, request, worker):
             return request
         self._backlog.pass_over(request, now_s + clustering.max_wait_s)
         return other
+
+    def _is_greedier(self, other: Request, request: Request, worker: Worker) -> bool:
+        """Whether the other one's tenant has more of the worker than its share, and this one's
+        has not."""
+        is_over = self._policies.reserve.is_over
+        return is_over(other.tenant, worker) and not is_over(request.tenant, worker)
 
     def _is_pressed(self, request: Request, now_s: float) -> bool:
         """Whether being passed over could cost it its objective."""

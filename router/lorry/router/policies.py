@@ -1,8 +1,8 @@
 """What to send next, and where: one small class for each policy, without I/O and clock.
 
-They compose: `fairness` says whose turn it is, `order` which of their requests, `placement` which
-worker gets it, `clustering` who of that worker's adapters goes first, and `admission` who need not
-wait any longer. Each can be switched off.
+They compose: `fairness` says whose turn it is, `reserve` what is kept for the modest, `order` which
+of a tenant's requests goes, `placement` which worker gets it, `clustering` who of that worker's
+adapters goes first, and `admission` who need not wait any longer. Each can be switched off.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +15,7 @@ from lorry.router.order import ArrivalOrder, DeadlineOrder, NewestOrder, Order, 
 from lorry.router.placement import Pacing, Placement, ResidencyPlacement
 from lorry.router.policy_options import OrderName, PolicyOptions
 from lorry.router.predictor import Predictor
+from lorry.router.reserve import NoReserve, Reserve, ShareReserve
 
 ORDERS: Mapping[OrderName, Callable[[], Order]] = {
     "arrival": ArrivalOrder,
@@ -29,6 +30,7 @@ class Policies:
     order: Order
     overload_order: Order
     fairness: Fairness
+    reserve: Reserve
     clustering: Clustering
     placement: Placement
     pacing: Pacing
@@ -45,6 +47,7 @@ def make_policies(
         order=ORDERS[options.order](),
         overload_order=ORDERS[options.overload_order](),
         fairness=_fairness(options, weight),
+        reserve=_reserve(options, weight),
         clustering=_clustering(options),
         placement=ResidencyPlacement(imbalance=options.placement_imbalance),
         pacing=Pacing(predictor, backlog_s=options.worker_backlog_s),
@@ -66,6 +69,17 @@ def _fairness(options: PolicyOptions, weight: Callable[[str], float]) -> Fairnes
         weight=weight,
         by_adapter=options.fairness == "adapters",
         quantum_tokens=options.fairness_quantum_tokens,
+    )
+
+
+def _reserve(options: PolicyOptions, weight: Callable[[str], float]) -> Reserve:
+    if options.fairness == "none" or not options.fairness_reserve:
+        return NoReserve()
+    return ShareReserve(
+        kept=options.fairness_reserve,
+        step_share=options.fairness_step_share,
+        max_lead_tokens=options.fairness_quantum_tokens,
+        weight=weight,
     )
 
 

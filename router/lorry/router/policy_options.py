@@ -29,7 +29,16 @@ class PolicyOptions:
     """Whether the least served tenant is next, and the least served adapter of it."""
 
     fairness_quantum_tokens: int = 4096
-    """Tokens of service by which a tenant's adapters may differ and count as equally served."""
+    """Tokens of service by which a tenant's adapters may differ and count as equally served, and
+    by which tenants may get ahead in what is kept for them."""
+
+    fairness_reserve: float = 1 / 16
+    """Share of a worker's places and memory that is kept from tenants with more than their fair
+    share, while others are about; 0: nothing is."""
+
+    fairness_step_share: float = 0.5
+    """Share of a worker's step that the prompts of such tenants may fill in its queue; they wait
+    here for more, so that others' prompts get into the next step."""
 
     cluster_adapters: int = 32
     """Adapters of one worker from which on requests of others are passed over while its own have
@@ -48,11 +57,14 @@ class PolicyOptions:
     be preferred."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "fairness_quantum_tokens")
+        check_positive(self, "fairness_quantum_tokens", "fairness_step_share")
         check_not_negative(
             self,
             "cluster_adapters",
             "cluster_wait_s",
             "worker_backlog_s",
             "placement_imbalance",
+            "fairness_reserve",
         )
+        if self.fairness_reserve >= 1:
+            raise ValueError(f"fairness_reserve must be below 1, got {self.fairness_reserve}")

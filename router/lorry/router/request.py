@@ -73,7 +73,7 @@ class Request:
     worker_name: str = ""
     seq: int = 0
     num_losses: int = 0
-    num_charged: int = 0  # output tokens that fairness has counted
+    num_charged: int = 0  # output tokens that are counted as service, and in the worker's memory
     last_submit_s: float = 0.0
     predicted_ttft_s: float | None = None  # when it was queued first
     predicted_service_s: float | None = None  # from the last submit to the next token
@@ -110,6 +110,11 @@ class Request:
     def num_known_tokens(self) -> int:
         """Tokens that a worker must compute before it draws the next one."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_charged_tokens(self) -> int:
+        """Those of them that are counted as in use."""
+        return len(self.prompt_ids) + self.num_charged
 
     @property
     def num_context_tokens(self) -> int:

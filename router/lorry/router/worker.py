@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lorry.router.request import Request
+from lorry.router.usage import Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,10 +17,17 @@ class WorkerStatus:
     queued_prompt_tokens: int = 0  # not yet computed
     pages_total: int = 0
     pages_free: int = 0
+    pages_cached: int = 0  # of prefixes that no request uses
     pages_adapter: int = 0
+    pages_adapter_idle: int = 0  # of those, of adapters that no request uses
     prefill_tokens_per_s: float = 0.0  # by what one more prompt token adds to a step
     step_s: Sequence[tuple[int, float]] = ()  # rows, ascending, and the time of their decode step
     adapter_load_bytes_per_s: float = 0.0
+
+    @property
+    def pages_used(self) -> int:
+        """That no other request could have."""
+        return self.pages_total - self.pages_free - self.pages_cached - self.pages_adapter_idle
 
 
 NO_STATUS = WorkerStatus()
@@ -34,6 +42,8 @@ class Worker:
     max_context_tokens: int
     max_rank: int
     submit_limit: int  # Submits that the stream may have sent in all
+    max_running: int = 0  # requests with pages at a time; 0: not known
+    step_tokens: int = 0  # that one step computes; 0: not known
     draining: bool = False
     listed: bool = True  # discovery still knows it
     num_submitted: int = 0
@@ -45,6 +55,7 @@ class Worker:
     host: set[bytes] = field(default_factory=set)  # versions in host memory
     prefetched: tuple[bytes, ...] = ()  # versions of the last Prefetch
     status: WorkerStatus = NO_STATUS  # its last one
+    usage: Usage = field(default_factory=Usage)
 
     @property
     def accepting(self) -> bool:
@@ -68,6 +79,11 @@ class Worker:
             and self.accepting
         )
 
+    def hear(self, status: WorkerStatus) -> None:
+        self.status = status
+        num_requests = status.running + status.waiting
+        self.usage.told(num_requests, status.pages_used, self.unstarted_tokens)
+
     def raise_submit_limit(self, limit: int) -> None:
         """A smaller limit changes nothing."""
         self.submit_limit = max(self.submit_limit, limit)
@@ -80,6 +96,7 @@ class Worker:
         self.unstarted[request] = request.num_known_tokens
         self.unstarted_tokens += request.num_known_tokens
         self.num_requests[request.version] += 1
+        self.usage.add(request.tenant, request.num_charged_tokens)
         return self.num_submitted
 
     def begin(self, request: Request) -> None:
@@ -95,6 +112,7 @@ class Worker:
         self.num_requests[request.version] -= 1
         if not self.num_requests[request.version]:
             del self.num_requests[request.version]
+        self.usage.remove(request.tenant, request.num_charged_tokens)
 
     def will_hold(self, version: bytes) -> bool:
         """Whether the version is on the GPU, or on its way there for a request."""

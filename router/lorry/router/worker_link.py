@@ -190,16 +190,19 @@ class WorkerLink:
                 f"its base model is {welcome.model_digest.hex()}, "
                 f"the router's is {self._hello.model_digest.hex()}"
             )
-        return Worker(
+        worker = Worker(
             name=self._address,
             epoch=welcome.epoch,
             max_context_tokens=welcome.max_context_tokens,
             max_rank=welcome.max_rank,
             submit_limit=welcome.submit_limit,
             draining=welcome.status.draining,
-            status=_status(welcome.status),
+            max_running=welcome.max_running,
+            step_tokens=welcome.step_tokens,
             listed=self._listed,
         )
+        worker.hear(_status(welcome.status))
+        return worker
 
     def _receive(self, worker: Worker, response: pb.AttachResponse) -> None:
         event = response.WhichOneof("event")
@@ -292,7 +295,9 @@ def _status(status: pb.WorkerStatus) -> WorkerStatus:
         queued_prompt_tokens=status.queued_prompt_tokens,
         pages_total=status.pages_total,
         pages_free=status.pages_free,
+        pages_cached=status.pages_cached,
         pages_adapter=status.pages_adapter,
+        pages_adapter_idle=status.pages_adapter_idle,
         prefill_tokens_per_s=status.prefill_tokens_per_s,
         step_s=sorted((point.rows, point.ms / 1e3) for point in status.step_times),
         adapter_load_bytes_per_s=status.adapter_load_bytes_per_s,

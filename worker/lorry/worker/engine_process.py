@@ -44,6 +44,7 @@ def started(engine: Engine, config: EngineConfig) -> Started:
     return Started(
         pages_total=engine.scheduler.pool.total,
         max_running=limits.max_running,
+        step_tokens=limits.step_tokens,
         max_rank=config.max_rank,
         max_context_tokens=limits.max_context_tokens,
     )

@@ -78,6 +78,7 @@ class Gauges:
             pages_free=pool.free,
             pages_kv=pool.kv + pool.prefix - len(prefixes.idle),
             pages_adapter=pool.adapter,
+            pages_adapter_idle=scheduler.residency.idle_pages,
             pages_cached=len(prefixes.idle),
             prefill_tokens_per_s=self.prefill_tokens_per_s,
             step_times_ms=dict(sorted(self.step_times_ms.items())),

@@ -138,6 +138,7 @@ class Started(Message, frozen=True):
 
     pages_total: int
     max_running: int
+    step_tokens: int
     max_rank: int
     max_context_tokens: int
 
@@ -242,6 +243,7 @@ class Status(Message, frozen=True):
     pages_free: int = 0
     pages_kv: int = 0  # of running requests, pages of the prefix cache that they use included
     pages_adapter: int = 0
+    pages_adapter_idle: int = 0  # of those, of adapters that no request uses
     pages_cached: int = 0  # of the prefix cache, that no running request uses
     prefill_tokens_per_s: float = 0.0
     step_times_ms: dict[int, float] = {}  # by rows, of steps of decodes only

@@ -183,6 +183,10 @@ class Residency:
         return (a for a in self._idle.values() if a.version not in self._protected)
 
     @property
+    def idle_pages(self) -> int:
+        return self._idle_pages
+
+    @property
     def spare_pages(self) -> int:
         return self._idle_pages - self._protected_idle_pages
 

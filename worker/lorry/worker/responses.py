@@ -89,6 +89,7 @@ def to_worker_status(state: WorkerState) -> pb.WorkerStatus:
         pages_cached=engine.pages_cached,
         prefix_query_tokens=engine.prefix_query_tokens,
         prefix_hit_tokens=engine.prefix_hit_tokens,
+        pages_adapter_idle=engine.pages_adapter_idle,
     )
 
 

@@ -137,6 +137,8 @@ class WorkerServicer(WorkerServiceServicer):
             max_rank=started.max_rank,
             submit_limit=stream.submit_limit,
             status=to_worker_status(self._front.state),
+            max_running=started.max_running,
+            step_tokens=started.step_tokens,
         )
 
 

@@ -264,6 +264,8 @@ class Welcome(_message.Message):
     MAX_RANK_FIELD_NUMBER: _builtins.int
     SUBMIT_LIMIT_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_FIELD_NUMBER: _builtins.int
+    STEP_TOKENS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     """This life of the worker: another value means that everything it held is gone."""
@@ -276,6 +278,10 @@ class Welcome(_message.Message):
     """Largest adapter rank that this worker serves."""
     submit_limit: _builtins.int
     """Submits that this stream may have sent since Hello."""
+    max_running: _builtins.int
+    """Most requests that have pages at the same time; 0 = not told."""
+    step_tokens: _builtins.int
+    """Most tokens, of prompts and outputs, that one step computes; 0 = not told."""
     @_builtins.property
     def status(self) -> Global___WorkerStatus: ...
     def __init__(
@@ -289,10 +295,12 @@ class Welcome(_message.Message):
         max_rank: _builtins.int = ...,
         submit_limit: _builtins.int = ...,
         status: Global___WorkerStatus | None = ...,
+        max_running: _builtins.int = ...,
+        step_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "max_context_tokens", b"max_context_tokens", "max_rank", b"max_rank", "model_digest", b"model_digest", "protocol_revision", b"protocol_revision", "status", b"status", "submit_limit", b"submit_limit", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "max_context_tokens", b"max_context_tokens", "max_rank", b"max_rank", "max_running", b"max_running", "model_digest", b"model_digest", "protocol_revision", b"protocol_revision", "status", b"status", "step_tokens", b"step_tokens", "submit_limit", b"submit_limit", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -505,6 +513,7 @@ class WorkerStatus(_message.Message):
     PAGES_CACHED_FIELD_NUMBER: _builtins.int
     PREFIX_QUERY_TOKENS_FIELD_NUMBER: _builtins.int
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    PAGES_ADAPTER_IDLE_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Requests with pages."""
     waiting: _builtins.int
@@ -535,6 +544,8 @@ class WorkerStatus(_message.Message):
     """Tokens of this epoch's requests that were looked up in the prefix cache, each request once."""
     prefix_hit_tokens: _builtins.int
     """Of those, the tokens that it had: they were not computed again."""
+    pages_adapter_idle: _builtins.int
+    """Of pages_adapter, those of adapters that no request uses: kept until their memory is needed."""
     @_builtins.property
     def step_times(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]: ...
     def __init__(
@@ -556,10 +567,11 @@ class WorkerStatus(_message.Message):
         pages_cached: _builtins.int = ...,
         prefix_query_tokens: _builtins.int = ...,
         prefix_hit_tokens: _builtins.int = ...,
+        pages_adapter_idle: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_load_bytes_per_s", b"adapter_load_bytes_per_s", "draining", b"draining", "max_adapters_beside_base_in_step", b"max_adapters_beside_base_in_step", "max_adapters_in_step", b"max_adapters_in_step", "pages_adapter", b"pages_adapter", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_total", b"pages_total", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_query_tokens", b"prefix_query_tokens", "queued_prompt_tokens", b"queued_prompt_tokens", "running", b"running", "step_times", b"step_times", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_load_bytes_per_s", b"adapter_load_bytes_per_s", "draining", b"draining", "max_adapters_beside_base_in_step", b"max_adapters_beside_base_in_step", "max_adapters_in_step", b"max_adapters_in_step", "pages_adapter", b"pages_adapter", "pages_adapter_idle", b"pages_adapter_idle", "pages_cached", b"pages_cached", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_total", b"pages_total", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_query_tokens", b"prefix_query_tokens", "queued_prompt_tokens", b"queued_prompt_tokens", "running", b"running", "step_times", b"step_times", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
