@@ -1,10 +1,13 @@
 """Imports from a server that speaks the hub's protocol, through the library and a real store."""
 
+import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lorry.adapter_store.hub_download import may_pass
 from lorry.adapter_store.limits import Limits
 from lorry.rpc.errors import (
     AdapterExists,
@@ -12,6 +15,7 @@ from lorry.rpc.errors import (
     DeadlineExpired,
     InvalidRequest,
     PermissionDenied,
+    StoreUnavailable,
 )
 from lorry.v1 import store_admin_service_pb2 as pb
 from tests.support.adapter_store import RunningStore, running_store
@@ -119,6 +123,30 @@ async def test_a_repository_without_safetensors_is_refused(
             with pytest.raises(AdapterInvalid, match=f"holds no {WEIGHTS_NAME}"):
                 await bring(running)
             assert hub.asked == []
+
+
+async def test_a_hub_that_is_away_is_no_fault_of_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving_hub(repository()) as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    async with running_store(tmp_path, hub_allow=("*",)) as running:
+        with pytest.raises(StoreUnavailable, match="hub") as caught:
+            await bring(running)
+        assert caught.value.retry_after_s
+
+
+@pytest.mark.parametrize(
+    ("status", "passes"), [(401, False), (404, False), (408, True), (429, True), (503, True)]
+)
+def test_only_the_hubs_own_trouble_is_worth_another_attempt(status: int, passes: bool) -> None:
+    error = Exception("what the library raises")
+    error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    assert may_pass(error) is passes
+    assert not may_pass(ValueError("a name"))
+    assert not may_pass(OSError(errno.EFBIG, "a file that may not grow"))
+    assert not may_pass(None)
+    assert may_pass(ConnectionResetError())
 
 
 async def test_a_hub_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

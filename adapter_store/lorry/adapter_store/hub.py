@@ -21,6 +21,7 @@ from lorry.rpc.errors import (
     InvalidRequest,
     PermissionDenied,
     StoreFull,
+    StoreUnavailable,
 )
 from lorry.rpc.names import AdapterName
 
@@ -61,7 +62,7 @@ class Hub:
         """Download a revision and publish it.
 
         Raises PermissionDenied where that is not allowed, AdapterInvalid naming what is wrong with
-        it, and what an upload raises.
+        it, StoreUnavailable while the hub is away, and what an upload raises.
         """
         self._check(repository, revision)
         async with self._counted(), self._one_at_a_time:
@@ -105,7 +106,10 @@ class Hub:
             self._num_imports -= 1
 
     async def _download(self, repository: str, revision: str, directory: Path) -> str:
-        """Both files, by a process that is ended when its time is over or nobody waits for it."""
+        """Both files, by a process that is ended when its time is over or nobody waits for it.
+
+        Raises StoreUnavailable where another attempt may succeed, else AdapterInvalid.
+        """
         request = {
             "repository": repository,
             "revision": revision,
@@ -131,6 +135,10 @@ class Hub:
                 process.kill()
             await process.wait()
         answer = json.loads(reply) if reply else {"error": "the download was ended"}
+        if answer.get("may_pass"):
+            raise StoreUnavailable(
+                f"the hub cannot be used now: {answer['error']}", retry_after_s=RETRY_AFTER_S
+            )
         if "error" in answer:
             raise AdapterInvalid.of("repository", f"{repository}: {answer['error']}")
         return str(answer["commit"])

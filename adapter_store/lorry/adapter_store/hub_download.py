@@ -18,6 +18,7 @@ from lorry.adapter_store.peft_config import MAX_CONFIG_BYTES
 
 COMMIT_CHARS = 40
 CALL_TIMEOUT_S = 30.0  # without a byte
+FIRST_SERVER_ERROR, PASSING_CLIENT_ERRORS = 500, (408, 429)  # too late, too many
 
 
 class Refused(Exception):
@@ -54,6 +55,17 @@ def download(request: Mapping[str, Any]) -> str:
     return commit
 
 
+def may_pass(error: BaseException | None) -> bool:
+    """Whether the hub, or the way to it, is to blame, and not what was asked for."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return status >= FIRST_SERVER_ERROR or status in PASSING_CLIENT_ERRORS
+    client_error, _ = HfHubHTTPError.__bases__  # of whatever HTTP client the library uses
+    return isinstance(error, (client_error, ConnectionError, TimeoutError))
+
+
 def _check(path: Path, file: Any) -> None:
     """That the bytes are those that the commit names."""
     if path.stat().st_size != file.size:
@@ -70,9 +82,12 @@ def main() -> None:
     limit = max(request["max_bytes"], MAX_CONFIG_BYTES)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        answer = {"commit": download(request)}
+        answer: dict[str, Any] = {"commit": download(request)}
     except Exception as error:  # of the library, of its HTTP client, or of the operating system
-        answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        answer = {
+            "error": f"{type(error).__name__}: {error}"[:1000],
+            "may_pass": may_pass(error) or may_pass(error.__cause__),
+        }
     print(json.dumps(answer), flush=True)
 
 
