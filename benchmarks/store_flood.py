@@ -21,7 +21,8 @@ import grpc.aio
 
 from benchmarks.results_file import host_name, write_result
 from benchmarks.store import requests
-from benchmarks.store_scale import Files, Place, RunningStore, started
+from benchmarks.store_population import Files
+from benchmarks.store_process import Place, RunningStore, started
 from lorry.rpc.channel import bearer
 from lorry.rpc.errors import TenantLimit
 from lorry.rpc.status import from_rpc

@@ -11,217 +11,45 @@ cache and one that knows the future are simulated on the same trace.
 
 import argparse
 import asyncio
-import contextlib
-import hashlib
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
 import numpy as np
-import psutil
 
 from benchmarks.cache_simulation import belady_hits, lru_hits
 from benchmarks.results_file import host_name, write_result
-from benchmarks.store import requests
-from lorry.adapter_store.image import image_bytes
-from lorry.adapter_store.peft_config import resolve
-from lorry.kernels.page_layout import Dtype, PageLayout
+from benchmarks.store_population import (
+    CLIENTS,
+    LABELS,
+    PAGE_SIZE,
+    RANKS,
+    Files,
+    Reader,
+    bytes_of,
+    list_all,
+    register,
+    timed,
+)
+from benchmarks.store_process import Place, RunningStore, started
 from lorry.rpc.base_model import read_base_model
-from lorry.rpc.layout import layout_to_proto
-from lorry.rpc.renewed_channel import Metadata
-from lorry.rpc.weight_chunk import upload_adapter
-from lorry.v1 import adapter_data_service_pb2 as data_pb
-from lorry.v1 import adapter_service_pb2 as pb
-from lorry.v1.adapter_data_service_pb2_grpc import AdapterDataServiceStub
-from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from tests.support.adapter_store import write_base_model
-from tests.support.adapters import TINY, lora_config, lora_files, lora_tensors
-from tests.support.scrape import Scrape
+from tests.support.adapters import TINY
 
-RANKS = (8, 16, 32, 64)
-LABELS = 100  # values of the label that lists are filtered by
-PAGE_SIZE = 100
-CLIENTS = 8
 BUDGET_SHARE = 0.1
-LAYOUT = PageLayout(geometry=TINY, dtype=Dtype.FP32)
 SIMULATED_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Adapters of mixed ranks that differ in one weight each."""
-
-    configs: dict[int, str]
-    weights: dict[int, bytes]
-
-    @classmethod
-    def make(cls) -> "Files":
-        files = {}
-        for rank in RANKS:
-            config = lora_config(r=rank)
-            files[rank] = lora_files(config, lora_tensors(config))
-        return cls({r: f[0] for r, f in files.items()}, {r: f[1] for r, f in files.items()})
-
-    def of(self, number: int) -> tuple[str, bytes]:
-        """adapter_config.json and the safetensors file; the last weight is the adapter's number."""
-        rank = rank_of(number)
-        weight = np.float32(number).tobytes()
-        return self.configs[rank], self.weights[rank][: -len(weight)] + weight
-
-
-def rank_of(number: int) -> int:
-    return RANKS[number % len(RANKS)]
-
-
-def bytes_of(number: int) -> int:
-    """Of an adapter's page image."""
-    return image_bytes(resolve(lora_config(r=rank_of(number)), TINY), LAYOUT)
-
-
-@dataclass
-class RunningStore:
-    process: psutil.Process
-    address: str
-    channel: grpc.aio.Channel
-    metrics_url: str
-    start_s: float  # until it has answered
-
-    def resident_mib(self) -> float:
-        """Of the store itself; its builders and what it maps of others are not counted."""
-        return float(self.process.memory_info().rss / 2**20)
-
-    def metrics(self) -> Scrape:
-        with urllib.request.urlopen(self.metrics_url, timeout=30) as answer:
-            return Scrape(answer.read().decode())
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a store keeps its things; the images are in shared memory."""
-
-    directory: Path
-    shm_dir: Path
-
-    @property
-    def model(self) -> Path:
-        return self.directory / "model"
-
-
-@contextlib.asynccontextmanager
-async def started(
-    place: Place, *options: str, metadata: Metadata = ()
-) -> AsyncIterator[RunningStore]:
-    """A store on the adapters of `place`, ended by SIGTERM."""
-    start_s = time.perf_counter()
-    command = [sys.executable, "-m", "lorry.adapter_store", "--address", "127.0.0.1:0"]
-    command += ["--model", str(place.model), "--shm-dir", str(place.shm_dir)]
-    command += ["--backend", (place.directory / "adapters").as_uri(), *options]
-    log_path = place.directory / "log"
-    with log_path.open("w") as log:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdout=asyncio.subprocess.PIPE, stderr=log
-        )
-        try:
-            assert process.stdout is not None
-            address = (await process.stdout.readline()).decode().split()[-1]
-            async with grpc.aio.insecure_channel(address) as channel:
-                request = pb.ListAdaptersRequest(page_size=1)
-                await AdapterServiceStub(channel).ListAdapters(request, metadata=metadata)
-                answers_s = time.perf_counter() - start_s
-                url = metrics_url(log_path.read_text())
-                yield RunningStore(psutil.Process(process.pid), address, channel, url, answers_s)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            await process.wait()
-
-
-def metrics_url(log: str) -> str:
-    (url,) = (word for word in log.split() if word.startswith("http://127.0.0.1:"))
-    return url.rstrip(".,")
-
-
-async def timed(call: Awaitable[Any]) -> float:
-    start_s = time.perf_counter()
-    await call
-    return time.perf_counter() - start_s
 
 
 def quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
     values = np.percentile(np.array(seconds) * 1e3, QUANTILES)
     named = {f"p{q:g}": round(float(v), 3) for q, v in zip(QUANTILES, values, strict=True)}
     return {"count": len(seconds), **named}
-
-
-async def register(store: RunningStore, files: Files, count: int) -> list[float]:
-    """Upload all adapters by `CLIENTS` at once; seconds of each."""
-    stub, send = AdapterServiceStub(store.channel), upload_adapter(store.channel)
-    numbers = iter(range(count))
-    seconds: list[float] = []
-
-    async def upload(number: int) -> None:
-        config, weights = files.of(number)
-        begun: Any = await stub.CreateUpload(
-            pb.CreateUploadRequest(
-                adapter_id=adapter_id(number),
-                config_json=config,
-                weights_bytes=len(weights),
-                weights_sha256=hashlib.sha256(weights).digest(),
-                labels={"group": str(number % LABELS)},
-            )
-        )
-        await send(requests(begun.upload_id, weights))
-
-    async def client() -> None:
-        for number in numbers:
-            seconds.append(await timed(upload(number)))
-
-    await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    return seconds
-
-
-def adapter_id(number: int) -> str:
-    return f"adapter-{number:05d}"
-
-
-async def list_all(store: RunningStore, filter: str = "") -> tuple[list[float], dict[str, bytes]]:
-    """Seconds of each page, and the version of each name."""
-    stub, request = AdapterServiceStub(store.channel), pb.ListAdaptersRequest(page_size=PAGE_SIZE)
-    request.filter = filter
-    seconds, versions = list[float](), dict[str, bytes]()
-    while True:
-        start_s = time.perf_counter()
-        page: Any = await stub.ListAdapters(request)
-        seconds.append(time.perf_counter() - start_s)
-        versions.update((a.name.rpartition("/")[2], a.version) for a in page.adapters)
-        request.page_token = page.next_page_token
-        if not request.page_token:
-            return seconds, versions
-
-
-class Reader:
-    """Fetches page images in chunks, one after another, as a worker on another host does."""
-
-    def __init__(self, store: RunningStore, model_digest: bytes, versions: dict[str, bytes]):
-        self._stub = AdapterDataServiceStub(store.channel)
-        self._layout = layout_to_proto(LAYOUT, model_digest)
-        self._versions = versions
-
-    async def fetch(self, number: int) -> None:
-        request = data_pb.FetchAdapterRequest(
-            version=self._versions[adapter_id(number)], layout=self._layout
-        )
-        async for _ in self._stub.FetchAdapter(request):
-            pass
 
 
 def zipf_trace(count: int, length: int, *, seed: int = 42, alpha: float = 1.0) -> list[int]:
