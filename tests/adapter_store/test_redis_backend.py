@@ -1,6 +1,7 @@
 """A store that dies at any step, and which Redis it trusts."""
 
 import logging
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -14,6 +15,7 @@ from lorry.adapter_store.records import Adapter, Content, UploadRecord, Version
 from lorry.adapter_store.redis_backend.address import RedisAddress
 from lorry.adapter_store.redis_backend.backend import RedisBackend
 from lorry.client.commands import certs
+from lorry.rpc.errors import RevisionCompacted, StoreFull, StoreUnavailable
 from lorry.rpc.names import AdapterName
 from tests.support.adapters import TINY, lora_config
 from tests.support.redis_server import RedisServer, running_redis
@@ -150,6 +152,87 @@ def dies(backend: RedisBackend) -> bool:
     except Died:
         return True
     return False
+
+
+def begin(backend: RedisBackend, i: int) -> str:
+    """Upload without a publish; the key."""
+    record = UploadRecord(
+        key=f"key-{i}",
+        name=NAME,
+        spec=SPEC,
+        weights_bytes=len(CONTENTS[i]),
+        weights_sha256=b"s" * 32,
+        labels={},
+        expected_etag="",
+        create_time_ns=1,
+    )
+    backend.create_upload(record, num_begun=backend.uploads_of("default").num_begun)
+    for start in range(0, len(CONTENTS[i]), 1 << 20):
+        backend.append(record.key, start, memoryview(CONTENTS[i])[start : start + (1 << 20)])
+    return record.key
+
+
+def test_a_full_scratch_directory_is_no_fault_of_the_bytes(redis_server: RedisServer) -> None:
+    """What is short is told, and neither an upload nor a version is taken for damaged."""
+    backend = opened(redis_server)
+    publish(backend, 0)
+    key = begin(backend, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, before[1]))  # a write is cut short there
+    try:
+        with pytest.raises(StoreUnavailable, match="scratch"), backend.staged(key):
+            pass
+        reading = backend.weights(adapter(0).published)
+        with pytest.raises(StoreUnavailable, match="scratch"), reading:
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with backend.staged(key) as path:
+        assert path.read_bytes() == CONTENTS[1]
+    with backend.weights(adapter(0).published) as (_, path):
+        assert path.read_bytes() == CONTENTS[0]
+    assert backend.problems() == []
+    backend.close()
+
+
+def test_a_tail_is_sealed_only_as_it_was_hashed(redis_server: RedisServer) -> None:
+    backend = opened(redis_server)
+    key = begin(backend, 1)
+    tail = CONTENTS[1][1 << 20 :]
+    for num_chunks, num_bytes in ((1, len(tail) - 1), (0, len(tail))):
+        backend.link.run("seal", key, num_chunks, sha256(tail[:-1]).hexdigest(), num_bytes)
+    with backend.staged(key) as path:
+        assert path.read_bytes() == CONTENTS[1]
+    backend.drop_upload(key)
+    assert redis_server.client.keys("lorry:chunk:*") == []
+    backend.close()
+
+
+def test_who_waits_for_changes_is_told_that_some_are_gone(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(redis_server)
+    position = backend.load().position
+    publish(backend, 0)
+    publish(backend, 1)
+    redis_server.client.xtrim("lorry:events", maxlen=1, approximate=False)
+    with pytest.raises(RevisionCompacted):
+        backend.changes(position)
+    monkeypatch.setattr(backend.catalogue, "changes", lambda _: [])  # they go right afterwards
+    with pytest.raises(RevisionCompacted):
+        backend.wait_for_changes(position)
+    backend.close()
+
+
+def test_a_full_redis_is_one_that_is_there(redis_server: RedisServer) -> None:
+    backend = opened(redis_server)
+    key = begin(backend, 0)
+    redis_server.client.config_set("maxmemory", "1mb")
+    backend.link._away = True  # until this probe
+    with pytest.raises(StoreFull):
+        backend.append(key, len(CONTENTS[0]), b"more")
+    assert backend.find_upload(key) is not None
+    backend.close()
 
 
 @pytest.mark.parametrize(

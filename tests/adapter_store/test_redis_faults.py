@@ -214,6 +214,30 @@ async def test_a_publish_whose_answer_is_lost_is_found_and_not_done_twice(
     assert running.store.catalogue.revision == 1
 
 
+async def test_an_upload_whose_begin_was_not_answered_goes_with_the_next_sweep(
+    running: RunningStore, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client knows no id of it, so nobody else could ever end it."""
+    backend: Any = running.store.uploads._backend
+    run, num_active = backend.link.run, list[int]()
+
+    def losing(name: str, *arguments: Any) -> Any:
+        answer = run(name, *arguments)
+        if name == "create_upload":
+            num_active.append(redis_server.client.zcard("lorry:active"))
+            raise StoreUnavailable("lost", retry_after_s=1.0)
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend.link, "run", losing)
+        with pytest.raises(StoreUnavailable):
+            await running.client.begin("sql", CONFIG, WEIGHTS[0])
+    assert num_active == [1]
+    await running.store.sweep()
+    assert redis_server.client.zcard("lorry:active") == 0
+    await running.client.push("sql", CONFIG, WEIGHTS[0])
+
+
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
 async def test_a_damaged_chunk_is_never_handed_out_and_the_same_upload_repairs_it(
     running: RunningStore, redis_server: RedisServer, damage: str

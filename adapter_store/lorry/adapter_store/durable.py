@@ -1,7 +1,12 @@
 """Files that survive a power cut: written, synchronised, and only then given their name."""
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from lorry.rpc.errors import StoreFull, StoreUnavailable
 
 
 def sync_directory(directory: Path) -> None:
@@ -27,3 +32,13 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     temporary.rename(path)
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def disk_errors(what: str = "the store's disk") -> Iterator[None]:
+    """Raise StoreFull or StoreUnavailable for what the operating system says."""
+    try:
+        yield
+    except OSError as error:
+        kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnavailable
+        raise kind(f"{what} failed: {error.strerror}") from error

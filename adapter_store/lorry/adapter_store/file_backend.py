@@ -10,19 +10,17 @@ quarantine/DIGEST/      what a version was found damaged as
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorry.adapter_store.backend import Loaded, Position, StoredUpload, UnderWay
-from lorry.adapter_store.durable import sync_directory, sync_file, write_durably
+from lorry.adapter_store.durable import disk_errors, sync_directory, sync_file, write_durably
 from lorry.adapter_store.journal import Journal
 from lorry.adapter_store.lora import LoraSpec
 from lorry.adapter_store.records import (
@@ -33,17 +31,16 @@ from lorry.adapter_store.records import (
     upload_from_json,
     upload_to_json,
 )
+from lorry.adapter_store.store_directory import identity_of, locked, opening
 from lorry.rpc.errors import (
     DigestMismatch,
     OffsetMismatch,
     StoreFull,
-    StoreUnavailable,
     UploadNotFound,
     VersionNotFound,
 )
 from lorry.rpc.names import AdapterName
 
-FORMAT = 1
 SPARE_BYTES = 64 << 20  # for the catalogue, so that a full disk can still be cleared by deletes
 CONTENT, WEIGHTS = "content.json", "weights.safetensors"
 UPLOAD, PART = "upload.json", "weights.part"
@@ -75,11 +72,11 @@ class FileBackend:
         self._digests: set[bytes] = set()  # of all contents
         self._references: Counter[bytes] = Counter()  # names that hold each
         self._under_way: dict[str, FileUpload] = {}
-        with contextlib.ExitStack() as stack, _opening(directory):
+        with contextlib.ExitStack() as stack, opening(directory):
             for path in (directory, self._versions, self._uploads, self._quarantine):
                 path.mkdir(mode=0o750, parents=True, exist_ok=True)
-            stack.callback(os.close, _locked(directory / "lock"))
-            identity = _identity(directory / "store.json", model_digest)
+            stack.callback(os.close, locked(directory / "lock"))
+            identity = identity_of(directory / "store.json", model_digest)
             self._store_id, self.model_digest = identity
             self._journal = Journal(directory / "catalogue")
             stack.callback(self._journal.close)
@@ -125,7 +122,7 @@ class FileBackend:
         if upload.weights_bytes > free_bytes:
             raise StoreFull("the store's disk has no room for the weights")
         directory = self._uploads / upload.key
-        with _disk_errors():
+        with disk_errors():
             directory.mkdir(mode=0o750)
             (directory / PART).touch()
             write_durably(directory / UPLOAD, json.dumps(upload_to_json(upload)).encode())
@@ -144,7 +141,7 @@ class FileBackend:
             raise UploadNotFound("the upload has expired")
         if offset != upload.received_bytes:
             raise OffsetMismatch.at(upload.received_bytes, offset)
-        with _disk_errors(), (self._uploads / key / PART).open("ab", buffering=0) as file:
+        with disk_errors(), (self._uploads / key / PART).open("ab", buffering=0) as file:
             start = file.tell()
             try:
                 if file.write(data) != len(data):
@@ -164,7 +161,7 @@ class FileBackend:
         target = self._versions / digest.hex()
         new = self._versions / f".{digest.hex()}"
         shutil.rmtree(new, ignore_errors=True)
-        with _disk_errors():
+        with disk_errors():
             new.mkdir(mode=0o750)
             part = self._uploads / key / PART
             sync_file(part)
@@ -223,7 +220,7 @@ class FileBackend:
 
     def quarantine(self, digest: bytes) -> None:
         aside = self._quarantine / digest.hex()
-        with _disk_errors():
+        with disk_errors():
             shutil.rmtree(aside, ignore_errors=True)
             with contextlib.suppress(FileNotFoundError):
                 (self._versions / digest.hex()).rename(aside)
@@ -241,7 +238,7 @@ class FileBackend:
         for directory in self._uploads.iterdir():
             path = directory / UPLOAD
             if path.exists():
-                with _opening(path):
+                with opening(path):
                     upload = upload_from_json(json.loads(path.read_bytes()))
                     part_bytes = (directory / PART).stat().st_size
                 yield FileUpload(upload, part_bytes, self._clock())
@@ -249,56 +246,8 @@ class FileBackend:
                 shutil.rmtree(directory)
 
 
-@contextlib.contextmanager
-def _opening(path: Path) -> Iterator[None]:
-    """Have what cannot be opened, or not be understood, name its path."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{error.filename or path} cannot be used: {error.strerror}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
-
-
 def _digest_of(path: Path) -> bytes:
     try:
         return bytes.fromhex(path.name)
     except ValueError as error:
         raise ValueError(f"{path} is not a version; move it elsewhere") from error
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnavailable
-        raise kind(f"the store's disk failed: {error.strerror}") from error
-
-
-def _locked(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"{path.parent} is in use by another store") from None
-    return descriptor
-
-
-def _identity(path: Path, model_digest: bytes | None) -> tuple[str, bytes]:
-    """The store id and the digest of the base model."""
-    if not path.exists():
-        if model_digest is None:
-            raise ValueError(f"{path.parent} is not the directory of a store")
-        model = model_digest.hex()
-        fields = {"format": FORMAT, "store_id": uuid.uuid4().hex, "model_digest": model}
-        write_durably(path, json.dumps(fields).encode())
-    with _opening(path):
-        fields = json.loads(path.read_bytes())
-        store_id, found = str(fields["store_id"]), bytes.fromhex(fields["model_digest"])
-    if fields["format"] != FORMAT:
-        raise ValueError(f"{path} has format {fields['format']}, not {FORMAT}")
-    if model_digest not in (None, found):
-        raise ValueError(f"{path.parent} holds adapters of another base model")
-    return store_id, found

@@ -174,6 +174,7 @@ class Uploads:
                 self._forget(record.key)
             except BaseException:
                 self._forget(record.key)
+                self._leftovers.add(record.key)  # it may have begun, and only the answer was lost
                 raise
             else:
                 return upload

@@ -84,9 +84,7 @@ class RedisCatalogue:
         is_other = after.commit != "" and at is not None and at.commit != after.commit
         if int(newest) < after.revision or is_other:
             self._rename_store(after.revision)
-        if found and found[0].revision != after.revision + 1:
-            raise RevisionCompacted("changes are not kept any more")
-        return found
+        return _next_after(after, found)
 
     def wait_for_changes(self, after: Position) -> list[Change]:
         changes = self.changes(after)
@@ -96,7 +94,8 @@ class RedisCatalogue:
             streams = client.xread(
                 {"lorry:events": f"{after.revision}-0"}, count=CHANGES_PER_READ, block=WAIT_MS
             )
-        return [_change(*entry) for _, entries in streams for entry in entries]
+        found = [_change(*entry) for _, entries in streams for entry in entries]
+        return _next_after(after, found)
 
     def _rename_store(self, revision: int) -> None:
         """Revisions that were given out are lost or mean something else: they get another store id.
@@ -129,6 +128,13 @@ class RedisCatalogue:
             if len(entries) < CHANGES_PER_READ:
                 return
             start = f"({entries[-1][0].decode()}"
+
+
+def _next_after(after: Position, changes: list[Change]) -> list[Change]:
+    """The changes, unless some before them are missing."""
+    if changes and changes[0].revision != after.revision + 1:
+        raise RevisionCompacted("changes are not kept any more")
+    return changes
 
 
 def _key(name: AdapterName) -> str:

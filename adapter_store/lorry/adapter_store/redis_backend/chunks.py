@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from lorry.adapter_store.durable import disk_errors
 from lorry.adapter_store.redis_backend.link import RedisLink
 
 CHUNK_BYTES = 1 << 20
+PREFIX = "lorry-weights-"  # of scratch files
 CHUNKS_PER_READ = 4  # so much memory a reader takes
 
 log = logging.getLogger(__name__)
@@ -35,17 +37,22 @@ class ChunkReader:
     @contextlib.contextmanager
     def scratch_file(self) -> Iterator[IO[bytes]]:
         """An empty file that is gone afterwards, also if the process is killed meanwhile."""
-        with tempfile.TemporaryFile(
-            dir=self._directory, prefix="lorry-weights-", buffering=0
-        ) as file:
+        with contextlib.ExitStack() as stack:
+            with disk_errors("the store's scratch directory"):
+                file = stack.enter_context(
+                    tempfile.TemporaryFile(dir=self._directory, prefix=PREFIX, buffering=0)
+                )
             yield file
 
     def read_into(self, file: IO[bytes], digests: Sequence[bytes]) -> None:
-        """Append chunks to a file. Raises ChunkDamaged, and then the chunk was put aside."""
+        """Append chunks to a file.
+
+        Raises ChunkDamaged, and then the chunk was put aside, and StoreFull for want of room.
+        """
         for start in range(0, len(digests), CHUNKS_PER_READ):
             part = [digest.decode() for digest in digests[start : start + CHUNKS_PER_READ]]
             for digest, data in zip(part, self._get(part), strict=True):
-                file.write(self._checked(digest, data))
+                write_all(file, self._checked(digest, data))
 
     def check(self, digest: str) -> None:
         """Raises ChunkDamaged like `read_into`."""
@@ -68,6 +75,14 @@ class ChunkReader:
             sha1 = hashlib.sha1(again, usedforsecurity=False).hexdigest()
             self._link.run("quarantine", digest, sha1)
         raise ChunkDamaged(digest)
+
+
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """Write to an unbuffered file, which takes what there is room for; raises StoreFull."""
+    rest = memoryview(data)
+    with disk_errors("the store's scratch directory"):
+        while rest:
+            rest = rest[file.write(rest) :]
 
 
 def path_of(file: IO[bytes]) -> Path:

@@ -55,6 +55,7 @@ class RedisLink:
         try:
             yield self._client
         except OutOfMemoryError as error:
+            self._set_here()
             raise StoreFull("the store's Redis has no room (maxmemory)") from error
         except (ConnectionError, TimeoutError) as error:
             self._set_away()

@@ -156,11 +156,14 @@ moved_on(key, received + #data)
 return received + #data
 """
 
-# Make the tail a chunk: key, number of chunks before it, digest.
+# Make the tail a chunk if it is still what was hashed, for a tail only grows: key, number of chunks
+# before it, digest, bytes.
 SEAL = """
 local upload, digest = P .. 'upload:' .. ARGV[1], ARGV[3]
 local tail = upload .. ':tail'
-if call('LLEN', upload .. ':chunks') == tonumber(ARGV[2]) and call('EXISTS', tail) == 1 then
+local same = call('LLEN', upload .. ':chunks') == tonumber(ARGV[2])
+  and call('STRLEN', tail) == tonumber(ARGV[4])
+if same then
   call('RENAME', tail, P .. 'chunk:' .. digest)
   add_chunk(upload, digest)
 end

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from lorry.adapter_store.backend import Outdated, StoredUpload, UnderWay
 from lorry.adapter_store.records import Content, UploadRecord, upload_from_json, upload_to_json
-from lorry.adapter_store.redis_backend.chunks import CHUNK_BYTES, ChunkDamaged, ChunkReader, path_of
+from lorry.adapter_store.redis_backend.chunks import (
+    CHUNK_BYTES,
+    ChunkDamaged,
+    ChunkReader,
+    path_of,
+    write_all,
+)
 from lorry.adapter_store.redis_backend.link import RedisLink
 from lorry.rpc.errors import DigestMismatch, OffsetMismatch, StoreFull, UploadNotFound
 
@@ -60,7 +66,7 @@ class RedisUploads:
                 self._reader.read_into(file, digests)
             except ChunkDamaged as error:
                 raise DigestMismatch("uploaded bytes were damaged; upload them again") from error
-            file.write(tail)
+            write_all(file, tail)
             yield path_of(file)
 
     def keep(self, key: str, digest: bytes, content: Content) -> None:
@@ -103,7 +109,7 @@ class RedisUploads:
         """Make what is there of the last chunk a chunk, if there is anything."""
         digests, tail = self._link.run("staged", key)
         if tail:
-            self._link.run("seal", key, len(digests), sha256(tail).hexdigest())
+            self._link.run("seal", key, len(digests), sha256(tail).hexdigest(), len(tail))
 
     def _records(self, keys: list[bytes]) -> list[UploadRecord]:
         records: list[UploadRecord] = []
