@@ -4,7 +4,8 @@
 
 All variants run in turns on one engine, so that a drift of clocks meets all;
 `benchmarks/variants.py` says what each leaves out. The pool is to be so small that memory binds: a
-run of the whole engine without evictions is an error.
+run of the whole engine without evictions is an error. In float32 a variant that changes the tokens
+is an error too; in fewer bits a product's rounding depends on the rows beside it.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from typing import Any
 from benchmarks.building import build, device_name, engine_parser, model_of, pool_gib
 from benchmarks.driver import Driver
 from benchmarks.engine import distinct_prompts
-from benchmarks.random_images import RandomImages, image_directory
+from benchmarks.random_images import TARGETS, RandomImages, image_directory
 from benchmarks.results_file import write_result
 from benchmarks.trace_run import TraceRun
-from benchmarks.variants import PADDED_RANKS, WHOLE, variants_on
+from benchmarks.variants import PADDED_RANKS, SPLIT_POOL, WHOLE, adapter_pages, variants_on
 from lorry.client.bench.trace import TraceRequest, TraceSpec, make_trace
+from lorry.kernels.page_layout import PageLayout
 from lorry.worker.engine import Engine
 
 KEPT = (
@@ -43,21 +45,46 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
         )
     )
     variants = variants_on(arguments.device, arguments.adapter_share)
+    if arguments.variants:
+        variants = {name: variants[name] for name in (WHOLE, *arguments.variants)}
+    if SPLIT_POOL in variants:
+        _check_share(engine, layout, arguments)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     with image_directory() as exact, image_directory() as padded:
         images = RandomImages(exact, layout, arguments.ranks, arguments.adapters)
         alike = RandomImages(padded, layout, [max(arguments.ranks)], arguments.adapters)
         for number in range(arguments.runs):
             prompts = distinct_prompts(trace, base_model.vocab_size, number)
+            tokens = dict[str, list[list[int]]]()
             for name, variant in variants.items():
                 used = alike if name == PADDED_RANKS else images
                 with variant(engine):
-                    runs[name].append(_run(engine, used, trace, prompts))
-                print(f"run {number}, {name}: {runs[name][-1]['req_per_s']:.2f} req/s", flush=True)
-    evictions = min(run["adapter_evictions"] for run in runs[WHOLE])
-    if not evictions:
-        raise SystemExit("no adapter was evicted: give a smaller --pool-gib or more --adapters")
+                    metrics, tokens[name] = _run(engine, used, trace, prompts)
+                runs[name].append(metrics)
+                _check(name, metrics, tokens, is_exact=arguments.dtype == "fp32")
+                print(f"run {number}, {name}: {metrics['req_per_s']:.2f} req/s", flush=True)
     return {name: _summary(of) for name, of in runs.items()}
+
+
+def _check_share(engine: Engine, layout: PageLayout, arguments: argparse.Namespace) -> None:
+    """Raise SystemExit if the largest adapter could never be loaded into a split pool."""
+    needed = layout.pages(TARGETS, max(arguments.ranks))
+    given = adapter_pages(engine, arguments.adapter_share)
+    if needed > given:
+        raise SystemExit(
+            f"--adapter-share {arguments.adapter_share:g} is {given} pages, but an adapter of rank "
+            f"{max(arguments.ranks)} has {needed}"
+        )
+
+
+def _check(
+    name: str, metrics: dict[str, Any], tokens: dict[str, list[list[int]]], *, is_exact: bool
+) -> None:
+    """Raise SystemExit where a run shows nothing, or changed what it must not change."""
+    if name == WHOLE and not metrics["adapter_evictions"]:
+        raise SystemExit("no adapter was evicted: give a smaller --pool-gib or more --adapters")
+    if is_exact and name != PADDED_RANKS and tokens[name] != tokens[WHOLE]:
+        raise SystemExit(f"{name!r} drew other tokens than the whole engine")
 
 
 def _run(
@@ -65,11 +92,12 @@ def _run(
     images: RandomImages,
     trace: Sequence[TraceRequest],
     prompts: Sequence[list[int]],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """What was measured, and the tokens of each request."""
     run = TraceRun(engine, images, trace, first=time.time_ns(), at_arrivals=False)
     metrics = run.run(prompts, engine.scheduler.limits.max_context_tokens)
     Driver(engine, images, []).evict_all()
-    return metrics
+    return metrics, run.tokens
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -100,6 +128,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--adapter-share", type=float, default=0.25, help="of the pool, where it is split"
     )
+    others = [name for name in variants_on("cuda", 0.0) if name != WHOLE]
+    result.add_argument(
+        "--variants", nargs="+", choices=others, help="only these beside the whole engine"
+    )
     return result
 
 
@@ -110,10 +142,11 @@ def main() -> None:
     engine, _ = build(arguments, base_model, layout)
     metrics = measure(engine, arguments)
     _print(metrics)
+    part = "".join(f"-{name.replace(' ', '-')}" for name in arguments.variants or ())
     names = ("model", "ranks", "adapters", "requests", "alpha", "dtype", "adapter_share")
     config = {name: getattr(arguments, name) for name in names}
     write_result(
-        f"ablation-{Path(arguments.model).name}",
+        f"ablation-{Path(arguments.model).name}{part}",
         benchmark="ablation",
         device=device_name(arguments.device),
         config=config

@@ -16,6 +16,7 @@ from lorry.worker.engine import Engine
 
 CONFIGS = Path(__file__).parent / "models"
 GIB = 1 << 30
+WEIGHTS_SEED = 0  # so that a run of a benchmark draws the tokens that the last one drew
 
 
 def engine_parser(description: str | None) -> argparse.ArgumentParser:
@@ -50,6 +51,7 @@ def build(
         max_context_tokens=arguments.max_context_tokens,
         prefix_cache=arguments.prefix_cache,
     )
+    torch.manual_seed(WEIGHTS_SEED)
     started_s = time.perf_counter()
     engine = build_engine(config, base_model)
     print(f"engine built in {time.perf_counter() - started_s:.1f} s", flush=True)

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.driver import Driver, greedy
+from benchmarks.pool_split import PoolSplit
 from benchmarks.random_images import RandomImages
 from lorry.client.bench.trace import TraceRequest
 from lorry.worker import messages as m
@@ -38,56 +39,86 @@ class TraceRun:
         self._first_token_s = np.zeros(count)
         self._last_token_s = np.zeros(count)
         self._gaps: list[np.ndarray] = []
+        self._drawn: list[tuple[np.ndarray, np.ndarray]] = []  # requests' places and their tokens
         self._submitted = 0
         self._outstanding = count
 
     def run(self, prompts: Sequence[list[int]], max_context_tokens: int) -> dict[str, Any]:
         """Serve the trace; at most `max_context_tokens` bound a request's length."""
-        driver, engine = self._driver, self._driver.engine
-        before, host = engine.status(), engine.host_time
-        scheduler_s, launch_s = host.plan_s + host.commit_s, host.launch_s
-        replays, padded_rows = driver.replays, driver.padded_rows
-        started_s = time.perf_counter()
-        while self._outstanding:
-            self._submit(prompts, max_context_tokens, time.perf_counter() - started_s)
-            if not engine.scheduler.requests:
-                time.sleep(IDLE_S)  # nothing has arrived
-            events = driver.step()
-            self._note(events, time.perf_counter() - started_s)
-        seconds = time.perf_counter() - started_s
-        after = engine.status()
-        steps, replays = after.steps - before.steps, driver.replays - replays
-        return self._times(seconds) | {
+        self.start(prompts, max_context_tokens)
+        while self.is_outstanding:
+            self.advance()
+        return self.metrics()
+
+    def start(self, prompts: Sequence[list[int]], max_context_tokens: int) -> None:
+        """Start the clock."""
+        self._prompts, self._max_context_tokens = prompts, max_context_tokens
+        self._before = _Counts.of(self._driver)
+        self._split = PoolSplit(self._driver.engine.scheduler.pool)
+        self._started_s = self._ended_s = time.perf_counter()
+
+    @property
+    def is_outstanding(self) -> bool:
+        return self._outstanding > 0
+
+    def advance(self) -> None:
+        """Submit what has arrived and run a step."""
+        self._submit(time.perf_counter() - self._started_s)
+        if not self._driver.engine.scheduler.requests:
+            time.sleep(IDLE_S)  # nothing has arrived
+        events = self._driver.step()
+        self._ended_s = time.perf_counter()
+        self._note(events, self._ended_s - self._started_s)
+        self._split.note(self._ended_s - self._started_s)
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Of each request, up to its length."""
+        drawn: list[list[int]] = [[] for _ in self._trace]
+        for index, token_ids in self._drawn:
+            for place, token_id in zip(index.tolist(), token_ids.tolist(), strict=True):
+                drawn[place].append(token_id)
+        return drawn
+
+    def metrics(self) -> dict[str, Any]:
+        """Of the trace that was served."""
+        before, after = self._before, _Counts.of(self._driver)
+        steps, replays = after.steps - before.steps, after.replays - before.replays
+        return self._times(self._ended_s - self._started_s) | {
             "steps": steps,
             "adapter_loads": after.adapter_loads - before.adapter_loads,
             "adapter_evictions": after.adapter_evictions - before.adapter_evictions,
             "preemptions": after.preemptions - before.preemptions,
             "graph_replays": replays,
             "eager_steps": steps - replays,
-            "padded_rows": driver.padded_rows - padded_rows,
-            "scheduler_ms_per_step": (host.plan_s + host.commit_s - scheduler_s) / steps * 1e3,
-            "launch_ms_per_step": (host.launch_s - launch_s) / steps * 1e3,
+            "padded_rows": after.padded_rows - before.padded_rows,
+            "scheduler_ms_per_step": (after.scheduler_s - before.scheduler_s) / steps * 1e3,
+            "launch_ms_per_step": (after.launch_s - before.launch_s) / steps * 1e3,
+            "pool_pages": self._split.samples(),
         }
 
-    def _submit(self, prompts: Sequence[list[int]], max_context_tokens: int, now_s: float) -> None:
+    def _submit(self, now_s: float) -> None:
         """Submit what has arrived by now."""
         arrived = int(np.searchsorted(self._arrival_s, now_s, side="right"))
         for index in range(self._submitted, arrived):
-            request, prompt = self._trace[index], prompts[index]
+            request, prompt = self._trace[index], self._prompts[index]
             version = self._images.version(request.adapter)
-            most = max_context_tokens - request.prompt_tokens
+            most = self._max_context_tokens - request.prompt_tokens
             self._driver.engine.handle([greedy(self._first + index, version, prompt, most)])
         self._submitted = arrived
 
     def _note(self, events: list[m.Event], now_s: float) -> None:
         for event in events:
             if isinstance(event, m.StepTokens):
-                self._note_tokens(np.array(event.requests) - self._first, now_s)
+                self._note_tokens(event, now_s)
             elif isinstance(event, m.Finished):
                 self._outstanding -= 1
 
-    def _note_tokens(self, index: np.ndarray, now_s: float) -> None:
-        index = index[self._left[index] > 0]
+    def _note_tokens(self, event: m.StepTokens, now_s: float) -> None:
+        index = np.array(event.requests) - self._first
+        is_asked = self._left[index] > 0
+        index = index[is_asked]
+        self._drawn.append((index, np.array(event.token_ids)[is_asked]))
         is_first = self._left[index] == self._length[index]
         self._gaps.append(now_s - self._last_token_s[index[~is_first]])
         self._first_token_s[index[is_first]] = now_s
@@ -111,6 +142,33 @@ class TraceRun:
                 decoded_s[several] / (self._length[several] - 1)
             ),
         }
+
+
+class _Counts(NamedTuple):
+    """What an engine and its driver have counted so far."""
+
+    steps: int
+    replays: int
+    padded_rows: int
+    adapter_loads: int
+    adapter_evictions: int
+    preemptions: int
+    scheduler_s: float
+    launch_s: float
+
+    @classmethod
+    def of(cls, driver: Driver) -> "_Counts":
+        status, host = driver.engine.status(), driver.engine.host_time
+        return cls(
+            steps=status.steps,
+            replays=driver.replays,
+            padded_rows=driver.padded_rows,
+            adapter_loads=status.adapter_loads,
+            adapter_evictions=status.adapter_evictions,
+            preemptions=status.preemptions,
+            scheduler_s=host.plan_s + host.commit_s,
+            launch_s=host.launch_s,
+        )
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:

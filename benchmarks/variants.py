@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from unittest.mock import patch
 
+from benchmarks.padded_products import padded_products
 from lorry.worker import scheduler as scheduler_module
 from lorry.worker.adapter_loader import AdapterLoader
 from lorry.worker.cuda_runner import CudaRunner
@@ -20,19 +21,26 @@ from lorry.worker.room import Room
 Variant = Callable[[Engine], AbstractContextManager[None]]
 
 WHOLE = "whole engine"
+SPLIT_POOL = "split pool"
 PADDED_RANKS = "padded ranks"
+NO_GRAPHS = "no graphs"
+PADDED_PRODUCTS = "padded products"
 
 
 def variants_on(device: str, adapter_share: float) -> dict[str, Variant]:
-    """Those that a device has; `adapter_share` of the pool is for adapters where it is split."""
+    """Those that a device has; `adapter_share` of the pool is for adapters where it is split.
+
+    Padded products cannot be captured: on a GPU they are to be compared with "no graphs".
+    """
     variants: dict[str, Variant] = {
         WHOLE: _unchanged,
-        "split pool": partial(split_pool, adapter_share=adapter_share),
+        SPLIT_POOL: partial(split_pool, adapter_share=adapter_share),
         PADDED_RANKS: _unchanged,  # by its images: all adapters have the largest rank
         "no prefetch": without_prefetch,
+        PADDED_PRODUCTS: with_padded_products,
     }
     if device == "cuda":
-        variants |= {"no overlap": without_overlap, "no graphs": without_graphs}
+        variants |= {"no overlap": without_overlap, NO_GRAPHS: without_graphs}
     return variants
 
 
@@ -58,6 +66,16 @@ def without_graphs(engine: Engine) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def with_padded_products(engine: Engine) -> Iterator[None]:
+    """LoRA as S-LoRA-bmm computes it, launched kernel by kernel."""
+    with ExitStack() as stack:
+        if isinstance(engine.runner, CudaRunner):
+            stack.enter_context(without_graphs(engine))
+        stack.enter_context(padded_products())
+        yield
+
+
+@contextlib.contextmanager
 def without_prefetch(engine: Engine) -> Iterator[None]:
     """An adapter is loaded only once a request that needs it could start."""
     limits = dataclasses.replace(engine.scheduler.limits, max_ahead=0)
@@ -72,12 +90,17 @@ def split_pool(engine: Engine, *, adapter_share: float) -> Iterator[None]:
     The prefix cache, which would take from the KV's part, is to be off.
     """
     assert not engine.scheduler.limits.prefix_cache
-    adapter_pages = int(adapter_share * engine.scheduler.pool.total)
+    pages = adapter_pages(engine, adapter_share)
     with (
-        patch.object(scheduler_module, "Room", partial(_KvRoom, adapter_pages)),
-        patch.object(scheduler_module, "AdapterLoader", partial(_SplitLoader, adapter_pages)),
+        patch.object(scheduler_module, "Room", partial(_KvRoom, pages)),
+        patch.object(scheduler_module, "AdapterLoader", partial(_SplitLoader, pages)),
     ):
         yield
+
+
+def adapter_pages(engine: Engine, adapter_share: float) -> int:
+    """Pages of the adapters' part of a split pool."""
+    return int(adapter_share * engine.scheduler.pool.total)
 
 
 class _KvRoom(Room):

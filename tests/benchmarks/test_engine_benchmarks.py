@@ -4,14 +4,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import ablation
+from benchmarks.building import build, model_of
 from benchmarks.card import products_of
 from benchmarks.figures import figures
+from benchmarks.variants import variants_on
 from lorry.client.bench.trace import TraceSpec, make_trace
+from lorry.worker.step_graphs import StepGraphs
 from tests.support.command import REPO
 
 TINY = {
@@ -29,6 +34,8 @@ ENGINE = [
     *("--max-running", "8", "--step-tokens", "64", "--max-context-tokens", "1024"),
 ]
 
+USES = ("kv", "prefix", "adapter", "free")
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
@@ -43,7 +50,7 @@ def run(name: str, tiny: Path, *options: str, common: Sequence[str] = ENGINE) ->
     directory = tiny.parent / "results"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--model", str(tiny), *common]
     subprocess.run(
-        [*command, "--directory", str(directory), *options], cwd=REPO, check=True, timeout=200
+        [*command, "--directory", str(directory), *options], cwd=REPO, check=True, timeout=600
     )
     [path] = directory.glob("**/*.json")
     result: dict[str, Any] = json.loads(path.read_text())
@@ -53,8 +60,13 @@ def run(name: str, tiny: Path, *options: str, common: Sequence[str] = ENGINE) ->
 
 def test_a_trace_ends_every_request_at_its_length(tiny: Path) -> None:
     options = ("--requests", "4", "--adapters", "3", "--runs", "1")
-    metrics = run("engine", tiny, *options)["metrics"]
+    result = run("engine", tiny, *options)
+    metrics, split = result["metrics"], result["metrics"]["pool_pages"]
     assert metrics["req_per_s"] > 0
+    totals = {sum(of) for of in zip(*(split[use] for use in USES), strict=True)}
+    assert len(totals) == 1, "pages were lost"
+    assert max(split["kv"]) > 0 < max(split["adapter"])
+    assert split["time_s"] == sorted(split["time_s"])
     assert metrics["adapter_loads"] == 2
     assert metrics["latency_s"]["p99"] <= metrics["seconds"]
 
@@ -76,9 +88,21 @@ def test_every_variant_serves_the_same_trace_where_memory_binds(tiny: Path) -> N
         *("--pool-gib", "0.0005", "--ranks", "32", "64"),
     )
     metrics = run("ablation", tiny, *options)["metrics"]
-    assert metrics.keys() == {"whole engine", "split pool", "padded ranks", "no prefetch"}
+    assert metrics.keys() == variants_on("cpu", 0.25).keys()
     assert all(of["adapter_evictions"] > 0 for of in metrics.values())
     assert metrics["padded ranks"]["adapter_loads"] >= metrics["whole engine"]["adapter_loads"]
+
+
+def test_a_split_pool_must_have_room_for_the_largest_adapter(tiny: Path) -> None:
+    options = ("--pool-gib", "0.0005", "--ranks", "64", "--adapter-share", "0.01")
+    arguments = ablation.parser().parse_args(["--model", str(tiny), *ENGINE, *options])
+    engine, _ = build(arguments, *model_of(arguments))
+    with pytest.raises(SystemExit, match=r"0\.01 is 1 pages, but an adapter of rank 64 has"):
+        ablation.measure(engine, arguments)
+
+
+def test_a_step_may_be_launched_as_it_is_replayed() -> None:
+    assert signature(StepGraphs.launch) == signature(StepGraphs.replay)
 
 
 def test_every_case_of_a_step_is_measured_around_its_context(tiny: Path) -> None:
