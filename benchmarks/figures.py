@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.figures_engine import engine_figures
 from benchmarks.figures_gpu import cold_figures, copies_figures, start_figures, step_figures
+from benchmarks.figures_performance import performance_text
+from benchmarks.figures_plots import draw_plots, drawings
 from benchmarks.figures_scheduling import DOCS, draw_scheduling, scheduling_text
 from benchmarks.figures_scheduling import TITLES as STUDIES
 from benchmarks.figures_store import (
@@ -20,7 +23,7 @@ from benchmarks.figures_text import Result, source, spread
 from benchmarks.results_file import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
-SCHEDULING = DOCS / "scheduling.md"
+SCHEDULING, PERFORMANCE = DOCS / "scheduling.md", DOCS / "performance.md"
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->"
 
 
@@ -33,11 +36,23 @@ def results(benchmark: str, directory: Path = RESULTS) -> list[Result]:
 
 def figures(directory: Path = RESULTS) -> str:
     """The section between the markers."""
-    lines: list[str] = []
+    lines = list(_plot_of_throughput(directory))
     for benchmark, tell in PARTS.items():
         if rows := results(benchmark, directory):
             lines += tell(rows)
     return "\n".join(lines) + "\n"
+
+
+def _plot_of_throughput(directory: Path) -> Iterator[str]:
+    if "throughput.png" in drawings(partial(results, directory=directory)):
+        yield "![Requests a second by number of adapters](docs/figures/throughput.png)"
+        yield ""
+        yield (
+            "vLLM's figures are of version 0.26.0 on the same card and traces, in the settings "
+            "named, which are not its best (`benchmarks/recorded.py`). How far the engine is from "
+            "the ideal, and why: [docs/performance.md](docs/performance.md)."
+        )
+        yield ""
 
 
 def _router(rows: list[Result]) -> Iterator[str]:
@@ -118,7 +133,9 @@ def replace_figures(page: Path, text: str) -> None:
 def main() -> None:
     replace_figures(README, figures())
     replace_figures(SCHEDULING, scheduling_text(studies()))
+    replace_figures(PERFORMANCE, performance_text(results))
     draw_scheduling(studies())
+    draw_plots(results)
     for row in results("store_scale"):
         plot_memory(row, README.parent / PLOT)
 

@@ -1,8 +1,20 @@
 import re
+from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import BEGIN, END, README, SCHEDULING, figures, studies
+from benchmarks.figures import (
+    BEGIN,
+    END,
+    PERFORMANCE,
+    README,
+    SCHEDULING,
+    figures,
+    results,
+    studies,
+)
 from benchmarks.figures_engine import engine_figures
+from benchmarks.figures_performance import performance_text
+from benchmarks.figures_plots import DOCS, draw_plots, drawings
 from benchmarks.figures_scheduling import scheduling_text
 
 PLAIN = {"requests": 50, "trace_seed": 42, "alpha": 1.0, "pool_gib": 108.0}
@@ -18,6 +30,44 @@ def test_the_page_of_scheduling_holds_what_the_studies_say() -> None:
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == scheduling_text(studies())
     for plot in re.findall(r"\(figures/(\S+)\)", text):
         assert (SCHEDULING.parent / "figures" / plot).is_file()
+
+
+def test_the_page_of_performance_holds_what_the_results_say() -> None:
+    text = PERFORMANCE.read_text()
+    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == performance_text(results)
+
+
+def test_every_plot_that_results_are_enough_for_is_committed() -> None:
+    assert all((DOCS / "figures" / name).is_file() for name in drawings(results))
+
+
+def test_no_plot_is_made_without_results(tmp_path: Path) -> None:
+    assert draw_plots(lambda _: [], tmp_path) == []
+
+
+def test_each_kind_of_result_has_its_plot(tmp_path: Path) -> None:
+    split = {"time_s": [0.0, 1.0], "kv": [0, 4], "prefix": [0, 0], "adapter": [1, 2]}
+    rows = [
+        engine_result("llama-3-8b", adapters, "it", ranks=ranks)
+        for adapters, ranks in ((0, [16]), (200, [16]), (200, [8, 64]))
+    ]
+    rows[1]["metrics"]["pool_pages"] = split | {"free": [9, 4]}
+    case = {"batch": 64, "context": 1024, "adapters": 64, "rank": 16, "step_ms": 7, "ideal_ms": 6}
+    config = {"model": "llama-3-8b", "ranks": [16], "adapters": 200}
+    found: dict[str, list[dict[str, Any]]] = {
+        "engine": rows,
+        "step": [{"device": "a GPU", "config": config, "metrics": {"cases": [case]}}],
+        "ablation": [
+            {"device": "a GPU", "config": config, "metrics": {"whole engine": {"req_per_s": 9.0}}}
+        ],
+        "baselines.peft": [
+            {"device": "a GPU", "config": config, "metrics": {"mixed": {"req_per_s": 0.1}}}
+        ],
+    }
+    names = draw_plots(lambda benchmark: found[benchmark], tmp_path)
+    kinds = ("throughput", "rank-mix", "step-floor", "memory-split", "ablation")
+    assert set(names) == {f"{kind}.png" for kind in kinds}
+    assert set(names) == {path.name for path in tmp_path.iterdir()}
 
 
 def engine_result(model: str, adapters: int, command: str, **config: Any) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""What docs/performance.md tells of steps, from committed results."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from benchmarks.card import find_card
+from benchmarks.figures_engine import ideal_req_per_s
+from benchmarks.figures_text import Result, source
+
+LAYERS = 32  # of both models
+ROWS = 64
+# Kernels of a layer, of the case that was measured nearest to a decode step of ROWS sequences.
+PARTS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "llama-3-8b": (
+        ("attention, 64 at context 512", "attention", "8B B64 ctx512"),
+        ("shrink of q, k, v; 64 adapters of rank 16", "lora", "8B B64 n64 r16 qkv shrink"),
+        ("expand of q, k, v", "lora", "8B B64 n64 r16 qkv expand"),
+        ("shrink of o", "lora", "8B B64 n64 r16 o shrink"),
+        ("expand of o", "lora", "8B B64 n64 r16 o expand"),
+    ),
+    "llama-2-7b": (
+        ("attention, 64 at context 1024", "attention", "7B B64 ctx1024"),
+        ("shrink of q, k, v; 64 adapters of rank 16", "lora", "7B B64 n64 r16 qkv shrink"),
+        ("expand of q, k, v", "lora", "7B B64 n64 r16 qkv expand"),
+        ("shrink of o", "lora", "7B B64 n64 r16 o shrink"),
+        ("expand of o", "lora", "7B B64 n64 r16 o expand"),
+    ),
+}
+BETWEEN = (
+    ("RMS norms, two", "add + RMSNorm, 64 rows", 2),
+    ("RoPE and writing KV", "RoPE + KV write, 64 rows", 1),
+    ("SwiGLU", "SwiGLU, 64 rows", 1),
+)
+
+
+def performance_text(results: Callable[[str], list[Result]]) -> str:
+    """The generated section of docs/performance.md."""
+    lines: list[str] = []
+    for kernels in results("kernels"):
+        for model in PARTS:
+            lines += _parts(kernels, model)
+    lines += _whole([row for row in results("engine") if row["config"].get("rate") is None])
+    for step in results("step"):
+        lines += _steps(step)
+    return "\n".join(["", *lines]) + "\n"
+
+
+def _parts(kernels: Result, model: str) -> Iterator[str]:
+    card = find_card(kernels["device"])
+    if card is None:
+        return
+    yield f"### Kernels of a decode step, {model}, {ROWS} sequences, {kernels['device']}"
+    yield ""
+    yield "| part | measured, ms a step | floor, ms a step | measured / floor |"
+    yield "|---|---:|---:|---:|"
+    products_ms = card.products[model].ms(ROWS, ROWS)
+    yield _row("matrix products and head", products_ms, products_ms)
+    total_ms, floors_ms = products_ms, products_ms
+    for name, measured_ms, floor_ms in _of_layers(kernels["metrics"], model):
+        yield _row(name, measured_ms, floor_ms)
+        total_ms, floors_ms = total_ms + measured_ms, floors_ms + floor_ms
+    yield _row("**sum, one after the other**", total_ms, floors_ms)
+    yield ""
+    yield f"{source(kernels)}."
+    yield ""
+
+
+def _of_layers(metrics: dict[str, Any], model: str) -> Iterator[tuple[str, float, float]]:
+    for name, kind, case in PARTS[model]:
+        yield name, *_ms(metrics[kind][case])
+    for name, case, count in BETWEEN:
+        yield name, *_ms(metrics["rows"][case], count)
+
+
+def _ms(case: dict[str, float], count: int = 1) -> tuple[float, float]:
+    """Of all layers: measured, and the floor."""
+    scale = count * LAYERS / 1e3
+    return case["us"] * scale, case["floor_us"] * scale
+
+
+def _row(name: str, measured_ms: float, floor_ms: float) -> str:
+    return f"| {name} | {measured_ms:.2f} | {floor_ms:.2f} | {measured_ms / floor_ms:.2f} |"
+
+
+def _whole(rows: Sequence[Result]) -> Iterator[str]:
+    known = [(row, ideal) for row in rows if (ideal := ideal_req_per_s(row))]
+    if not known:
+        return
+    yield "### Whole traces against the ideal engine"
+    yield ""
+    yield (
+        "| model | adapters | ranks | requests/s of ideal | steps | ms a step | ideal ms a step "
+        "| planned, ms | launched, ms | rows of padding a step |"
+    )
+    yield "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|"
+    for row, ideal in sorted(known, key=_order):
+        metrics, config = row["metrics"], row["config"]
+        steps = metrics["steps"]
+        ranks = ", ".join(map(str, config["ranks"])) if config["adapters"] else "-"
+        yield (
+            f"| {config['model']} | {config['adapters'] or 'none'} | {ranks} "
+            f"| {metrics['req_per_s'] / ideal:.1%} "
+            f"| {steps} | {metrics['seconds'] / steps * 1e3:.2f} "
+            f"| {config['requests'] / ideal / steps * 1e3:.2f} "
+            f"| {metrics['scheduler_ms_per_step']:.2f} | {metrics['launch_ms_per_step']:.2f} "
+            f"| {metrics['padded_rows'] / steps:.1f} |"
+        )
+    yield ""
+    yield (
+        "Planning and launching overlap with the step before; the ideal engine's time is spread "
+        "over the steps that the engine took."
+    )
+    yield ""
+
+
+def _order(one: tuple[Result, float]) -> tuple[str, int, int]:
+    config = one[0]["config"]
+    return config["model"], config["adapters"], max(config["ranks"])
+
+
+def _steps(row: Result) -> Iterator[str]:
+    yield f"### Decode steps, {row['config']['model']}, {row['device']}"
+    yield ""
+    yield "| batch | context | adapters | rank | step, ms | ideal, ms | step / ideal |"
+    yield "|---:|---:|---:|---:|---:|---:|---:|"
+    for case in row["metrics"]["cases"]:
+        ideal_ms = case.get("ideal_ms")
+        told = (f"{ideal_ms:.2f}", f"{case['step_ms'] / ideal_ms:.2f}") if ideal_ms else ("-", "-")
+        yield (
+            f"| {case['batch']} | {case['mean_context']} | {case['adapters']} | {case['rank']} "
+            f"| {case['step_ms']:.2f} | {told[0]} | {told[1]} |"
+        )
+    yield ""
+    yield f"{source(row)}."
+    yield ""
