@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.simulation.clock import Clock
-from benchmarks.simulation.worker import Sequence as WorkerSequence
+from benchmarks.simulation.sequences import Sequence as WorkerSequence
 from benchmarks.simulation.worker import SimulatedWorker
 from lorry.client.bench.record import OK, Record
 from lorry.router.actions import Abort, Prefetch, Submit
@@ -208,8 +208,8 @@ class SimulatedRouter:
             pages_free=worker.pool.free,
             pages_adapter=worker.adapters.pages,
             pages_adapter_idle=worker.adapters.idle_pages,
-            prefill_tokens_per_s=worker.prefill_tokens_per_s,
-            step_s=sorted(worker.step_s.items()),
+            prefill_tokens_per_s=worker.measures.prefill_tokens_per_s,
+            step_s=sorted(worker.measures.step_s.items()),
             adapter_load_bytes_per_s=worker.limits.load_bytes_per_s,
         )
         self._dispatcher.hear(self._attached[worker.name], status, self._clock.now_s)

@@ -7,19 +7,19 @@ a sequence is looked at where it needs a page, where 16 of its tokens are told t
 where it ends.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from benchmarks.simulation.adapters import AdapterCache, AdapterEvents, Pool
 from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.costs import StepCosts
-from lorry.worker.step_fit import StepFit
+from benchmarks.simulation.measures import Measures, WorkerCounts
+from benchmarks.simulation.sequences import Agenda, Sequence
 
 PAGE_TOKENS = 16
 TOLD_TOKENS = 16  # that a sequence draws before the router hears of them; of the first at once
-SMOOTHING = 0.1  # of the averages in a worker's status, as the engine's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,47 +33,12 @@ class WorkerLimits:
     fetch_s: float = 0.005  # until an image that was never here is in host memory
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One request at the worker."""
-
-    seq: int
-    version: bytes  # empty: the base model
-    rank: int
-    prompt_tokens: int  # and what was drawn before it came here
-    output_tokens: int  # that it will draw
-    drawn: int = 0  # up to `started_step`, while it decodes
-    computed: int = 0  # tokens of the context, while it is a prompt
-    pages: int = 0
-    started_step: int = 0  # of its decoding
-    life: int = 0  # counts admissions: what was planned for an earlier one is void
-    is_running: bool = False
-    is_decoding: bool = False
-
-    @property
-    def context_tokens(self) -> int:
-        return self.prompt_tokens + self.drawn
-
-    @property
-    def uncomputed(self) -> int:
-        return self.context_tokens - self.computed
-
-
 class WorkerEvents(AdapterEvents, Protocol):
     """Who hears what a worker's step brought."""
 
     def first_token(self, worker_name: str, seq: int) -> None: ...
     def more_tokens(self, worker_name: str, seq: int, count: int) -> None: ...
     def ended(self, worker_name: str, seq: int) -> None: ...
-
-
-@dataclass(slots=True)
-class WorkerCounts:
-    steps: int = 0
-    busy_s: float = 0.0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
 
 
 class SimulatedWorker:
@@ -104,9 +69,7 @@ class SimulatedWorker:
         self.slowness = 1.0  # by which every step takes longer
         self.is_alive = True
         self.waiting: deque[Sequence] = deque()  # by seq
-        self.prefill_tokens_per_s = 0.0
-        self.step_s: dict[int, float] = {}  # of steps without prompts, by rows
-        self._fit = StepFit()
+        self.measures = Measures()
         self._clock = clock
         self._costs = costs
         self._events = events
@@ -116,10 +79,7 @@ class SimulatedWorker:
         self._num_decoding = 0
         self._kv_tokens = 0  # of decoding sequences
         self._growing: list[tuple[Sequence, int]] = []  # that need a page, and their life
-        self._later: dict[int, list[tuple[Callable[[Sequence], None], Sequence, int]]] = (
-            defaultdict(list)
-        )  # what happens to whom at the end of which step
-        self._step = 0
+        self._agenda = Agenda()
         self._is_stepping = False
 
     @property
@@ -184,7 +144,7 @@ class SimulatedWorker:
         """Plan a step, and have it end when it has taken its time."""
         if not self.is_alive:
             return
-        self.adapters.step = self._step
+        self.adapters.step = self._agenda.step
         self._grow()
         chunks = self._continue_prompts(self.limits.step_tokens - self._num_decoding)
         self._admit(chunks)
@@ -200,21 +160,21 @@ class SimulatedWorker:
             kv_tokens=self._kv_tokens,
             rank_sum=self.adapters.rank_sum,
         )
-        self._measure(seconds, rows, has_prompts=prompt_tokens > 0)
+        self.counts.steps += 1
+        self.counts.busy_s += seconds
+        self.measures.note(rows, seconds, has_prompts=prompt_tokens > 0)
         self._clock.at(self._clock.now_s + seconds, lambda: self._end_step(chunks))
 
     def _end_step(self, chunks: list[tuple[Sequence, int]]) -> None:
         if not self.is_alive:
             return
-        self._step += 1
+        self._agenda.step += 1
         self._kv_tokens += self._num_decoding
         self.counts.output_tokens += self._num_decoding
         for sequence, count in chunks:
             if sequence.is_running:  # it was not cancelled meanwhile
                 self._note_chunk(sequence, count)
-        for happen, sequence, life in self._later.pop(self._step, ()):
-            if sequence.life == life and sequence.is_running:
-                happen(sequence)
+        self._agenda.fulfil()
         self._begin_step()
 
     def _continue_prompts(self, left: int) -> list[tuple[Sequence, int]]:
@@ -264,7 +224,7 @@ class SimulatedWorker:
         if sequence.uncomputed:
             return
         self._prefilling.remove(sequence)
-        sequence.is_decoding, sequence.started_step = True, self._step
+        sequence.is_decoding, sequence.started_step = True, self._agenda.step
         is_first, sequence.drawn = not sequence.drawn, sequence.drawn + 1
         self.counts.output_tokens += 1
         self._num_decoding += 1
@@ -275,29 +235,23 @@ class SimulatedWorker:
         if left <= 0:
             self._end(sequence)
             return
-        self._in(left, self._end, sequence)
-        self._in(
+        self._agenda.after(left, self._end, sequence)
+        self._agenda.after(
             sequence.pages * PAGE_TOKENS - sequence.context_tokens + 1, self._want_page, sequence
         )
-        self._in(TOLD_TOKENS - 1, self._tell_first, sequence)
-
-    def _in(self, steps: int, happen: Callable[[Sequence], None], sequence: Sequence) -> None:
-        if steps <= 0:
-            happen(sequence)
-        else:
-            self._later[self._step + steps].append((happen, sequence, sequence.life))
+        self._agenda.after(TOLD_TOKENS - 1, self._tell_first, sequence)
 
     def _tell_first(self, sequence: Sequence) -> None:
         self._events.more_tokens(self.name, sequence.seq, TOLD_TOKENS - 1)
-        self._in(TOLD_TOKENS, self._tell, sequence)
+        self._agenda.after(TOLD_TOKENS, self._tell, sequence)
 
     def _tell(self, sequence: Sequence) -> None:
         self._events.more_tokens(self.name, sequence.seq, TOLD_TOKENS)
-        self._in(TOLD_TOKENS, self._tell, sequence)
+        self._agenda.after(TOLD_TOKENS, self._tell, sequence)
 
     def _want_page(self, sequence: Sequence) -> None:
         self._growing.append((sequence, sequence.life))
-        self._in(PAGE_TOKENS, self._want_page, sequence)
+        self._agenda.after(PAGE_TOKENS, self._want_page, sequence)
 
     def _end(self, sequence: Sequence) -> None:
         self._stop(sequence)
@@ -336,20 +290,4 @@ class SimulatedWorker:
         self.adapters.release(sequence.version, sequence.rank)
 
     def _drawn_by_now(self, sequence: Sequence) -> int:
-        return sequence.drawn + self._step - sequence.started_step
-
-    def _measure(self, seconds: float, rows: int, *, has_prompts: bool) -> None:
-        """As the engine measures itself."""
-        self.counts.steps += 1
-        self.counts.busy_s += seconds
-        self._fit.note(rows, seconds)
-        if has_prompts:
-            rate = self._fit.rows_per_s(rows, seconds)
-            self.prefill_tokens_per_s = _average(self.prefill_tokens_per_s, rate)
-        else:
-            point = 1 << (rows - 1).bit_length()
-            self.step_s[point] = _average(self.step_s.get(point, 0.0), seconds)
-
-
-def _average(before: float, value: float) -> float:
-    return before + SMOOTHING * (value - before) if before else value
+        return sequence.drawn + self._agenda.step - sequence.started_step

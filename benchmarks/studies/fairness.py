@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from rich.progress import track
+
 from benchmarks.simulation import h200
 from benchmarks.simulation.run import Setting, Simulation
 from benchmarks.studies.common import LORRY, write_study
@@ -20,6 +22,13 @@ MODEST_REQ_PER_S = 2.0
 GREED = 100  # times as many requests
 CAPACITY_REQ_PER_S = 50.0
 ADAPTERS = 20  # of each tenant
+WARM_UP_S = 5.0
+COMPARED = {
+    "all": LORRY,
+    "places": replace(LORRY, fairness_step_share=1e9),
+    "turns": replace(LORRY, fairness_reserve=0.0),
+    "none": replace(LORRY, fairness="none"),
+}
 
 
 def one_tenant(name: str, rate: float, seconds: float, seed: int) -> list[TraceRequest]:
@@ -40,23 +49,47 @@ def run(options: PolicyOptions, trace: Sequence[TraceRequest], **weights: float)
     return simulation
 
 
-def ttft_of(simulation: Simulation, tenant: str) -> dict[str, float] | None:
-    records = simulation.router.records
-    return percentiles(record.ttft_s for record in records if record.planned.tenant == tenant)
+def ttfts_of(simulation: Simulation, tenant: str) -> list[float | None]:
+    """Of those that came after the first seconds, when both tenants have been seen."""
+    return [
+        record.ttft_s
+        for record in simulation.router.records
+        if record.planned.tenant == tenant and record.planned.arrival_s >= WARM_UP_S
+    ]
 
 
-def greedy(options: PolicyOptions, seconds: float) -> dict[str, Any]:
-    """The modest tenant's times to first token alone, beside its equal and beside a greedy one."""
-    modest = one_tenant("modest", MODEST_REQ_PER_S, seconds, 1)
-    crowds: dict[str, list[TraceRequest]] = {
-        "alone": [],
-        "beside_load": one_tenant("other", 0.9 * CAPACITY_REQ_PER_S, seconds, 1000),
-        "beside_greedy": one_tenant("other", GREED * MODEST_REQ_PER_S, seconds, 1000),
-    }
-    return {
-        name: ttft_of(run(options, merged(modest, crowd)), "modest")
-        for name, crowd in crowds.items()
-    }
+def beside(
+    options: PolicyOptions, other_req_per_s: float, seconds: float, seeds: int
+) -> dict[str, Any]:
+    """A modest tenant's times to first token, and what the worker serves of the other while it
+    comes."""
+    ttfts, served = list[float | None](), 0
+    for seed in range(seeds):
+        modest = one_tenant("modest", MODEST_REQ_PER_S, seconds, 1 + seed)
+        other = one_tenant("other", other_req_per_s, seconds, 1000 * (1 + seed))
+        simulation = run(options, merged(modest, other))
+        ttfts += ttfts_of(simulation, "modest")
+        served += served_by(simulation.router.records, "other", seconds)
+    return {"ttft_s": percentiles(ttfts), "other_req_per_s": served / seconds / seeds}
+
+
+def served_by(records: Sequence[Record], tenant: str, until_s: float) -> int:
+    return sum(
+        record.planned.tenant == tenant and (record.ended_s or until_s) < until_s
+        for record in records
+    )
+
+
+def greedy(options: PolicyOptions, seconds: float, seeds: int) -> dict[str, Any]:
+    """Beside a tenant that leaves a tenth of the worker, and beside one that wants four of it."""
+    rates = {"load": 0.9 * CAPACITY_REQ_PER_S, "greedy": GREED * MODEST_REQ_PER_S}
+    return {name: beside(options, rate, seconds, seeds) for name, rate in rates.items()}
+
+
+def lone(options: PolicyOptions, seconds: float) -> float:
+    """What a tenant gets that wants four times the worker and is alone, requests/s."""
+    trace = one_tenant("other", GREED * MODEST_REQ_PER_S, seconds, 1000)
+    return served_by(run(options, trace).router.records, "other", seconds) / seconds
 
 
 def service(records: Sequence[Record], tenant: str, until_s: float) -> float:
@@ -91,16 +124,17 @@ def weighted(options: PolicyOptions, seconds: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    unfair = replace(LORRY, fairness="none")
+    seconds, seeds = arguments.seconds, arguments.seeds
     metrics = {
         "greedy": {
-            "fair": greedy(LORRY, arguments.seconds),
-            "unfair": greedy(unfair, arguments.seconds),
+            name: greedy(options, seconds, seeds) for name, options in track(COMPARED.items())
         },
-        "weighted": weighted(LORRY, arguments.seconds),
+        "lone_req_per_s": {name: lone(COMPARED[name], seconds) for name in ("all", "turns")},
+        "weighted": weighted(LORRY, seconds),
     }
-    config = {"seconds": arguments.seconds, "modest_req_per_s": MODEST_REQ_PER_S, "greed": GREED}
+    config = vars(arguments) | {"modest_req_per_s": MODEST_REQ_PER_S, "greed": GREED}
     write_study("fairness", config, metrics)
 
 

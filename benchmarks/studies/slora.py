@@ -2,10 +2,10 @@
 
     python -m benchmarks.studies.slora
 
-The recorded runs are repeated with S-LoRA's loop and generator. Then, over paired seeds, three
+The recorded runs are repeated with S-LoRA's loop and generator. Then, over paired seeds, four
 schedulers serve the same traces at the same costs: S-LoRA's own loop, which knows how long outputs
-get; S-LoRA's rule of early abort in Lorry's router before Lorry's worker, which does not; and
-Lorry's policies there.
+get; S-LoRA's rule of early abort in Lorry's router before Lorry's worker, which does not; Lorry's
+policies there; and one that knows the whole trace before it begins.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 from rich.progress import track
 
 from benchmarks.results_file import RESULTS
+from benchmarks.simulation.clairvoyant import clairvoyant
 from benchmarks.simulation.costs import LinearCosts
 from benchmarks.simulation.fit_slora import setting_of
 from benchmarks.simulation.run import Setting, simulate
@@ -82,13 +83,18 @@ def repeated(hardware: Hardware) -> Iterator[dict[str, Any]]:
 
 
 def compared(hardware: Hardware, cv: float, seeds: int) -> dict[str, Any]:
-    """Means by scheduler, and the paired differences of Lorry to the two others."""
-    runs: dict[str, list[dict[str, Any]]] = {"own-loop": [], "slora": [], "lorry": []}
+    """Means by scheduler, and the paired differences of Lorry to the others."""
+    runs: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("own-loop", "slora", "lorry", "clairvoyant")
+    }
     for seed in range(seeds):
         trace = recorded_trace(hardware.adapters, hardware.rate, cv=cv, seed=seed)
         runs["own-loop"].append(own_loop(hardware, "abort", trace))
         runs["slora"].append(figures(simulate(worker_setting(hardware, SLORA), trace)))
-        runs["lorry"].append(figures(simulate(worker_setting(hardware, LORRY), trace)))
+        setting = worker_setting(hardware, LORRY)
+        runs["lorry"].append(figures(simulate(setting, trace)))
+        foreseen = clairvoyant(setting, fitted_costs(hardware), trace)
+        runs["clairvoyant"].append(figures(foreseen))
     return {
         "cv": cv,
         "means": {
@@ -105,7 +111,7 @@ def compared(hardware: Hardware, cv: float, seeds: int) -> dict[str, Any]:
                 )
                 for metric in METRICS
             }
-            for other in ("own-loop", "slora")
+            for other in ("own-loop", "slora", "clairvoyant")
         },
     }
 

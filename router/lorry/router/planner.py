@@ -100,6 +100,8 @@ class Planner:
         """One after another; each must have been carried out before the next is asked for."""
         policies, backlog = self._policies, self._backlog
         backlog.overloaded = policies.admission.is_overloaded(now_s)
+        if not len(backlog):
+            return
         open_workers = OpenWorkers(self._workers.values(), policies.pacing, policies.reserve)
         num_aside = 0
         most_rank = math.inf  # of a tenant that may have its turn while others are held

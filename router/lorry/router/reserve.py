@@ -76,6 +76,8 @@ class ShareReserve:
             self._seen_weight -= self._weight(oldest)
 
     def is_tight(self, worker: Worker) -> bool:
+        if len(self._seen_s) < 2:
+            return False
         most_tokens = self._step_share * worker.step_tokens
         return 0 < most_tokens <= worker.unstarted_tokens or self._scarce(worker) is not None
 
