@@ -35,6 +35,7 @@ from lorry.adapter_store.peft_config import resolve
 from lorry.kernels.page_layout import MODULES, Dtype, ModelGeometry, PageLayout
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.channel import open_channel
+from lorry.rpc.heap import keep_freed_memory
 from lorry.rpc.layout import layout_to_proto
 from lorry.rpc.shared_memory import open_shared, shm_namespace_id
 from lorry.rpc.weight_chunk import (
@@ -240,6 +241,7 @@ def main() -> None:
     )
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as store and worker do
     if arguments.bare:
         asyncio.run(serve_bare(arguments.bare))
         return

@@ -18,6 +18,7 @@ with extra("adapter-store"):
     from lorry.rpc.server import serving, stop_requested
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.channel import MIB
+from lorry.rpc.heap import keep_freed_memory
 
 MAX_MESSAGE_BYTES = 2 * MIB
 
@@ -83,6 +84,7 @@ async def serve(config: Config) -> None:
 
 
 def run(config: Config) -> None:
+    keep_freed_memory()
     asyncio.run(serve(config))
 
 

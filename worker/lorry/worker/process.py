@@ -11,6 +11,7 @@ import grpc.aio
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.call_counts import CallCounts, call_metrics
 from lorry.rpc.channel import open_channel
+from lorry.rpc.heap import keep_freed_memory
 from lorry.rpc.metrics import TableCollector, registry_of
 from lorry.rpc.metrics_server import serving_metrics
 from lorry.rpc.server import Server, serving, stop_requested
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 def run(config: Config, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Serve until SIGTERM or SIGINT; returns 0, or 1 if the engine was lost."""
+    keep_freed_memory()
     return asyncio.run(_run(config, engine_command))
 
 
