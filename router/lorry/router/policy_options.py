@@ -36,7 +36,7 @@ class PolicyOptions:
     """Share of a worker's places and memory that is kept from tenants with more than their fair
     share, while others are about; 0: nothing is."""
 
-    fairness_step_share: float = 0.5
+    fairness_step_share: float = 0.4
     """Share of a worker's step that the prompts of such tenants may fill in its queue; they wait
     here for more, so that others' prompts get into the next step."""
 
