@@ -54,9 +54,9 @@ async def test_the_most_wanted_images_are_built_at_the_next_start(
         for seed in (0, 1, 2, 2, 3, 3, 3):
             await fetch(running, versions[seed])
     async with running_store(tmp_path, ram_bytes=2 * IMAGE_BYTES) as running:
-        await until(lambda: running.store.images.num_images == 2)
+        await until(lambda: running.store.images.counts.built_ahead == 2)
         assert [resident(running, version) for version in versions] == [0, 0, 1, 1]
-        assert running.store.images.counts.built_ahead == 2
+        assert running.store.images.num_images == 2
         await fetch(running, versions[0])  # the least wanted of those built ahead makes room
         assert [resident(running, version) for version in versions] == [1, 0, 0, 1]
         running.store.images.check_integrity()

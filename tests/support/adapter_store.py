@@ -22,7 +22,7 @@ from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.redis_backend.address import RedisAddress
 from lorry.adapter_store.redis_backend.backend import RedisBackend
 from lorry.adapter_store.service import SERVICES, register
-from lorry.adapter_store.store import Store, opened
+from lorry.adapter_store.store import Settings, Store, opened
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.channel import bearer
@@ -183,19 +183,19 @@ async def running_store(
         address = RedisAddress.parse(redis_url)
         return RedisBackend(address, model_digest=base_model.digest, grace_ms=0)
 
+    settings = Settings(
+        geometry=base_model.geometry,
+        dtype=dtype,
+        limits=limits or Limits(),
+        shm_dir=shm_dir,
+        ram_bytes=ram_bytes,
+        builder_processes=2,
+        memory_dir=backend_dir if redis_url is None else None,
+        now_ns=now_ns,
+        clock=clock,
+    )
     async with (
-        opened(
-            open_backend,
-            geometry=base_model.geometry,
-            shm_dir=shm_dir,
-            ram_bytes=ram_bytes,
-            limits=limits or Limits(),
-            dtype=dtype,
-            builder_processes=2,
-            memory_dir=backend_dir if redis_url is None else None,
-            now_ns=now_ns,
-            clock=clock,
-        ) as store,
+        opened(open_backend, settings) as store,
         importing(store, import_dir, delete=import_delete) as imports,
         serving(
             lambda server: register(

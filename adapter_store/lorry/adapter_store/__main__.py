@@ -11,7 +11,7 @@ with extra("adapter-store"):
     from lorry.adapter_store.imports import importing
     from lorry.adapter_store.metrics import METRICS
     from lorry.adapter_store.service import SERVICES, register
-    from lorry.adapter_store.store import Store, opened
+    from lorry.adapter_store.store import Settings, Store, opened
     from lorry.rpc.call_counts import CallCounts, call_metrics
     from lorry.rpc.metrics import TableCollector, registry_of
     from lorry.rpc.metrics_server import serving_metrics
@@ -41,17 +41,17 @@ async def serve(config: Config) -> None:
     backend = config.backend_url
     calls = CallCounts()
     tls = config.server_tls()
+    settings = Settings(
+        geometry=base_model.geometry,
+        dtype=dtype,
+        limits=config.limits,
+        shm_dir=config.shm_dir,
+        ram_bytes=config.ram_bytes,
+        builder_processes=config.builders,
+        memory_dir=config.memory_dir or backend.directory,
+    )
     async with (
-        opened(
-            lambda: backend.open(model_digest=base_model.digest),
-            geometry=base_model.geometry,
-            shm_dir=config.shm_dir,
-            ram_bytes=config.ram_bytes,
-            limits=config.limits,
-            dtype=dtype,
-            builder_processes=config.builders,
-            memory_dir=config.memory_dir or backend.directory,
-        ) as store,
+        opened(lambda: backend.open(model_digest=base_model.digest), settings) as store,
         importing(store, config.import_dir, delete=config.import_delete) as imports,
         serving_metrics(
             config.scraped_address,

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -41,50 +42,46 @@ CHECK_NICENESS = 10  # uploads leave the CPU to fetches, and neither waits for t
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a store is told beside where its adapters are."""
+
+    geometry: ModelGeometry
+    dtype: Dtype  # in which the values of uploads must be finite
+    limits: Limits
+    shm_dir: Path
+    ram_bytes: int | None  # of page images; None: as `ram_budget` has it
+    builder_processes: int
+    memory_dir: Path | None = None  # None: nothing is remembered from one life to the next
+    now_ns: Callable[[], int] = time.time_ns
+    clock: Callable[[], float] = time.monotonic
+
+
 class Store:
     """Owns all parts; made by `opened`."""
 
     def __init__(
         self,
+        settings: Settings,
+        loaded: Loaded,
         *,
         storage: Storage,
-        loaded: Loaded,
+        shared: SharedDirectory,
         builders: Builders,  # of page images
         checkers: Builders,  # of uploads
-        shared: SharedDirectory,
-        ram_bytes: int,
-        limits: Limits,
-        dtype: Dtype,
-        geometry: ModelGeometry,
-        memory_dir: Path | None,
-        now_ns: Callable[[], int] = time.time_ns,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.limits = limits
+        self.limits = settings.limits
         self.catalogue = Catalogue(storage, loaded)
         self.follower = Follower(self.catalogue)
         self.contents = Contents(storage, self.catalogue)
-        self.images = ImageTier(shared, budget_bytes=ram_bytes, storage=storage, builders=builders)
-        publisher = Publisher(
-            storage=storage,
-            builders=checkers,
-            catalogue=self.catalogue,
-            contents=self.contents,
-            limits=limits,
-            dtype=dtype,
-            now_ns=now_ns,
+        budget_bytes = ram_budget(settings.shm_dir, settings.ram_bytes)
+        self.images = ImageTier(
+            shared, budget_bytes=budget_bytes, storage=storage, builders=builders
         )
-        self.uploads = Uploads(
-            storage=storage,
-            publisher=publisher,
-            catalogue=self.catalogue,
-            limits=limits,
-            stored=loaded.uploads,
-            now_ns=now_ns,
-            clock=clock,
-        )
+        self._checkers, self._now_ns = checkers, settings.now_ns
+        self.uploads = self._uploads(settings, storage, loaded)
         self.warmer = Warmer(
-            MemoryFile(memory_dir, geometry),
+            MemoryFile(settings.memory_dir, settings.geometry),
             catalogue=self.catalogue,
             contents=self.contents,
             images=self.images,
@@ -92,10 +89,28 @@ class Store:
         self.fetches = FetchCounts()
         self.shm_namespace_id = shm_namespace_id(shared.path)
         self.draining = asyncio.Event()
-        self._checkers = checkers
-        self._now_ns = now_ns
         self._sweep_wanted = asyncio.Event()
         self._sweep_log = RepeatedLog(log)
+
+    def _uploads(self, settings: Settings, storage: Storage, loaded: Loaded) -> Uploads:
+        publisher = Publisher(
+            storage=storage,
+            builders=self._checkers,
+            catalogue=self.catalogue,
+            contents=self.contents,
+            limits=settings.limits,
+            dtype=settings.dtype,
+            now_ns=settings.now_ns,
+        )
+        return Uploads(
+            storage=storage,
+            publisher=publisher,
+            catalogue=self.catalogue,
+            limits=settings.limits,
+            stored=loaded.uploads,
+            now_ns=settings.now_ns,
+            clock=settings.clock,
+        )
 
     async def begin_upload(
         self,
@@ -201,58 +216,47 @@ class Store:
 
 
 @contextlib.asynccontextmanager
-async def opened(
-    open_backend: Callable[[], Backend],
-    *,
-    geometry: ModelGeometry,
-    shm_dir: Path,
-    ram_bytes: int | None,
-    limits: Limits,
-    dtype: Dtype,
-    builder_processes: int,
-    memory_dir: Path | None = None,
-    now_ns: Callable[[], int] = time.time_ns,
-    clock: Callable[[], float] = time.monotonic,
-) -> AsyncIterator[Store]:
+async def opened(open_backend: Callable[[], Backend], settings: Settings) -> AsyncIterator[Store]:
     """A store that sweeps and builds ahead for as long as the block runs.
 
     Raises ValueError if `ram_bytes` is more than `shm_dir` can hold.
     """
-    with contextlib.ExitStack() as stack:
-        shared = SharedDirectory(shm_dir)
+    async with contextlib.AsyncExitStack() as stack:
+        shared = SharedDirectory(settings.shm_dir)
         stack.callback(shared.close)
-        backend = await asyncio.to_thread(open_backend)
-        storage = Storage(backend)
+        storage = Storage(await asyncio.to_thread(open_backend))
         stack.callback(storage.close)
-        loaded = await storage.run(backend.load)
-        builders = Builders(geometry, processes=builder_processes)
-        checkers = Builders(geometry, processes=builder_processes, niceness=CHECK_NICENESS)
+        loaded = await storage.run(storage.backend.load)
+        geometry, processes = settings.geometry, settings.builder_processes
+        builders = Builders(geometry, processes=processes)
+        stack.push_async_callback(builders.close)
+        checkers = Builders(geometry, processes=processes, niceness=CHECK_NICENESS)
+        stack.push_async_callback(checkers.close)
         store = Store(
+            settings,
+            loaded,
             storage=storage,
-            loaded=loaded,
+            shared=shared,
             builders=builders,
             checkers=checkers,
-            shared=shared,
-            ram_bytes=ram_budget(shm_dir, ram_bytes),
-            limits=limits,
-            dtype=dtype,
-            geometry=geometry,
-            memory_dir=memory_dir,
-            now_ns=now_ns,
-            clock=clock,
         )
-        work = [store.sweep_regularly(), store.warmer.prefetch()]
-        if backend.shared:
-            work.append(store.follower.run())
-        background = [asyncio.create_task(each) for each in work]
-        try:
+        async with _at_work(store, shared=storage.backend.shared):
             yield store
-        finally:
-            for task in background:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-            await store.start_draining()
-            await store.close()
-            await builders.close()
-            await checkers.close()
+
+
+@contextlib.asynccontextmanager
+async def _at_work(store: Store, *, shared: bool) -> AsyncIterator[None]:
+    """What a store does by itself; on exit that ends, and then the store."""
+    work = [store.sweep_regularly(), store.warmer.prefetch()]
+    if shared:
+        work.append(store.follower.run())
+    background = [asyncio.create_task(each) for each in work]
+    try:
+        yield
+    finally:
+        for task in background:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await store.start_draining()
+        await store.close()
