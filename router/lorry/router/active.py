@@ -15,7 +15,7 @@ from lorry.router.generation import Completion, FinishReason
 from lorry.router.output import Output
 from lorry.router.request import Request, RequestState
 from lorry.router.slo_counts import SloCounts
-from lorry.router.worker_link import Ended
+from lorry.router.worker_messages import Ended
 from lorry.rpc.errors import DeadlineExpired, Interrupted, LorryError, WorkerLost
 
 S = RequestState

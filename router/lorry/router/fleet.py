@@ -15,7 +15,7 @@ from lorry.router.generation import Logprobs, PromptLogprobs, TokenLogprobs
 from lorry.router.output import Output
 from lorry.router.request import Request, RequestState
 from lorry.router.worker import Worker, WorkerStatus
-from lorry.router.worker_link import Ended
+from lorry.router.worker_messages import Ended
 from lorry.rpc.errors import Draining, LorryError, SlowReader, WorkerLost
 
 S = RequestState

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
@@ -12,40 +11,29 @@ import grpc.aio
 
 from lorry.router.actions import Prefetch, Submit
 from lorry.router.dispatcher import Place
-from lorry.router.generation import FinishReason, Logprobs, TokenLogprobs
+from lorry.router.generation import Logprobs, TokenLogprobs
 from lorry.router.outbox import Outbox
-from lorry.router.request import Request
 from lorry.router.worker import Worker, WorkerStatus
+from lorry.router.worker_messages import (
+    Ended,
+    to_ended,
+    to_logprobs,
+    to_prompt_logprobs,
+    to_status,
+    to_submit,
+)
 from lorry.rpc.backoff import Backoff
 from lorry.rpc.channel import MIB, Credentials, open_channel
-from lorry.rpc.durations import to_duration, to_seconds
 from lorry.rpc.errors import LorryError, ModelMismatch, NoWorker, WorkerLost
 from lorry.rpc.protocol import PROTOCOL_REVISION
 from lorry.rpc.repeated_log import RepeatedLog
-from lorry.rpc.status import from_rpc, from_status
-from lorry.v1 import common_pb2
+from lorry.rpc.status import from_rpc
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 AttachCall = grpc.aio.StreamStreamCall[pb.AttachRequest, pb.AttachResponse]
-FINISH_REASONS = {
-    common_pb2.FINISH_REASON_STOP: FinishReason.STOP,
-    common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-}
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """A worker's last word on a request: a reason, an error, or neither if it was cancelled."""
-
-    seq: int
-    reason: FinishReason | None
-    error: LorryError | None
-    cached_tokens: int
-    adapter_load_s: float
-    prefill_s: float
 
 
 class WorkerEvents(Protocol):
@@ -201,7 +189,7 @@ class WorkerLink:
             step_tokens=welcome.step_tokens,
             listed=self._listed,
         )
-        worker.hear(_status(welcome.status))
+        worker.hear(to_status(welcome.status))
         return worker
 
     def _receive(self, worker: Worker, response: pb.AttachResponse) -> None:
@@ -210,10 +198,7 @@ class WorkerLink:
             self._receive_step(worker, response.step)
         elif event == "prompt_logprobs":
             chunk = response.prompt_logprobs
-            rows = chunk.logprobs
-            logprobs = Logprobs(
-                list(rows.logprobs), list(rows.top_token_ids), list(rows.top_logprobs)
-            )
+            logprobs = to_prompt_logprobs(chunk.logprobs)
             self._events.prompt_logprobs_read(worker, chunk.seq, chunk.first_index, logprobs)
         elif event == "residency":
             residency = response.residency
@@ -226,16 +211,16 @@ class WorkerLink:
             self._receive_status(worker, response.status)
 
     def _receive_status(self, worker: Worker, status: pb.WorkerStatus) -> None:
-        self._events.status_heard(worker, _status(status))
+        self._events.status_heard(worker, to_status(status))
         if status.draining and not worker.draining:
             log.info("worker %s is draining", self._address)
             worker.draining = True
             self._events.worker_changed(worker)
 
     def _receive_step(self, worker: Worker, step: pb.StepOutput) -> None:
-        self._events.tokens_drawn(worker, step.seqs, step.token_ids, _logprobs(step))
+        self._events.tokens_drawn(worker, step.seqs, step.token_ids, to_logprobs(step))
         if step.finished:
-            self._events.requests_ended(worker, [_ended(f) for f in step.finished])
+            self._events.requests_ended(worker, [to_ended(f) for f in step.finished])
         if step.submit_limit > worker.submit_limit:
             worker.raise_submit_limit(step.submit_limit)
             self._events.submit_limit_raised(worker)
@@ -247,83 +232,10 @@ class WorkerLink:
             while True:
                 submits, cancels, prefetch = await outbox.take()
                 for submit in submits:
-                    message = self._submit_message(submit.seq, submit.request)
+                    message = to_submit(submit.seq, submit.request, self._loop.time())
                     await call.write(pb.AttachRequest(submit=message))
                 if cancels:
                     await call.write(pb.AttachRequest(cancel=pb.Cancel(seqs=cancels)))
                 if prefetch is not None:
                     wanted = pb.Prefetch(versions=prefetch.versions)
                     await call.write(pb.AttachRequest(prefetch=wanted))
-
-    def _submit_message(self, seq: int, request: Request) -> pb.Submit:
-        generation = request.generation
-        return pb.Submit(
-            seq=seq,
-            request_id=generation.request_id,
-            tenant=generation.tenant,
-            version=request.version,
-            token_ids=[*request.prompt_ids, *request.output_ids],
-            generated_tokens=len(request.output_ids),
-            sampling=common_pb2.SamplingParams(
-                temperature=generation.temperature,
-                top_k=generation.top_k,
-                top_p=generation.top_p,
-                min_p=generation.min_p,
-                repetition_penalty=generation.repetition_penalty,
-                presence_penalty=generation.presence_penalty,
-                frequency_penalty=generation.frequency_penalty,
-                logit_bias=generation.logit_bias,
-                seed=request.seed,
-            ),
-            response=common_pb2.ResponseOptions(
-                top_logprobs=generation.top_logprobs,
-                prompt_logprobs=(
-                    generation.prompt_logprobs if request.awaits_prompt_logprobs else None
-                ),
-            ),
-            max_tokens=request.max_tokens,
-            min_tokens=generation.min_tokens,
-            stop_token_ids=sorted(generation.stop_token_ids),
-            remaining=to_duration(request.deadline_s - self._loop.time()),
-        )
-
-
-def _status(status: pb.WorkerStatus) -> WorkerStatus:
-    return WorkerStatus(
-        running=status.running,
-        waiting=status.waiting,
-        queued_prompt_tokens=status.queued_prompt_tokens,
-        pages_total=status.pages_total,
-        pages_free=status.pages_free,
-        pages_cached=status.pages_cached,
-        pages_adapter=status.pages_adapter,
-        pages_adapter_idle=status.pages_adapter_idle,
-        prefill_tokens_per_s=status.prefill_tokens_per_s,
-        step_s=sorted((point.rows, point.ms / 1e3) for point in status.step_times),
-        adapter_load_bytes_per_s=status.adapter_load_bytes_per_s,
-    )
-
-
-def _logprobs(step: pb.StepOutput) -> list[TokenLogprobs] | None:
-    """Of each row; None if no row has any."""
-    if not step.logprobs:
-        return None
-    rows, first = list[TokenLogprobs](), 0
-    top_counts = step.top_counts or [0] * len(step.logprobs)
-    for logprob, count in zip(step.logprobs, top_counts, strict=True):
-        top = slice(first, first + count)
-        rows.append(TokenLogprobs(logprob, step.top_token_ids[top], step.top_logprobs[top]))
-        first += count
-    return rows
-
-
-def _ended(finished: pb.Finished) -> Ended:
-    aborted = finished.reason == common_pb2.FINISH_REASON_ABORTED
-    return Ended(
-        seq=finished.seq,
-        reason=FINISH_REASONS.get(finished.reason),
-        error=from_status(finished.error) if aborted else None,
-        cached_tokens=finished.usage.cached_tokens,
-        adapter_load_s=to_seconds(finished.adapter_load),
-        prefill_s=to_seconds(finished.prefill),
-    )
