@@ -1,21 +1,24 @@
 """How many tokens the router streams to 64 clients in one second of its CPU time.
 
     python -m benchmarks.router
+    python -m benchmarks.router --against ../lorry-before
 
 The router is the real process. Worker, store and clients are stand-ins in processes of their own:
 the worker draws a token for every request at each step and computes nothing. Two loads: `paced`,
 where steps come as from a GPU and nearly every token is a message of its own, and `flood`, where
-they come as fast as the router takes them and it coalesces.
+they come as fast as the router takes them and it coalesces. With `--against`, the router of another
+checkout is measured in turns with this one, so that both meet the same machine.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,9 @@ CLIENTS = 64
 OUTPUT_TOKENS = 512
 PROMPT = "Tell me a story about a lorry."
 STEPS_PER_S = {"paced": 60.0, "flood": 1000.0}
+IDLE_STEPS_PER_S = 10.0
+SOURCES = ("proto/python", "router")  # of a checkout, that its router imports
+Round = dict[str, float]
 
 
 class InstantWorker(WorkerServiceServicer):
@@ -73,7 +79,8 @@ class InstantWorker(WorkerServiceServicer):
         yield worker_service_pb2.AttachResponse(welcome=welcome)
         next_s = time.monotonic()
         while True:
-            next_s = max(next_s + 1 / self._steps_per_s, time.monotonic())
+            steps_per_s = self._steps_per_s if self._drawn else IDLE_STEPS_PER_S
+            next_s = max(next_s + 1 / steps_per_s, time.monotonic())
             await asyncio.sleep(next_s - time.monotonic())
             yield worker_service_pb2.AttachResponse(step=self._step())
 
@@ -139,27 +146,30 @@ async def stream_once(channel: grpc.aio.Channel) -> tuple[int, int]:
     return tokens, messages
 
 
-async def measure(router: str, pid: int, rounds: int) -> list[dict[str, float]]:
-    """After a round to warm up: each round is one request of every client at the same time."""
+async def measure(channels: Sequence[grpc.aio.Channel], pid: int) -> Round:
+    """One request of every client at the same time."""
+    process = psutil.Process(pid)
+    cpu_s, start_s = cpu_time_s(process), time.monotonic()
+    counts = await asyncio.gather(*map(stream_once, channels))
+    cpu_s, wall_s = cpu_time_s(process) - cpu_s, time.monotonic() - start_s
+    tokens, messages = (sum(column) for column in zip(*counts, strict=True))
+    assert tokens == CLIENTS * OUTPUT_TOKENS
+    return {
+        "tokens_per_cpu_s": tokens / cpu_s,
+        "tokens_per_s": tokens / wall_s,
+        "tokens_per_message": tokens / messages,
+    }
+
+
+@asynccontextmanager
+async def clients(router: str) -> AsyncIterator[Sequence[grpc.aio.Channel]]:
     options = [("grpc.use_local_subchannel_pool", 1)]  # a connection for each client
     channels = [grpc.aio.insecure_channel(router, options=options) for _ in range(CLIENTS)]
-    process, measured = psutil.Process(pid), []
-    for _ in range(rounds + 1):
-        cpu_s, start_s = cpu_time_s(process), time.monotonic()
-        counts = await asyncio.gather(*map(stream_once, channels))
-        cpu_s, wall_s = cpu_time_s(process) - cpu_s, time.monotonic() - start_s
-        tokens, messages = (sum(column) for column in zip(*counts, strict=True))
-        assert tokens == CLIENTS * OUTPUT_TOKENS
-        measured.append(
-            {
-                "tokens_per_cpu_s": tokens / cpu_s,
-                "tokens_per_s": tokens / wall_s,
-                "tokens_per_message": tokens / messages,
-            }
-        )
-    for channel in channels:
-        await channel.close()
-    return measured[1:]
+    try:
+        yield channels
+    finally:
+        for channel in channels:
+            await channel.close()
 
 
 def cpu_time_s(process: psutil.Process) -> float:
@@ -168,10 +178,16 @@ def cpu_time_s(process: psutil.Process) -> float:
 
 
 @contextmanager
-def child(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def child(*arguments: str, checkout: Path = REPO) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A Python process, and the address that its first line ends with."""
-    command = [sys.executable, "-m", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO)
+    sources = os.pathsep.join(str(checkout / source) for source in (".", *SOURCES))
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": sources},
+    )
     try:
         assert process.stdout is not None
         yield process, process.stdout.readline().split()[-1]
@@ -181,12 +197,13 @@ def child(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @asynccontextmanager
-async def ready_router(model: Path, load: str) -> AsyncIterator[tuple[str, int]]:
+async def ready_router(model: Path, load: str, checkout: Path) -> AsyncIterator[tuple[str, int]]:
     with (
         child("benchmarks.router", "--peers", load, "--model", str(model)) as (_, peers),
         child(
             *["lorry.router", "--address", "127.0.0.1:0", "--model", str(model)],
             *["--store", peers, "--worker", peers],
+            checkout=checkout,
         ) as (process, router),
     ):
         async with grpc.aio.insecure_channel(router) as channel:
@@ -201,15 +218,32 @@ async def ready_router(model: Path, load: str) -> AsyncIterator[tuple[str, int]]
         yield router, process.pid
 
 
-async def benchmark(model: Path, rounds: int) -> dict[str, Any]:
+async def measure_in_turns(
+    model: Path, load: str, checkouts: Mapping[str, Path], rounds: int
+) -> dict[str, list[Round]]:
+    """Of each checkout, after a round to warm up."""
+    measured: dict[str, list[Round]] = {name: [] for name in checkouts}
+    async with AsyncExitStack() as stack:
+        routers = {}
+        for name, checkout in checkouts.items():
+            router, pid = await stack.enter_async_context(ready_router(model, load, checkout))
+            routers[name] = (await stack.enter_async_context(clients(router)), pid)
+        for _ in range(rounds + 1):
+            for name, (channels, pid) in routers.items():
+                measured[name].append(await measure(channels, pid))
+    return {name: all_rounds[1:] for name, all_rounds in measured.items()}
+
+
+async def benchmark(model: Path, rounds: int, checkouts: Mapping[str, Path]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for load in STEPS_PER_S:
-        async with ready_router(model, load) as (router, pid):
-            measured = await measure(router, pid, rounds)
-        metrics[load] = {
-            key: spread([round_[key] for round_ in measured], digits=2) for key in measured[0]
-        }
-        print(load, json.dumps(metrics[load]), flush=True)
+        for name, measured in (await measure_in_turns(model, load, checkouts, rounds)).items():
+            key = f"{load}{name}"
+            metrics[key] = {
+                metric: spread([round_[metric] for round_ in measured], digits=2)
+                for metric in measured[0]
+            }
+            print(key, json.dumps(metrics[key]), flush=True)
     return metrics
 
 
@@ -217,11 +251,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=REPO / "demo" / "model")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", type=Path, help="a checkout to compare with")
     parser.add_argument("--peers", choices=STEPS_PER_S, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peers:
         asyncio.run(serve_peers(arguments.model, STEPS_PER_S[arguments.peers]))
         return
+    checkouts = {"": REPO}
+    if arguments.against:
+        checkouts[" before"] = arguments.against.resolve()
     write_result(
         "router",
         benchmark="router",
@@ -232,7 +270,7 @@ def main() -> None:
             "rounds": arguments.rounds,
             "steps_per_s": STEPS_PER_S,
         },
-        metrics=asyncio.run(benchmark(arguments.model, arguments.rounds)),
+        metrics=asyncio.run(benchmark(arguments.model, arguments.rounds, checkouts)),
     )
 
 
