@@ -116,14 +116,15 @@ class Backlog:
     def first_with(self, versions: Iterable[bytes]) -> Request | None:
         """Who is next of these versions' requests; those that were passed over go first."""
         best, best_rank = None, None
-        line = self._line
-        queues = (q for v in versions for q in self._queues_of.get(v, ()))
+        line, tenant_rank = self._line, self._fairness.tenant_rank
+        queues = (q for v in versions if v in self._queues_of for q in self._queues_of[v])
         for queue in islice(queues, MAX_COMPARED):
             if queue.tenant in self._held:
                 continue
-            passed_over = self._passed_over.get(queue, ())
-            if waits := next((r for r in passed_over if not self._is_skipped(r)), None):
+            if waits := self._first_passed_over(queue):
                 return waits
+            if best_rank is not None and tenant_rank(queue.tenant) > best_rank[0]:
+                continue
             rank = line.rank(queue)
             if rank is not None and (best_rank is None or rank < best_rank):
                 best, best_rank = queue, rank
@@ -185,6 +186,11 @@ class Backlog:
         self._tokens[request.tenant] += tokens
         if not self._tokens[request.tenant]:
             del self._tokens[request.tenant]
+
+    def _first_passed_over(self, queue: QueueKey) -> Request | None:
+        if queue not in self._passed_over:
+            return None
+        return next((r for r in self._passed_over[queue] if not self._is_skipped(r)), None)
 
     def _forget_passing_over(self, request: Request) -> None:
         if self._due.pop(request, None) is not None:

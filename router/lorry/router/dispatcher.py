@@ -100,9 +100,10 @@ class Dispatcher:
 
         Raises if no attached worker could serve it, and SloUnattainable if it would be too late.
         """
-        if not self._planner.able(request):
+        workers = self._planner.able(request)
+        if not workers:
             raise self._why_unable(request)
-        abort = self._planner.arrive(request, now_s)
+        abort = self._planner.arrive(request, workers, now_s)
         if abort is not None:
             raise slo_unattainable(abort)
         self._rates.count_tokens(request.tenant, len(request.prompt_ids))

@@ -64,22 +64,16 @@ class Line:
         return None if queue is None else self.first_of(queue)
 
     def first_of(self, queue: QueueKey) -> Request | None:
-        entries = self._queues.get(queue)
-        if entries is None:
-            return None
-        turns = self._turns
-        while turns.get(entries[0][1]) != entries[0][0]:
-            heapq.heappop(entries)
-        return entries[0][1]
+        first = self._first_of(queue)
+        return None if first is None else first[1]
 
     def rank(self, queue: QueueKey) -> tuple[float, int, Turn] | None:
         """Where the queue's first request is in the line; None if it has none."""
-        first = self.first_of(queue)
+        first = self._first_of(queue)
         if first is None:
             return None
         fairness = self._fairness
-        turn = self._turns[first]
-        return fairness.tenant_rank(queue.tenant), fairness.queue_rank(queue), turn
+        return fairness.tenant_rank(queue.tenant), fairness.queue_rank(queue), first[0]
 
     def touch(self, queue: QueueKey) -> None:
         """Its rank may have become less."""
@@ -89,13 +83,21 @@ class Line:
         heap.touch(queue)
         self._first.touch(queue.tenant)
 
+    def _first_of(self, queue: QueueKey) -> tuple[Turn, Request] | None:
+        """The entry of the queue's first request, without those that have left before it."""
+        entries = self._queues.get(queue)
+        if entries is None:
+            return None
+        turns = self._turns
+        while turns.get(entries[0][1]) != entries[0][0]:
+            heapq.heappop(entries)
+        return entries[0]
+
     def _queue_key(self, queue: QueueKey) -> tuple[int, Turn] | None:
-        first = self.first_of(queue)
-        return None if first is None else (self._fairness.queue_rank(queue), self._turns[first])
+        first = self._first_of(queue)
+        return None if first is None else (self._fairness.queue_rank(queue), first[0])
 
     def _tenant_key(self, tenant: str) -> tuple[float, Turn] | None:
         queue = None if tenant in self._held else self._tenants[tenant].first()
-        first = None if queue is None else self.first_of(queue)
-        if first is None:
-            return None
-        return self._fairness.tenant_rank(tenant), self._turns[first]
+        first = None if queue is None else self._first_of(queue)
+        return None if first is None else (self._fairness.tenant_rank(tenant), first[0])

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from lorry.router.placement import Pacing
 from lorry.router.request import Request
 from lorry.router.reserve import Reserve
-from lorry.router.worker import Worker
+from lorry.router.worker import Worker, able
 
 
 class OpenWorkers:
@@ -22,10 +22,10 @@ class OpenWorkers:
 
     def able(self, request: Request) -> list[Worker]:
         """That can serve the request and have room for its tenant."""
-        able = [worker for worker in self._open if worker.can_serve(request)]
+        workers = able(self._open, request)
         if self._tight:
-            return [worker for worker in able if not self._is_kept(worker, request.tenant)]
-        return able
+            return [worker for worker in workers if not self._is_kept(worker, request.tenant)]
+        return workers
 
     def are_kept_from(self, tenant: str) -> bool:
         """Whether no request of the tenant can go anywhere."""

@@ -32,17 +32,15 @@ class ResidencyPlacement:
     def place(self, request: Request, workers: Sequence[Worker]) -> Worker | None:
         if not workers:
             return None
-        loads = [worker.load for worker in workers]
-        least = min(loads)
+        least = min([len(worker.active) for worker in workers])
         most = least + max(self._imbalance, least * IMBALANCE_SHARE)
-        version = request.version
-        best: list[Worker] = []
-        best_rank = (3, 0)
-        for worker, load in zip(workers, loads, strict=True):
-            if load <= most and (rank := (distance(version, worker), load)) <= best_rank:
-                best = [*best, worker] if rank == best_rank else [worker]
-                best_rank = rank
-        return best[0] if len(best) == 1 else min(best, key=lambda w: _spread(version, w))
+        nearest = _nearest(request.version, [w for w in workers if len(w.active) <= most])
+        if len(nearest) > 1:
+            least = min([len(worker.active) for worker in nearest])
+            nearest = [worker for worker in nearest if len(worker.active) == least]
+        if len(nearest) == 1:
+            return nearest[0]
+        return min(nearest, key=lambda worker: _spread(request.version, worker))
 
 
 class Pacing:
@@ -63,6 +61,14 @@ class Pacing:
         if not self._backlog_s or len(worker.unstarted) < MIN_UNSTARTED:
             return True
         return worker.unstarted_tokens < self._predictor.pace(worker) * self._backlog_s
+
+
+def _nearest(version: bytes, workers: list[Worker]) -> list[Worker]:
+    """Those of the least distance; looks at all of them at once, as each pick does so twice."""
+    if not version:
+        return workers
+    holders = [w for w in workers if version in w.num_requests or version in w.gpu]
+    return holders or [w for w in workers if version in w.host] or workers
 
 
 def distance(version: bytes, worker: Worker) -> int:

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +11,7 @@ from lorry.router.backlog import Backlog
 from lorry.router.open_workers import OpenWorkers
 from lorry.router.policies import Policies
 from lorry.router.request import Request
-from lorry.router.worker import Worker
+from lorry.router.worker import Worker, able
 
 # Waiting requests that one plan looks at beyond those it can send, so that its time is bounded.
 MAX_SET_ASIDE = 256
@@ -61,12 +61,14 @@ class Planner:
         return min(times, default=None)
 
     def able(self, request: Request) -> list[Worker]:
-        return [worker for worker in self._workers.values() if worker.can_serve(request)]
+        return able(self._workers.values(), request)
 
-    def arrive(self, request: Request, now_s: float) -> Abort | None:
-        """Take a request that is about to be queued into account; an Abort: it should not be."""
+    def arrive(self, request: Request, workers: Sequence[Worker], now_s: float) -> Abort | None:
+        """Take a request that is about to be queued, and that `workers` are able to serve, into
+        account; an Abort: it should not be."""
         self._policies.reserve.arrived(request.tenant, now_s)
-        service_s, wait_s = self._service_s(request, now_s), self._wait_s(request)
+        service_s = self._service_s(request, workers, now_s)
+        wait_s = self._wait_s(request, workers)
         late_s = now_s - request.arrival_s + service_s
         waits = self._backlog.order.waits_for_older
         request.predicted_ttft_s = late_s + (wait_s if waits else 0.0)
@@ -86,9 +88,11 @@ class Planner:
         while starts and starts[0][0] <= now_s:
             _, number, request = heapq.heappop(starts)
             if request in self._backlog:
-                service_s = self._service_s(request, now_s)
+                workers = self.able(request)
+                service_s = self._service_s(request, workers, now_s)
                 latest_s = self._latest_start_s(request, service_s) or 0.0
-                if latest_s <= now_s and not self._has_idle_worker(request):
+                # Beside an idle worker nobody could be sure that it is too late.
+                if latest_s <= now_s and all(worker.active for worker in workers):
                     aborts.append(Abort(request, now_s - request.arrival_s + service_s))
                 else:
                     later.append((max(latest_s, now_s + RECHECK_S), number, request))
@@ -137,6 +141,8 @@ class Planner:
         if since_s is not None and since_s <= now_s < since_s + PREFETCH_PERIOD_S:
             return
         self._prefetched_s = now_s if len(self._backlog) else None
+        if not len(self._backlog) and not any(w.prefetched for w in self._workers.values()):
+            return
         wanted: dict[str, dict[bytes, None]] = {name: {} for name in self._workers}
         for request in self._backlog.ahead(now_s, MAX_AHEAD):
             worker = self._policies.placement.place(request, self.able(request))
@@ -183,24 +189,19 @@ class Planner:
             return Send(request, worker, service_s)
         return Abort(request, now_s - request.arrival_s + service_s)
 
-    def _has_idle_worker(self, request: Request) -> bool:
-        """Then nobody could be sure that it is too late."""
-        return any(not worker.active for worker in self.able(request))
-
     def _latest_start_s(self, request: Request, service_s: float) -> float | None:
         if request.output_ids:  # it comes back from a lost worker and has had its first token
             return None
         return self._policies.admission.latest_start_s(request, service_s)
 
-    def _service_s(self, request: Request, now_s: float) -> float:
-        """At the worker that it would go to."""
-        worker = self._policies.placement.place(request, self.able(request))
+    def _service_s(self, request: Request, workers: Sequence[Worker], now_s: float) -> float:
+        """At the one of `workers` that it would go to."""
+        worker = self._policies.placement.place(request, workers)
         return 0.0 if worker is None else self._policies.predictor.service_s(request, worker, now_s)
 
-    def _wait_s(self, request: Request) -> float:
+    def _wait_s(self, request: Request, workers: Sequence[Worker]) -> float:
         """In the line, behind all that are there."""
-        able = self.able(request)
-        if not len(self._backlog) and any(map(self._policies.pacing.has_room, able)):
+        if not len(self._backlog) and any(map(self._policies.pacing.has_room, workers)):
             return 0.0
         ahead = self._backlog.tokens_ahead(request.tenant)
-        return self._policies.predictor.wait_s(ahead, able)
+        return self._policies.predictor.wait_s(ahead, workers)

@@ -64,7 +64,7 @@ class Worker:
 
     @property
     def has_room(self) -> bool:
-        return self.accepting and self.num_submitted < self.submit_limit
+        return self.num_submitted < self.submit_limit and self.accepting
 
     @property
     def load(self) -> int:
@@ -73,11 +73,7 @@ class Worker:
 
     def can_serve(self, request: Request) -> bool:
         """Whether it could ever take the request."""
-        return (
-            request.rank <= self.max_rank
-            and request.num_context_tokens <= self.max_context_tokens
-            and self.accepting
-        )
+        return bool(able([self], request))
 
     def hear(self, status: WorkerStatus) -> None:
         self.status = status
@@ -131,3 +127,16 @@ class Worker:
                 known.clear()
             known.difference_update(removed)
             known.update(added)
+
+
+def able(workers: Iterable[Worker], request: Request) -> list[Worker]:
+    """Those of `workers` that could ever take the request; on the path of every pick."""
+    rank, num_tokens = request.rank, request.num_context_tokens
+    return [
+        worker
+        for worker in workers
+        if rank <= worker.max_rank
+        and num_tokens <= worker.max_context_tokens
+        and worker.listed
+        and not worker.draining
+    ]
