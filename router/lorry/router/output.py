@@ -62,7 +62,10 @@ class Output:
         """Tokens of prompt and output that wait for a client that takes them as they come."""
         if not self._streaming:
             return 0
-        return len(self._unsent_ids) + sum(len(part.logprobs) for part in self._unsent_prompt)
+        num_unsent = len(self._unsent_ids)
+        if self._unsent_prompt:  # seldom, and this is asked for each token
+            num_unsent += sum(len(part.logprobs) for part in self._unsent_prompt)
+        return num_unsent
 
     @property
     def completed(self) -> Completion:
