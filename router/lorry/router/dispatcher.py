@@ -143,6 +143,7 @@ class Dispatcher:
         self.num_requeued += 1
         self._leave_worker(request)
         self._queue(request)
+        self._planner.come_back(request)
         return True
 
     def stranded(self) -> list[Request]:
@@ -207,7 +208,6 @@ class Dispatcher:
         request.move_to(S.QUEUED)
         self._places.keep(request)
         self._backlog.add(request)
-        self._planner.watch(request)
 
     def _begin(self, request: Request, now_s: float) -> None:
         worker = self._workers[request.worker_name]

@@ -65,7 +65,8 @@ class Planner:
 
     def arrive(self, request: Request, workers: Sequence[Worker], now_s: float) -> Abort | None:
         """Take a request that is about to be queued, and that `workers` are able to serve, into
-        account; an Abort: it should not be."""
+        account, and look at it again when it must have been sent; an Abort: it should not be
+        queued."""
         self._policies.reserve.arrived(request.tenant, now_s)
         service_s = self._service_s(request, workers, now_s)
         wait_s = self._wait_s(request, workers)
@@ -74,10 +75,14 @@ class Planner:
         request.predicted_ttft_s = late_s + (wait_s if waits else 0.0)
         if wait_s and not self._policies.admission.arrived(request, wait_s + service_s, now_s):
             return Abort(request, late_s + wait_s)
+        latest_s = self._latest_start_s(request, service_s)
+        if latest_s is not None:
+            look_s = latest_s if latest_s <= now_s else max(latest_s, now_s + RECHECK_S)
+            heapq.heappush(self._latest_starts, (look_s, request.number, request))
         return None
 
-    def watch(self, request: Request) -> None:
-        """Look at a queued request at the next plan, and again when it must have been sent."""
+    def come_back(self, request: Request) -> None:
+        """Look at a request that is queued again at the next plan."""
         if self._latest_start_s(request, 0.0) is not None:
             heapq.heappush(self._latest_starts, (0.0, request.number, request))
 
