@@ -5,11 +5,16 @@
 Real services: a store, a router and three workers of one thread each, with the demo's model and its
 adapters. The objective is ten times the median time to first token of requests that come alone.
 Before and after the burst the load is light; at the end nothing is left anywhere.
+
+The services and the load share the machine's CPUs: the result tells how many there are and how many
+processes wanted one before the run. A figure counts only where those are next to none, for a router
+that gets no CPU answers late whatever it has decided.
 """
 
 import argparse
 import asyncio
 import contextlib
+import os
 import platform
 import signal
 import statistics
@@ -38,6 +43,7 @@ TOKENS = TokenRange(3, 30)
 PROMPT, OUTPUT = Uniform(4, 24), Uniform(8, 40)
 ALONE = 30  # requests that come alone
 SLO_FACTOR = 10
+MOST_BUSY = 0.25  # processes per CPU, of others
 LIGHT = 0.3  # of what the workers can do, beside the burst
 
 
@@ -164,6 +170,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each of the three phases")
     arguments = parser.parse_args()
+    cpus, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if busy > MOST_BUSY * cpus:
+        print(f"{busy:.1f} processes already want the {cpus} CPUs: the figures will mean little")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the services are stopped then, too
     with tempfile.TemporaryDirectory(prefix="lorry-burst-") as directory:
         metrics = asyncio.run(measure(Path(directory), arguments.seconds))
@@ -171,7 +180,12 @@ def main() -> None:
         "burst",
         benchmark="burst",
         device=f"{platform.machine()} CPU",
-        config={"seconds": arguments.seconds, "workers": WORKERS},
+        config={
+            "seconds": arguments.seconds,
+            "workers": WORKERS,
+            "cpus": cpus,
+            "load_before": round(busy, 2),
+        },
         metrics=metrics,
     )
 
