@@ -11,7 +11,7 @@ from lorry.kernels.page_layout import PageLayout
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.service_config import DTYPES
 from lorry.worker.building import build_engine
-from lorry.worker.config import EngineConfig
+from lorry.worker.config import MEMORY_FRACTION, EngineConfig
 from lorry.worker.engine import Engine
 
 CONFIGS = Path(__file__).parent / "models"
@@ -37,14 +37,20 @@ def engine_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def build(
-    arguments: argparse.Namespace, base_model: BaseModel, layout: PageLayout
+    arguments: argparse.Namespace,
+    base_model: BaseModel,
+    layout: PageLayout,
+    *,
+    memory_fraction: float = MEMORY_FRACTION,
 ) -> tuple[Engine, EngineConfig]:
+    """`memory_fraction` of a GPU is in use afterwards, where no size of the pool is asked for."""
     config = EngineConfig(
         model=base_model.directory,
         load_format="dummy",
         device=arguments.device,
         dtype=arguments.dtype,
         pool_pages=_pool_pages(arguments.pool_gib, layout),
+        memory_fraction=memory_fraction,
         max_running=arguments.max_running,
         step_tokens=arguments.step_tokens,
         max_rank=max(64, *arguments.ranks),

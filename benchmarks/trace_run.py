@@ -80,6 +80,11 @@ class TraceRun:
                 drawn[place].append(token_id)
         return drawn
 
+    @property
+    def first_token_delays_s(self) -> np.ndarray:
+        """Of each request, from its arrival."""
+        return self._first_token_s - self._arrival_s
+
     def metrics(self) -> dict[str, Any]:
         """Of the trace that was served."""
         before, after = self._before, _Counts.of(self._driver)
@@ -136,7 +141,7 @@ class TraceRun:
             "req_per_s": len(self._trace) / seconds,
             "out_tok_per_s": int(self._length.sum()) / seconds,
             "latency_s": percentiles(self._last_token_s - self._arrival_s),
-            "ttft_s": percentiles(self._first_token_s - self._arrival_s),
+            "ttft_s": percentiles(self.first_token_delays_s),
             "token_gap_s": percentiles(np.concatenate(self._gaps)),
             "time_per_output_token_s": percentiles(
                 decoded_s[several] / (self._length[several] - 1)

@@ -91,11 +91,20 @@ POLICIES: dict[Hardware, dict[str, dict[str, tuple[float, ...]]]] = {
 
 
 def recorded_trace(
-    adapters: int, rate: float, *, cv: float = 1.0, seed: int = SEED
+    adapters: int,
+    rate: float,
+    *,
+    alpha: float = 1.0,
+    cv: float = 1.0,
+    seed: int = SEED,
+    seconds: float = SECONDS,
 ) -> list[TraceRequest]:
-    """The requests of a recorded run, drawn in the order in which S-LoRA's generator draws."""
-    random, count = np.random.RandomState(seed), int(rate * SECONDS)
-    chosen = (random.power(1.0, count) * adapters).astype(int)
+    """The requests of a recorded run, drawn in the order in which S-LoRA's generator draws.
+
+    Its `alpha` is the exponent of a power distribution: 1 is uniform, less is more skewed.
+    """
+    random, count = np.random.RandomState(seed), int(rate * seconds)
+    chosen = (random.power(alpha, count) * adapters).astype(int)
     prompts, outputs = (random.randint(8, 512, count) for _ in range(2))
     arrivals = np.cumsum(random.gamma(1 / cv**2, cv**2 / rate, count))
     return [

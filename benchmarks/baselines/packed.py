@@ -1,0 +1,154 @@
+"""Merged copies of the model that share a card: S-LoRA's "vLLM-packed", on this engine.
+
+    python -m benchmarks.baselines.packed --model llama-3-8b --copies 1 2 5
+
+Each copy has its own weights, graphs and an equal part of the card's memory, and serves the
+requests of one adapter without LoRA arithmetic. The copies run in one process, a step of each in
+turn with two in flight, so that no time is lost between processes. Beside them one engine serves
+the same adapters on the fly. Where the copies do not fit, their row says so.
+"""
+
+import argparse
+import gc
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.building import build, device_name, engine_parser, model_of, pool_gib
+from benchmarks.driver import Driver
+from benchmarks.engine import distinct_prompts
+from benchmarks.random_images import RandomImages, image_directory
+from benchmarks.results_file import spread, write_result
+from benchmarks.trace_run import TraceRun
+from lorry.client.bench.trace import NO_ADAPTER, TraceRequest, TraceSpec, make_trace
+from lorry.worker.config import MEMORY_FRACTION
+from lorry.worker.device_memory import PoolDoesNotFit
+from lorry.worker.engine import Engine
+
+
+def build_copies(arguments: argparse.Namespace, copies: int) -> list[Engine]:
+    """Engines with equal parts of the memory; raises PoolDoesNotFit."""
+    base_model, layout = model_of(arguments)
+    options = argparse.Namespace(**vars(arguments))
+    if arguments.pool_gib is not None:
+        options.pool_gib = arguments.pool_gib / copies
+    return [
+        build(options, base_model, layout, memory_fraction=MEMORY_FRACTION * number / copies)[0]
+        for number in range(1, copies + 1)
+    ]
+
+
+class Load(NamedTuple):
+    """What one engine is to serve."""
+
+    engine: Engine
+    trace: Sequence[TraceRequest]
+    prompts: Sequence[list[int]]
+
+
+def serve(loads: Sequence[Load], images: RandomImages) -> float:
+    """Seconds until the last request has ended; the engines take a step each in turn."""
+    runs = [
+        TraceRun(load.engine, images, load.trace, first=time.time_ns(), at_arrivals=False)
+        for load in loads
+    ]
+    started_s = time.perf_counter()
+    for run, load in zip(runs, loads, strict=True):
+        run.start(load.prompts, load.engine.scheduler.limits.max_context_tokens)
+    while outstanding := [run for run in runs if run.is_outstanding]:
+        for run in outstanding:
+            run.advance()
+    return time.perf_counter() - started_s
+
+
+def packed_loads(
+    engines: Sequence[Engine], trace: Sequence[TraceRequest], prompts: Sequence[list[int]]
+) -> list[Load]:
+    """The requests of each adapter for the engine of its number, as the base model's."""
+    places: list[list[int]] = [[] for _ in engines]
+    for place, request in enumerate(trace):
+        places[request.adapter].append(place)
+    return [
+        Load(
+            engine,
+            [replace(trace[place], adapter=NO_ADAPTER) for place in of],
+            [prompts[place] for place in of],
+        )
+        for engine, of in zip(engines, places, strict=True)
+        if of
+    ]
+
+
+def measure(arguments: argparse.Namespace, copies: int) -> dict[str, Any]:
+    """Requests a second of so many copies, and of one engine with as many adapters."""
+    found = {"packed": measured(arguments, copies, packed=True)}
+    return {"copies": copies} | found | {"on_the_fly": measured(arguments, copies, packed=False)}
+
+
+def measured(arguments: argparse.Namespace, copies: int, *, packed: bool) -> dict[str, Any]:
+    base_model, layout = model_of(arguments)
+    trace = make_trace(
+        TraceSpec(requests=arguments.requests, adapters=copies, alpha=arguments.alpha)
+    )
+    try:
+        engines = build_copies(arguments, copies if packed else 1)
+    except PoolDoesNotFit as error:
+        free_memory()
+        return {"does_not_fit": str(error)}
+    rates = list[float]()
+    with image_directory() as directory:
+        images = RandomImages(directory, layout, arguments.ranks, copies)
+        for number in range(arguments.runs):
+            prompts = distinct_prompts(trace, base_model.vocab_size, number)
+            one = [Load(engines[0], trace, prompts)]
+            loads = packed_loads(engines, trace, prompts) if packed else one
+            rates.append(len(trace) / serve(loads, images))
+            Driver(engines[0], images, []).evict_all()
+    size_gib = round(pool_gib(engines[0], layout), 2)
+    del engines, one, loads
+    free_memory()
+    return {"req_per_s": spread(rates, digits=3), "pool_gib_of_each": size_gib}
+
+
+def free_memory() -> None:
+    """Let go of engines that nothing refers to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def parser() -> argparse.ArgumentParser:
+    result = engine_parser(__doc__)
+    result.add_argument("--requests", type=int, default=500)
+    result.add_argument("--copies", type=int, nargs="+", default=[1, 2, 5], help="numbers of")
+    result.add_argument("--alpha", type=float, default=0.0, help="0 is uniform, 1 is Zipf")
+    result.add_argument("--runs", type=int, default=3)
+    return result
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO)
+    arguments = parser().parse_args()
+    cases = list[dict[str, Any]]()
+    for copies in arguments.copies:
+        cases.append(measure(arguments, copies))
+        print(cases[-1], flush=True)
+    names = ("model", "ranks", "requests", "alpha", "dtype")
+    write_result(
+        f"baseline-packed-{Path(arguments.model).name}",
+        benchmark="baselines.packed",
+        device=device_name(arguments.device),
+        config={name: getattr(arguments, name) for name in names},
+        metrics={"cases": cases},
+        directory=arguments.directory,
+        commit=arguments.commit,
+    )
+
+
+if __name__ == "__main__":
+    main()
