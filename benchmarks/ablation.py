@@ -1,6 +1,6 @@
 """What each part of the design is worth: a trace with the whole engine, and without one part.
 
-    python -m benchmarks.ablation --model llama-3-8b --pool-gib 32 --ranks 8 16 32 64
+    python -m benchmarks.ablation --model llama-3-8b --pool-gib 16 --ranks 8 16 32 64
 
 All variants run in turns on one engine, so that a drift of clocks meets all;
 `benchmarks/variants.py` says what each leaves out. The pool is to be so small that memory binds: a
@@ -119,7 +119,7 @@ def _print(metrics: dict[str, Any]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     result = engine_parser(__doc__)
-    result.set_defaults(pool_gib=32.0, ranks=[8, 16, 32, 64])
+    result.set_defaults(pool_gib=16.0, ranks=[8, 16, 32, 64])
     result.add_argument("--requests", type=int, default=500)
     result.add_argument("--adapters", type=int, default=400)
     result.add_argument("--alpha", type=float, default=1.0, help="0 is uniform, 1 is Zipf")

@@ -6,9 +6,13 @@
 set -eu
 cd "$(dirname "$0")/.."
 PARTS="wheels kernel-tests engine-tests rates latency llama-3-8b llama-3-8b-mixed llama-2-7b llama-2-7b-mixed"
+PARTS="$PARTS ablation ablation-launches merged packed peft paper-7b paper-13b"
 PACKAGES="crc32c cyclopts docstring_parser googleapis-common-protos grpcio-health-checking
 	grpcio-reflection grpcio-status msgspec prometheus_client rich-rst"
+PEFT_PACKAGES="accelerate anyio filelock fsspec h11 hf-xet httpcore2 httpx2 huggingface_hub idna packaging
+	peft psutil pyyaml regex safetensors tokenizers tqdm transformers truststore"
 WHEELS=.carry/wheels
+PEFT_WHEELS=.carry/peft
 MIXED="8 16 32 64"
 results="${2:-benchmarks/results}"
 
@@ -24,6 +28,21 @@ tests() {
 		--durations=10
 }
 
+download() {
+	rm -rf "$1"
+	directory=$1
+	shift
+	.venv/bin/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any \
+		--constraint constraints-cpu.txt --dest "$directory" "$@"
+}
+
+unpack() {
+	if [ -d "$1" ]; then
+		python3 -m pip install --quiet --no-index --no-deps --upgrade --target "$1/site" "$1"/*.whl
+	fi
+}
+
 case " $PARTS " in
 *" ${1:-none} "*) ;;
 *)
@@ -32,14 +51,11 @@ case " $PARTS " in
 	;;
 esac
 if [ "$1" = wheels ]; then
-	rm -rf $WHEELS
-	exec .venv/bin/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
-		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any \
-		--constraint constraints-cpu.txt --dest $WHEELS $PACKAGES
+	download $WHEELS $PACKAGES
+	download $PEFT_WHEELS $PEFT_PACKAGES
+	exit
 fi
-if [ -d $WHEELS ]; then
-	python3 -m pip install --quiet --no-index --no-deps --upgrade --target $WHEELS/site $WHEELS/*.whl
-fi
+unpack $WHEELS
 export PYTHONPATH=adapter_store:client:kernels:proto/python:router:worker:.:$WHEELS/site
 
 case "$1" in
@@ -63,6 +79,26 @@ latency)
 	bench cold --model llama-3-8b --seconds 60
 	bench start
 	;;
+# Times below are of an H200, a minute of start left out, as the simulator and the rates have them.
+ablation) # five variants, three runs of 13 s
+	bench ablation --variants "split pool" "padded ranks" "no prefetch" "no overlap"
+	;;
+ablation-launches) # two runs: 9 s, about 20 s without graphs, at most 100 s of padded products
+	bench ablation --requests 250 --pool-gib 12 --runs 2 --variants "no graphs" "padded products"
+	;;
+merged) # three numbers of adapters, three runs, twice 11 s
+	bench baselines.merged --model llama-3-8b
+	;;
+packed) # eleven engines of 13 s to build, six cases of three runs of 10 to 20 s
+	bench baselines.packed --model llama-3-8b
+	;;
+peft) # 120 s each for one adapter a batch and for mixed batches, after making 200 adapters
+	unpack $PEFT_WHEELS
+	PYTHONPATH=$PYTHONPATH:$PEFT_WHEELS/site
+	bench baselines.peft --model llama-2-7b --adapters 200 --ranks 8
+	;;
+paper-7b) bench reproduction --settings s1 s2 ;; # 16 cells of 20 s and their drains of about 8 s
+paper-13b) bench reproduction --settings s4 ;; # 12 cells
 llama-3-8b) bench engine --model llama-3-8b --adapters 0 1 200 1000 --ranks 16 ;;
 llama-2-7b) bench engine --model llama-2-7b --adapters 0 1 200 --ranks 8 ;;
 llama-3-8b-mixed)

@@ -10,6 +10,7 @@ from benchmarks.figures_engine import engine_figures
 from benchmarks.figures_gpu import cold_figures, copies_figures, start_figures, step_figures
 from benchmarks.figures_performance import performance_text
 from benchmarks.figures_plots import draw_plots, drawings
+from benchmarks.figures_reproduction import reproduction_text
 from benchmarks.figures_scheduling import DOCS, draw_scheduling, scheduling_text
 from benchmarks.figures_scheduling import TITLES as STUDIES
 from benchmarks.figures_store import (
@@ -24,6 +25,7 @@ from benchmarks.results_file import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 SCHEDULING, PERFORMANCE = DOCS / "scheduling.md", DOCS / "performance.md"
+REPRODUCTION = DOCS / "reproduction.md"
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->"
 
 
@@ -134,6 +136,7 @@ def main() -> None:
     replace_figures(README, figures())
     replace_figures(SCHEDULING, scheduling_text(studies()))
     replace_figures(PERFORMANCE, performance_text(results))
+    replace_figures(REPRODUCTION, reproduction_text(results))
     draw_scheduling(studies())
     draw_plots(results)
     for row in results("store_scale"):

@@ -5,8 +5,15 @@ from typing import Any
 
 from benchmarks.card import find_card
 from benchmarks.figures_engine import ideal_req_per_s
+from benchmarks.figures_plots import drawings
 from benchmarks.figures_text import Result, source
 
+PLOTS = {  # beside the one in the README
+    "rank-mix.png": "Requests a second by ranks",
+    "step-floor.png": "Decode steps and their floors",
+    "memory-split.png": "The pool between KV and adapters over time",
+    "ablation.png": "Requests a second without a part of the design",
+}
 LAYERS = 32  # of both models
 ROWS = 64
 # Kernels of a layer, of the case that was measured nearest to a decode step of ROWS sequences.
@@ -42,6 +49,7 @@ def performance_text(results: Callable[[str], list[Result]]) -> str:
     lines += _whole([row for row in results("engine") if row["config"].get("rate") is None])
     for step in results("step"):
         lines += _steps(step)
+    lines += [f"![{PLOTS[name]}](figures/{name})\n" for name in drawings(results) if name in PLOTS]
     return "\n".join(["", *lines]) + "\n"
 
 

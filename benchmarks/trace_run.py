@@ -83,7 +83,8 @@ class TraceRun:
     @property
     def first_token_delays_s(self) -> np.ndarray:
         """Of each request, from its arrival."""
-        return self._first_token_s - self._arrival_s
+        delays_s: np.ndarray = self._first_token_s - self._arrival_s
+        return delays_s
 
     def metrics(self) -> dict[str, Any]:
         """Of the trace that was served."""

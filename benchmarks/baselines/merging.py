@@ -11,16 +11,16 @@ from lorry.kernels.page_layout import GROUPS, PageLayout
 from lorry.kernels.pool_view import TORCH_DTYPES
 from lorry.worker import building
 from lorry.worker import messages as m
-from lorry.worker.weights import LayerWeights, ModelWeights
+from lorry.worker.weights import LayerWeights, ModelWeights, load_weights
 
 
 @contextlib.contextmanager
 def kept_weights() -> Iterator[list[ModelWeights]]:
     """The weights of each engine that is built while the block runs, in order."""
-    found, load = list[ModelWeights](), building.load_weights
+    found = list[ModelWeights]()
 
     def kept(*arguments: Any, **options: Any) -> ModelWeights:
-        found.append(load(*arguments, **options))
+        found.append(load_weights(*arguments, **options))
         return found[-1]
 
     with patch.object(building, "load_weights", kept):
@@ -33,11 +33,10 @@ class MergedWeights:
     def __init__(self, weights: ModelWeights, layout: PageLayout) -> None:
         self._weights = weights
         self._layout = layout
-        self._saved = [self._projections(layer)[0].clone() for layer in weights.layers]
-        self._saved_o = [self._projections(layer)[1].clone() for layer in weights.layers]
+        self._saved = [[w.clone() for w in self._projections(one)] for one in weights.layers]
 
     def merge(self, image: m.ImageReady) -> None:
-        """Add ``scale * B A`` of an adapter of q, k, v and o; exact in the weights' own dtype."""
+        """Add ``scale * B A`` of an adapter of q, k, v and o, in the weights' own dtype."""
         with torch.inference_mode():
             slices_PLE = self._read(image)
             for layer, weights in enumerate(self._weights.layers):
@@ -48,9 +47,9 @@ class MergedWeights:
     def restore(self) -> None:
         """The base weights, exactly."""
         with torch.inference_mode():
-            for layer, qkv, o in zip(self._weights.layers, self._saved, self._saved_o, strict=True):
-                for weight, saved in zip(self._projections(layer), (qkv, o), strict=True):
-                    weight.copy_(saved)
+            for layer, saved in zip(self._weights.layers, self._saved, strict=True):
+                for weight, before in zip(self._projections(layer), saved, strict=True):
+                    weight.copy_(before)
 
     def _read(self, image: m.ImageReady) -> torch.Tensor:
         """``[pages, layers, slice elements]`` on the weights' device."""

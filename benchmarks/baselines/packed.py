@@ -9,15 +9,14 @@ the same adapters on the fly. Where the copies do not fit, their row says so.
 """
 
 import argparse
-import gc
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from benchmarks.building import build, device_name, engine_parser, model_of, pool_gib
 from benchmarks.driver import Driver
@@ -84,42 +83,43 @@ def packed_loads(
     ]
 
 
-def measure(arguments: argparse.Namespace, copies: int) -> dict[str, Any]:
-    """Requests a second of so many copies, and of one engine with as many adapters."""
-    found = {"packed": measured(arguments, copies, packed=True)}
-    return {"copies": copies} | found | {"on_the_fly": measured(arguments, copies, packed=False)}
-
-
-def measured(arguments: argparse.Namespace, copies: int, *, packed: bool) -> dict[str, Any]:
-    base_model, layout = model_of(arguments)
+def measure(arguments: argparse.Namespace, copies: int, *, packed: bool) -> dict[str, Any]:
+    """Requests a second of so many copies, or of one engine with as many adapters."""
+    _, layout = model_of(arguments)
     trace = make_trace(
         TraceSpec(requests=arguments.requests, adapters=copies, alpha=arguments.alpha)
     )
     try:
         engines = build_copies(arguments, copies if packed else 1)
     except PoolDoesNotFit as error:
-        free_memory()
         return {"does_not_fit": str(error)}
-    rates = list[float]()
+    return {
+        "req_per_s": spread(rates(engines, trace, arguments, packed=packed), digits=3),
+        "pool_gib_of_each": round(pool_gib(engines[0], layout), 2),
+    }
+
+
+def rates(
+    engines: Sequence[Engine],
+    trace: Sequence[TraceRequest],
+    arguments: argparse.Namespace,
+    *,
+    packed: bool,
+) -> list[float]:
+    """Requests a second of each run."""
+    base_model, layout = model_of(arguments)
+    found = list[float]()
     with image_directory() as directory:
-        images = RandomImages(directory, layout, arguments.ranks, copies)
+        images = RandomImages(
+            directory, layout, arguments.ranks, 1 + max(request.adapter for request in trace)
+        )
         for number in range(arguments.runs):
             prompts = distinct_prompts(trace, base_model.vocab_size, number)
             one = [Load(engines[0], trace, prompts)]
             loads = packed_loads(engines, trace, prompts) if packed else one
-            rates.append(len(trace) / serve(loads, images))
+            found.append(len(trace) / serve(loads, images))
             Driver(engines[0], images, []).evict_all()
-    size_gib = round(pool_gib(engines[0], layout), 2)
-    del engines, one, loads
-    free_memory()
-    return {"req_per_s": spread(rates, digits=3), "pool_gib_of_each": size_gib}
-
-
-def free_memory() -> None:
-    """Let go of engines that nothing refers to."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,9 +135,17 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)
     arguments = parser().parse_args()
     cases = list[dict[str, Any]]()
-    for copies in arguments.copies:
-        cases.append(measure(arguments, copies))
-        print(cases[-1], flush=True)
+    # A process for each, since only its end surely gives all memory of the device back.
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), max_tasks_per_child=1
+    ) as processes:
+        for copies in arguments.copies:
+            case: dict[str, Any] = {"copies": copies}
+            for name, packed in (("packed", True), ("on_the_fly", False)):
+                run = processes.submit(measure, arguments, copies, packed=packed)
+                case[name] = run.result()
+            print(case, flush=True)
+            cases.append(case)
     names = ("model", "ranks", "requests", "alpha", "dtype")
     write_result(
         f"baseline-packed-{Path(arguments.model).name}",

@@ -15,7 +15,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -31,15 +31,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAD_TOKEN = 0
 
 
-class Deadline(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
+class Deadline(StoppingCriteria):
     """Ends a batch when the time is over."""
 
     def __init__(self, end_s: float) -> None:
         self._end_s = end_s
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
         is_over = time.perf_counter() >= self._end_s
-        return torch.full((len(input_ids),), is_over, device=input_ids.device)
+        return cast(torch.BoolTensor, torch.full_like(input_ids[:, 0], is_over, dtype=torch.bool))
 
 
 def build_model(arguments: argparse.Namespace) -> Any:
@@ -51,7 +51,7 @@ def build_model(arguments: argparse.Namespace) -> Any:
     torch.set_default_dtype(dtype)
     try:
         with device:
-            base = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa"))
+            base = LlamaForCausalLM(LlamaConfig(**sizes))
             model = with_adapters(base, arguments)
     finally:
         torch.set_default_dtype(before)
@@ -88,7 +88,11 @@ def batches_by_adapter(trace: Sequence[TraceRequest], size: int) -> list[list[in
 
 
 def batches_in_order(trace: Sequence[TraceRequest], size: int) -> list[list[int]]:
-    return [list(range(len(trace)))[start : start + size] for start in range(0, len(trace), size)]
+    return cut(range(len(trace)), size)
+
+
+def cut(places: Sequence[int], size: int) -> list[list[int]]:
+    return [list(places[start : start + size]) for start in range(0, len(places), size)]
 
 
 def measure(

@@ -17,18 +17,9 @@ from benchmarks.figures import figures
 from benchmarks.variants import variants_on
 from lorry.client.bench.trace import TraceSpec, make_trace
 from lorry.worker.step_graphs import StepGraphs
+from tests.support.benchmark_model import TINY
 from tests.support.command import REPO
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "max_position_embeddings": 1024,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 1,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-}
 ENGINE = [
     *("--device", "cpu", "--dtype", "fp32", "--pool-gib", "0.05", "--ranks", "4", "8"),
     *("--max-running", "8", "--step-tokens", "64", "--max-context-tokens", "1024"),

@@ -7,6 +7,7 @@ from benchmarks.figures import (
     END,
     PERFORMANCE,
     README,
+    REPRODUCTION,
     SCHEDULING,
     figures,
     results,
@@ -15,6 +16,7 @@ from benchmarks.figures import (
 from benchmarks.figures_engine import engine_figures
 from benchmarks.figures_performance import performance_text
 from benchmarks.figures_plots import DOCS, draw_plots, drawings
+from benchmarks.figures_reproduction import NOTHING, reproduction_text
 from benchmarks.figures_scheduling import scheduling_text
 
 PLAIN = {"requests": 50, "trace_seed": 42, "alpha": 1.0, "pool_gib": 108.0}
@@ -35,6 +37,43 @@ def test_the_page_of_scheduling_holds_what_the_studies_say() -> None:
 def test_the_page_of_performance_holds_what_the_results_say() -> None:
     text = PERFORMANCE.read_text()
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == performance_text(results)
+
+
+def test_the_page_of_the_reproduction_holds_what_the_results_say() -> None:
+    text = REPRODUCTION.read_text()
+    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == reproduction_text(results)
+
+
+def test_settings_and_baselines_are_told_as_far_as_they_are_measured() -> None:
+    assert reproduction_text(lambda _: []).count(NOTHING) == 2
+    some, mean = {"median": 9.0, "min": 8.0, "max": 10.0}, {"mean": 1.5}
+    source = {"device": "a GPU", "date": "2026-01-02", "command": "it"}
+    model = {"model": "llama-2-7b", "ranks": [8], "adapters": 200, "batch": 32}
+    cell: dict[str, Any] = {"adapters": 200, "rate": 24, "cv": 1.0, "alpha": 0.1, "req_per_s": 20.0}
+    cell |= {"attainment": 0.75, "latency_s": mean, "ttft_s": mean}
+    cell |= {"adapter_loads": 3, "adapter_evictions": 2}
+    paper = {"setting": "s2", "pool_gib": 108.0, "cell_seconds": 20.0}
+    packed = {"does_not_fit": "the GPU is full"}
+    one = {"req_per_s": some, "pool_gib_of_each": 108.0}
+    peft = {"req_per_s": 0.1, "out_tok_per_s": 43.0, "requests": 12, "seconds": 120.0}
+    metrics: dict[str, dict[str, Any]] = {
+        "reproduction": {"cells": [cell]},
+        "baselines.merged": {
+            "cases": [
+                {"adapters": 5, "merged_req_per_s": some, "on_the_fly_req_per_s": some}
+                | {"merging_s": some}
+            ]
+        },
+        "baselines.packed": {"cases": [{"copies": 5, "packed": packed, "on_the_fly": one}]},
+        "baselines.peft": {"mixed": peft},
+    }
+    text = reproduction_text(
+        lambda benchmark: [source | {"config": model | paper, "metrics": metrics[benchmark]}]
+    )
+    assert NOTHING not in text
+    assert "| 200 | 24 | 1 | 0.1 | 20.00 | 1.50 | 1.50 | 0.750 | 3 | 2 |" in text
+    assert "| 5 | do not fit | - | 9.0 (8.0 to 10.0) | 108.0 |" in text
+    assert "| mixed | 0.100 | 43 | 12 | 120 |" in text
 
 
 def test_every_plot_that_results_are_enough_for_is_committed() -> None:
