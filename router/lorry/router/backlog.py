@@ -2,7 +2,7 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 
 from lorry.router.fairness import Fairness, QueueKey
 from lorry.router.line import Line
@@ -117,7 +117,8 @@ class Backlog:
         """Who is next of these versions' requests; those that were passed over go first."""
         best, best_rank = None, None
         line, tenant_rank = self._line, self._fairness.tenant_rank
-        queues = (q for v in versions if v in self._queues_of for q in self._queues_of[v])
+        waiting = filter(self._queues_of.__contains__, versions)
+        queues = chain.from_iterable(map(self._queues_of.__getitem__, waiting))
         for queue in islice(queues, MAX_COMPARED):
             if queue.tenant in self._held:
                 continue
