@@ -1,4 +1,7 @@
-"""The three images, built from wheels that this machine's pip can get: CPU builds, no index."""
+"""The three images, built from wheels that this machine's pip can get: CPU builds, no index.
+
+And one of Redis.
+"""
 
 import shutil
 import subprocess
@@ -20,8 +23,10 @@ TAG = "test-system"
 CACHE = REPO / ".cache" / "containers"
 DEBIAN, DEBIAN_PYTHON = "bookworm", "3.11"
 FOR_ITS_PYTHON = ["async-timeout"]  # redis wants it before 3.11.3
-DEBIAN_PACKAGES = ["ca-certificates", "python3", "python3-venv"]
+DEBIAN_PACKAGES = ["ca-certificates", "python3", "python3-venv", "redis-server"]
 DEFAULT_BASE = "python:3.11.13-slim-bookworm"
+REDIS = f"localhost/lorry-redis:{TAG}"
+REDIS_CONTEXT = REPO / "tests" / "containers" / "redis"
 DOWNLOAD_S = 600.0
 BUILD_S = 1500.0
 
@@ -38,9 +43,10 @@ def built_images(engine: Engine, base_image: str) -> Iterator[None]:
     try:
         with serving_files(wheels) as url, ThreadPoolExecutor(len(COMPONENTS)) as pool:
             list(pool.map(lambda component: build(engine, component, base, url), COMPONENTS))
+        engine.run("build", "--tag", REDIS, f"--build-arg=BASE_IMAGE={base}", str(REDIS_CONTEXT))
         yield
     finally:
-        ours = [image_name(component) for component in COMPONENTS]
+        ours = [REDIS, *(image_name(component) for component in COMPONENTS)]
         engine.run("rmi", "--force", *ours, *([] if base_image else [base]), check=False)
 
 
@@ -48,7 +54,8 @@ def make_base(engine: Engine) -> str:
     """Debian with Python by debootstrap; the registry's image where there is no debootstrap."""
     if not shutil.which("debootstrap"):
         return DEFAULT_BASE
-    archive, name = CACHE / f"{DEBIAN}.tar", f"localhost/lorry-base:{TAG}"
+    archive = CACHE / f"{'-'.join([DEBIAN, *DEBIAN_PACKAGES])}.tar"
+    name = f"localhost/lorry-base:{TAG}"
     if not archive.exists():
         bootstrap(archive)
     engine.run("import", str(archive), name)
