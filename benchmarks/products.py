@@ -22,6 +22,8 @@ from torch.nn.functional import linear
 from benchmarks.building import CONFIGS, device_name
 from benchmarks.results_file import RESULTS, write_result
 from benchmarks.timing import interleaved_ms, replayable
+from lorry.kernels.page_layout import PageLayout
+from lorry.kernels.partition import Partition
 from lorry.kernels.pool_view import TORCH_DTYPES
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.service_config import DTYPES
@@ -42,7 +44,8 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, dict[int, fl
     """Median milliseconds of body, head and with `--split` each product, by their rows."""
     base_model, device = read_base_model(CONFIGS / model), torch.device(arguments.device)
     dtype = TORCH_DTYPES[DTYPES[arguments.dtype]]
-    weights = load_weights(base_model, RandomWeights(dtype, device))
+    layout = PageLayout(geometry=base_model.geometry, dtype=DTYPES[arguments.dtype])
+    weights = load_weights(base_model, RandomWeights(dtype, device), Partition(layout))
     body = _Body(weights, base_model, max(arguments.rows))
     launches: dict[tuple[str, int], Callable[[], object]] = {}
     for rows in arguments.rows:

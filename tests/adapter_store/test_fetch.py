@@ -162,10 +162,6 @@ async def test_the_readers_order_of_transports_counts(running: RunningStore) -> 
         ({"offset": 1 << 40}, InvalidRequest),
         ({"accepted_transports": [data_pb.TRANSPORT_SHM]}, InvalidRequest),
         ({"layout": data_pb.PageLayout()}, LayoutUnsupported),
-        (
-            {"layout": replace(LAYOUT, tp_size=2, tp_strategy=TpStrategy.REPLICATED)},
-            LayoutUnsupported,
-        ),
     ],
 )
 async def test_a_fetch_that_cannot_be_served_ends_with_its_status(
@@ -200,6 +196,30 @@ async def test_layouts_have_images_of_their_own(running: RunningStore) -> None:
         built = build_image(CONFIG, lora_tensors(CONFIG), layout)[1]
         assert b"".join(response.chunk.data for response in responses[1:]) == built
     assert len(files(running)) == len(layouts)
+
+
+async def test_each_tensor_parallel_rank_has_an_image_of_its_own(running: RunningStore) -> None:
+    version = await pushed(running)
+    images = set()
+    for strategy in TpStrategy:
+        for rank in range(2):
+            layout = replace(LAYOUT, tp_size=2, tp_rank=rank, tp_strategy=strategy)
+            image = bytes(build_image(CONFIG, lora_tensors(CONFIG), layout)[1])
+            _, *chunks = await read_all(running.client.fetch(version, layout=layout))
+            assert b"".join(response.chunk.data for response in chunks) == image
+            images.add(image)
+    assert len(images) == len(files(running)) == 4
+
+
+async def test_a_number_of_ranks_that_cannot_share_the_heads_is_refused(
+    running: RunningStore,
+) -> None:
+    version = await pushed(running)
+    layout = replace(LAYOUT, tp_size=2, tp_strategy=TpStrategy.SLORA)
+    message = layout_to_proto(layout, running.client.base_model.digest)
+    message.tp_size = 3  # of two KV heads
+    with pytest.raises(LayoutUnsupported, match="tp_size 3"):
+        await read_all(running.client.fetch(version, layout=message))
 
 
 async def test_many_fetches_of_one_version_build_it_once(

@@ -1,5 +1,6 @@
 """Images are read back element by element, by nothing but the addresses of page_layout."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from lorry.adapter_store.image import NUMPY_DTYPES, ImageHeader
 from lorry.adapter_store.lora import tensor_names
 from lorry.kernels.page_layout import MODULES, Dtype, PageLayout, TpStrategy
-from lorry.rpc.errors import AdapterIncompatible, LayoutUnsupported
+from lorry.rpc.errors import AdapterIncompatible
 from tests.support.adapters import TINY, build_image, lora_config, lora_tensors
 
 LAYOUT = PageLayout(geometry=TINY, dtype=Dtype.FP32)
@@ -48,20 +49,20 @@ class ImageReader:
         values: NDArray[Any] = self.elements[address]
         return values
 
+    def matrix_pair(self, layer: int, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A and B of the module at `index` of the header, as far as this rank holds them."""
+        module, unit = self.header.modules[index], self.layout.row_unit
+        width_a, width_b = self.layout.row_widths(module.name)
+        rows_a = self.layout.a_rows(module.name, self.header.rank)
+        first_a, first_b = module.row_offset * unit, module.b_row_offset * unit
+        a = self.row(layer, first_a, rows_a * width_a).reshape(rows_a, width_a)
+        b = self.row(layer, first_b, self.header.rank * width_b).reshape(-1, width_b)
+        return a, b.T
+
     def matrices(self, layer: int) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
         """A and B of each module in the shapes of PEFT, with rows up to the adapter's rank."""
-        rank, unit = self.header.rank, self.layout.row_unit
-        for module in self.header.modules:
-            width_a, width_b = self.layout.row_widths(module.name)
-            a = [
-                self.row(layer, module.row_offset * unit + r * width_a, width_a)
-                for r in range(rank)
-            ]
-            b = [
-                self.row(layer, module.b_row_offset * unit + r * width_b, width_b)
-                for r in range(rank)
-            ]
-            yield module.name, np.stack(a), np.stack(b).T
+        for index, module in enumerate(self.header.modules):
+            yield module.name, *self.matrix_pair(layer, index)
 
 
 def assert_holds(image: ImageReader, tensors: dict[str, NDArray[Any]]) -> None:
@@ -148,8 +149,50 @@ def test_a_value_that_overflows_in_the_layouts_dtype_is_refused_by_name() -> Non
         build_image(config, tensors, replace(LAYOUT, dtype=Dtype.FP16))
 
 
-def test_a_split_layout_is_refused() -> None:
-    config = lora_config()
-    layout = replace(LAYOUT, tp_size=2, tp_strategy=TpStrategy.SLORA)
-    with pytest.raises(LayoutUnsupported, match="tp_size"):
-        build_image(config, lora_tensors(config), layout)
+@pytest.mark.parametrize("strategy", TpStrategy)
+@pytest.mark.parametrize(("size", "intermediate"), [(2, 128), (4, 130)])
+@pytest.mark.parametrize("rank", [1, 3, 8, 256])
+def test_the_ranks_images_hold_the_adapter_between_them(
+    size: int, intermediate: int, rank: int, strategy: TpStrategy
+) -> None:
+    geometry = replace(TINY, intermediate=intermediate)
+    config = lora_config(r=rank, targets=MODULES)
+    tensors = lora_tensors(config, geometry)
+    layouts = [
+        PageLayout(
+            geometry=geometry, dtype=Dtype.FP32, tp_size=size, tp_rank=i, tp_strategy=strategy
+        )
+        for i in range(size)
+    ]
+    images = [build_image(config, tensors, layout) for layout in layouts]
+    assert len({header.modules for header, _ in images}) == 1
+    assert len({(header.pages, header.image_bytes) for header, _ in images}) == 1
+    readers = [ImageReader(layout, *image) for layout, image in zip(layouts, images, strict=True)]
+    for layer, (index, module) in itertools.product(range(geometry.layers), enumerate(MODULES)):
+        a, b = (tensors[name] for name in tensor_names(layer, module))
+        for i, reader in enumerate(readers):
+            local_a, local_b = reader.matrix_pair(layer, index)
+            whole_a, whole_b = share_of(module, a, b, size, i, strategy)
+            np.testing.assert_array_equal(local_a, padded(whole_a, local_a.shape))
+            np.testing.assert_array_equal(local_b, padded(whole_b, local_b.shape))
+    assert not any(reader.elements[~reader.seen].any() for reader in readers)
+
+
+def share_of(
+    module: str, a: NDArray[Any], b: NDArray[Any], size: int, i: int, strategy: TpStrategy
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What rank `i` of two or four holds of A and B, for four query heads and two KV heads."""
+    if module in ("o_proj", "down_proj"):
+        width = -(-a.shape[1] // size)
+        a = a[:, i * width : (i + 1) * width]
+        width = b.shape[0] // size
+        return (a, b[i * width : (i + 1) * width]) if strategy is TpStrategy.SLORA else (a, b)
+    if strategy is TpStrategy.SLORA:
+        a = a[i::size]
+    parts, part = (2, i * 2 // size) if module in ("k_proj", "v_proj") else (size, i)
+    width = -(-b.shape[0] // parts)
+    return a, b[part * width : (part + 1) * width]
+
+
+def padded(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    return np.pad(values, [(0, to - has) for to, has in zip(shape, values.shape, strict=True)])

@@ -16,7 +16,7 @@ from lorry.rpc.status import from_rpc
 from lorry.v1 import worker_service_pb2 as pb
 from lorry.v1.worker_service_pb2_grpc import WorkerServiceStub
 
-TIMEOUT_S = 30.0  # guards against hanging
+TIMEOUT_S = 90.0  # guards against hanging
 
 
 class AttachedRouter:

@@ -9,11 +9,11 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from lorry.kernels.page_layout import PageLayout
-from lorry.rpc.base_model import read_base_model
+from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.worker import messages as m
 from lorry.worker.building import build_engine
 from lorry.worker.config import EngineConfig
+from lorry.worker.engine import Engine
 from tests.support.adapters import build_image
 
 
@@ -24,7 +24,7 @@ class EngineHarness:
         self._base_model = read_base_model(model)
         defaults: dict[str, Any] = {"pool_pages": 2000, "max_running": 64, "threads": 1}
         self.config = EngineConfig(model=model, **(defaults | config))
-        self.engine = build_engine(self.config, self._base_model)
+        self.engine = self.build(self.config, self._base_model)
         self.tokens: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[m.RowLogprobs]] = {}  # of requests that ask
         self.prompt_logprobs: dict[int, list[m.RowLogprobs]] = {}  # of requests that ask
@@ -32,7 +32,11 @@ class EngineHarness:
         self.events: list[m.Event] = []
         self._images = image_directory
         self._adapters: dict[bytes, Path] = {}
+        self._built: dict[bytes, m.ImageReady] = {}
         self._numbers = itertools.count(1)
+
+    def build(self, config: EngineConfig, base_model: BaseModel) -> Engine:
+        return build_engine(config, base_model)
 
     def version_of(self, adapter: Path | None) -> bytes:
         if adapter is None:
@@ -88,23 +92,34 @@ class EngineHarness:
         return self.image(self.version_of(adapter)).pages
 
     def image(self, version: bytes) -> m.ImageReady:
-        """Build an adapter's page image as the store does."""
+        """An adapter's page image, one for each rank, built once as the store does."""
+        if version not in self._built:
+            self._built[version] = self._build_image(version)
+        return self._built[version]
+
+    def _build_image(self, version: bytes) -> m.ImageReady:
         directory = self._adapters[version]
-        layout = PageLayout(geometry=self._base_model.geometry, dtype=self.config.page_dtype)
         config = json.loads((directory / "adapter_config.json").read_text())
-        header, data = build_image(
-            config, load_file(directory / "adapter_model.safetensors"), layout
-        )
-        path = self._images / version.hex()
-        path.write_bytes(data)
+        tensors = load_file(directory / "adapter_model.safetensors")
+        images = [
+            build_image(config, tensors, self.config.page_layout(self._base_model, rank))
+            for rank in range(self.config.tensor_parallel)
+        ]
+        files: list[m.ImageFile] = []
+        for rank, (_, data) in enumerate(images):
+            path = self._images / f"{version.hex()}.{id(self)}.{rank}"  # no other harness's
+            path.write_bytes(data)
+            files.append(m.ImageFile(str(path), 0))
+        header = images[0][0]
         return m.ImageReady(
             version=version,
-            path=str(path),
+            path=files[0].path,
             offset=0,
             image_bytes=header.image_bytes,
             pages=header.pages,
             rank=header.rank,
             modules=list(_modules(header)),
+            other_ranks=files[1:],
         )
 
     def _note(self, event: m.Event) -> None:

@@ -7,8 +7,8 @@ from typing import NoReturn
 
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.command import run_service
-from lorry.worker.config import Config, EngineConfig
-from lorry.worker.engine_channel import EngineChannel
+from lorry.worker.config import Config
+from lorry.worker.engine_channel import EngineArguments, EngineChannel
 from lorry.worker.process import run
 
 ENGINE = "--engine"
@@ -16,16 +16,17 @@ FAULT = "FAULTY_WORKER"
 GOOD_STEPS = 3
 
 
-def defect(config: EngineConfig, channel: EngineChannel) -> NoReturn:
+def defect(arguments: EngineArguments, channel: EngineChannel) -> NoReturn:
     raise ZeroDivisionError("a defect")
 
 
-def illegal_access(config: EngineConfig, channel: EngineChannel) -> None:
+def illegal_access(arguments: EngineArguments, channel: EngineChannel) -> None:
     """Serve, and let a kernel follow page numbers far beyond the pool after a few steps."""
     from lorry.worker.building import build_engine
     from lorry.worker.cuda_runner import CudaRunner
     from lorry.worker.engine_process import serve, started
 
+    config = arguments.config
     engine = build_engine(config, read_base_model(config.model))
     runner = engine.runner
     assert isinstance(runner, CudaRunner)
@@ -41,7 +42,7 @@ def illegal_access(config: EngineConfig, channel: EngineChannel) -> None:
     serve(engine, channel)
 
 
-FAULTS: Mapping[str, Callable[[EngineConfig, EngineChannel], None]] = {
+FAULTS: Mapping[str, Callable[[EngineArguments, EngineChannel], None]] = {
     "defect": defect,
     "illegal-access": illegal_access,
 }

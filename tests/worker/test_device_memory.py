@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lorry.kernels.page_layout import MAX_RANK, Dtype, PageLayout
+from lorry.kernels.partition import Partition
 from lorry.rpc.base_model import read_base_model
 from lorry.worker.adapter_tables import TableBuffer, slot_bytes
 from lorry.worker.config import Config
@@ -95,7 +96,8 @@ def test_a_model_that_is_too_large_is_refused_whatever_the_pool(needs):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_weights_are_counted_as_they_are_loaded(base_model, tied):
     model = dataclasses.replace(base_model, tie_embeddings=tied)
-    loaded = load_weights(model, RandomWeights(torch.bfloat16, META))
+    layout = PageLayout(geometry=model.geometry, dtype=Dtype.BF16)
+    loaded = load_weights(model, RandomWeights(torch.bfloat16, META), Partition(layout))
     names = [field.name for field in dataclasses.fields(LayerWeights)]
     parts = [getattr(layer, name) for layer in loaded.layers for name in names]
     groups = [part if isinstance(part, tuple) else (part,) for part in parts]

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from lorry.kernels.page_layout import MODULES, Dtype, PageLayout
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import WorkerLost
-from lorry.worker.engine_client import describe_exit
 from lorry.worker.engine_faults import explain
+from lorry.worker.exits import describe_exit
 from tests.support.attached_router import attached_router, until_ready
 from tests.support.image_store import ImageStore, serving_images
 from tests.support.models import make_adapter, make_llama

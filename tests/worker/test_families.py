@@ -17,6 +17,7 @@ from tests.support.engines import EngineHarness
 from tests.support.equal_tokens import World, check_answers
 from tests.support.families import ADAPTERS, FAMILIES, LINEAR, LLAMA3, YARN, family_world
 from tests.support.models import Reference, make_model
+from tests.support.rank_threads import rank_harness
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -32,6 +33,21 @@ def test_all_adapters_in_one_batch(world: World, tmp_path: Path) -> None:
 
 def test_prompts_cut_into_chunks_anywhere(world: World, tmp_path: Path) -> None:
     check_answers(world, EngineHarness(world.model, tmp_path, max_running=8, step_tokens=13))
+
+
+# Sizes and strategies that families take in turn.
+RANKS = ((2, "replicated"), (2, "slora"), (4, "replicated"))
+
+
+def test_tensor_parallel_ranks_answer_alike(
+    world: World, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    family = request.node.callspec.params["world"]
+    size, strategy = RANKS[list(FAMILIES).index(family) % len(RANKS)]
+    with rank_harness(
+        world.model, tmp_path, tensor_parallel=size, lora_strategy=strategy, step_tokens=1024
+    ) as harness:
+        check_answers(world, harness)
 
 
 PLAIN: dict[str, dict[str, Any]] = {

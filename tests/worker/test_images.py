@@ -91,7 +91,7 @@ async def bench_of(
         ):
             source = ImageSource(
                 channel,
-                image_format,
+                [image_format],
                 shm_dir=shm_dir if shared else tmp_path / "elsewhere",
                 local=local,
             )
@@ -386,7 +386,7 @@ async def test_a_store_that_starts_late_is_waited_for(base_model, tmp_path):
     sent: list[Command] = []
     with contextlib.closing(SharedDirectory(tmp_path / "local")) as local:
         async with open_channel(f"127.0.0.1:{port}") as channel:
-            source = ImageSource(channel, image_format, shm_dir=tmp_path, local=local)
+            source = ImageSource(channel, [image_format], shm_dir=tmp_path, local=local)
             fetcher = ImageFetcher(
                 source, channel, sent.append, max_fetches=1, timeout_s=30, copied_bytes=1 << 30
             )

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from lorry.kernels.partition import Partition
 from lorry.kernels.pool_view import PoolView
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.worker.adapter_memory import DirectAdapterMemory
+from lorry.worker.collectives import Alone
 from lorry.worker.lora_groups import LoraGroups
+from lorry.worker.lora_strategies import Replicated
 from lorry.worker.model import Decoder
 from lorry.worker.plan import Batch
 from lorry.worker.rope_table import rope_table
@@ -20,6 +23,7 @@ from lorry.worker.step_input import build_step_input
 from lorry.worker.torch_operations import TorchOperations
 from lorry.worker.torch_runner import TorchRunner
 from lorry.worker.triton_operations import TritonOperations, allocate_device_state
+from lorry.worker.vocabulary import WholeVocabulary
 from lorry.worker.weights import CheckpointReader, load_weights
 from tests.support.engines import EngineHarness
 from tests.support.models import make_adapter, make_model
@@ -71,7 +75,7 @@ def states(
     cos_sin, options = rope_table(base_model), base_model.options
     step = build_step_input(batch, table, torch.device("cpu"))
     expected = model.forward(
-        step.token_id_T, TorchOperations(step, memory.tables, pool, cos_sin, options)
+        step.token_id_T, TorchOperations(step, memory.tables, pool, cos_sin, options, Replicated())
     )
     rows = tensors(batch, table)
     device_state = allocate_device_state(
@@ -109,10 +113,10 @@ def test_mixed_steps_have_the_references_hidden_states(model: Path, tmp_path: Pa
             harness.submit(list(range(3, 3 + length)), adapter, max_tokens=4)
     base_model = read_base_model(model)
     pool = runner._pool
-    weights = load_weights(
-        base_model, CheckpointReader(base_model, torch.float32, torch.device("cpu"))
-    )
-    llama = Decoder(weights, base_model.geometry)
+    reader = CheckpointReader(base_model, torch.float32, torch.device("cpu"))
+    weights = load_weights(base_model, reader, Partition(pool.layout))
+    vocabulary = WholeVocabulary(base_model.vocab_size)
+    llama = Decoder(weights, base_model.geometry.head_dim, vocabulary, Alone())
     compared = 0
     original = runner.launch
 

@@ -19,11 +19,12 @@ from typing import Any
 from crc32c import crc32c
 
 from lorry.adapter_store.image import NUMPY_DTYPES, pack
+from lorry.adapter_store.layout_json import layout_from_json
 from lorry.adapter_store.lora import LoraSpec
 from lorry.adapter_store.peft_config import parse_config, resolve
 from lorry.adapter_store.safetensors_file import SafetensorsFile
 from lorry.adapter_store.weights import check_weights
-from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
+from lorry.kernels.page_layout import Dtype, ModelGeometry
 from lorry.rpc.errors import DigestMismatch, LorryError
 from lorry.rpc.status import to_status
 
@@ -53,9 +54,7 @@ def check_weights_request(request: Request, geometry: ModelGeometry) -> dict[str
 def build_request(request: Request, geometry: ModelGeometry) -> int:
     """Pack an image into its preallocated file; returns its CRC-32C."""
     spec = LoraSpec.from_json(request["spec"])
-    layout = PageLayout(
-        geometry=geometry, dtype=Dtype(request["dtype"]), page_tokens=request["page_tokens"]
-    )
+    layout = layout_from_json(request["layout"], geometry)
     content = map_file(Path(request["weights"]))
     if crc32c(content) != request["crc32c"]:
         raise DigestMismatch("the stored weights are damaged")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from google.rpc import status_pb2
 
 from lorry.adapter_store.image import image_bytes
+from lorry.adapter_store.layout_json import layout_to_json
 from lorry.adapter_store.lora import LoraSpec
 from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
 from lorry.rpc.errors import AdapterInvalid, StoreUnavailable
@@ -81,8 +82,7 @@ class Builders:
             image=str(image),
             crc32c=crc32c,
             spec=spec.to_json(),
-            dtype=layout.dtype.value,
-            page_tokens=layout.page_tokens,
+            layout=layout_to_json(layout),
         )
         return checksum
 

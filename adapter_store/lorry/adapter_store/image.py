@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from lorry.adapter_store.lora import LoraSpec, tensor_names
 from lorry.kernels.page_layout import Dtype, ModuleOffsets, PageLayout
-from lorry.rpc.errors import AdapterIncompatible, LayoutUnsupported
+from lorry.kernels.partition import Partition
+from lorry.rpc.errors import AdapterIncompatible
 
 Array = NDArray[Any]
 NUMPY_DTYPES: Mapping[Dtype, np.dtype[Any]] = {
@@ -67,26 +68,24 @@ def image_header(spec: LoraSpec, layout: PageLayout, checksum: int) -> ImageHead
 def pack(
     spec: LoraSpec, tensors: Mapping[str, Array], layout: PageLayout, buffer: memoryview
 ) -> int:
-    """Fill a zeroed buffer of `image_bytes` and return its CRC-32C.
+    """Fill a zeroed buffer of `image_bytes` with the rank's part; returns the buffer's CRC-32C.
 
     Raises AdapterIncompatible if a value is not finite in the layout's dtype.
     """
-    if layout.tp_size != 1:
-        raise LayoutUnsupported(f"layout.tp_size must be 1, got {layout.tp_size}")
     dtype = NUMPY_DTYPES[layout.dtype]
     pages = layout.pages(spec.modules, spec.max_rank)
     image_PLE = np.frombuffer(buffer, dtype).reshape(pages, layout.geometry.layers, -1)
     offsets = layout.offsets(spec.modules, spec.max_rank)
+    partition = Partition(layout)
     for layer in range(layout.geometry.layers):
         virtual_V = np.zeros(pages * layout.slice_elements, dtype)
         for name, lora in spec.modules.items():
-            if rank := lora.ranks[layer]:
+            if lora.ranks[layer]:
                 a_name, b_name = tensor_names(layer, name)
-                rows = _rows(virtual_V, layout, name, offsets[name], rank)
-                for tensor, values, target in zip(
-                    (a_name, b_name), (tensors[a_name], tensors[b_name].T), rows, strict=True
-                ):
-                    target[:] = cast_finite(tensor, values, dtype)
+                a = tensors[a_name][partition.a_rows(name), partition.inputs(name).indices]
+                b = tensors[b_name][partition.adapter_outputs(name).indices].T
+                parts = (cast_finite(a_name, a, dtype), cast_finite(b_name, b, dtype))
+                _write_rows(virtual_V, layout, name, offsets[name], parts)
         image_PLE[:, layer] = virtual_V.reshape(pages, -1)
     return crc32c(buffer)
 
@@ -108,13 +107,14 @@ def _all_finite(values: Array) -> bool:
     return bool((magnitudes < infinity).all())
 
 
-def _rows(
-    virtual_V: Array, layout: PageLayout, module: str, offsets: ModuleOffsets, rank: int
-) -> tuple[Array, Array]:
-    """The first `rank` rows of A and of transposed B, without their padding."""
-    widths = layout.geometry.module_shape(module)
-    rows = []
-    for start, padded, width in zip(offsets, layout.row_widths(module), widths, strict=True):
-        first = start * layout.row_unit
-        rows.append(virtual_V[first : first + rank * padded].reshape(rank, padded)[:, :width])
-    return rows[0], rows[1]
+def _write_rows(
+    virtual_V: Array,
+    layout: PageLayout,
+    module: str,
+    offsets: ModuleOffsets,
+    parts: tuple[Array, Array],
+) -> None:
+    """Put the rows of A and of transposed B in their places; what pads them stays zero."""
+    for start, padded, part in zip(offsets, layout.row_widths(module), parts, strict=True):
+        first, (rows, width) = start * layout.row_unit, part.shape
+        virtual_V[first : first + rows * padded].reshape(rows, padded)[:, :width] = part

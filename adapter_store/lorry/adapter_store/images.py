@@ -16,7 +16,7 @@ from lorry.adapter_store.records import Content
 from lorry.adapter_store.storage import Storage
 from lorry.adapter_store.tasks import Tasks
 from lorry.kernels.page_layout import PageLayout
-from lorry.rpc.errors import DigestMismatch, LayoutUnsupported, StoreFull
+from lorry.rpc.errors import DigestMismatch, StoreFull
 from lorry.rpc.shared_directory import SharedDirectory
 
 RECLAIM_WAIT_S = 6.0  # readers have 5 s to end their leases
@@ -65,9 +65,7 @@ class ImageTier:
         return sum(len(image.leases) for image in self._images.values())
 
     async def lease(self, version: bytes, layout: PageLayout) -> Lease:
-        """A lease of the image, built if need be. Raises StoreFull or LayoutUnsupported."""
-        if layout.tp_size != 1:
-            raise LayoutUnsupported(f"layout.tp_size must be 1, got {layout.tp_size}")
+        """A lease of the image, built if need be. Raises StoreFull."""
         key = ImageKey(version, layout)
         image = self._images.get(key)
         state = "absent" if image is None else image.state.value
@@ -86,7 +84,7 @@ class ImageTier:
     async def build_ahead(self, key: ImageKey) -> None:
         """Have an image before somebody asks for it; the first to go again if nobody does.
 
-        Raises StoreFull or LayoutUnsupported.
+        Raises StoreFull.
         """
         if key in self._images:
             return

@@ -9,7 +9,8 @@ from typing import Any
 
 from lorry.adapter_store.durable import write_durably
 from lorry.adapter_store.image_key import ImageKey
-from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout, TpStrategy
+from lorry.adapter_store.layout_json import layout_from_json, layout_to_json
+from lorry.kernels.page_layout import ModelGeometry
 from lorry.rpc.errors import StoreUnavailable
 from lorry.rpc.names import AdapterName
 
@@ -49,7 +50,7 @@ class MemoryFile:
         places = {layout: place for place, layout in enumerate(layouts)}
         content = {
             "pins": [list(name) for name in memory.pins],
-            "layouts": [_layout_to_json(layout) for layout in layouts],
+            "layouts": [layout_to_json(layout) for layout in layouts],
             "wanted": [
                 [key.version.hex(), places[key.layout], count]
                 for key, count in memory.wanted.items()
@@ -61,7 +62,7 @@ class MemoryFile:
             raise StoreUnavailable(f"{self._path} cannot be written: {error.strerror}") from error
 
     def _memory(self, content: Mapping[str, Any]) -> Memory:
-        layouts = [_layout_from_json(fields, self._geometry) for fields in content["layouts"]]
+        layouts = [layout_from_json(fields, self._geometry) for fields in content["layouts"]]
         return Memory(
             pins=tuple(AdapterName(*name) for name in content["pins"]),
             wanted={
@@ -69,27 +70,3 @@ class MemoryFile:
                 for version, place, count in content["wanted"]
             },
         )
-
-
-def _layout_to_json(layout: PageLayout) -> dict[str, Any]:
-    strategy = layout.tp_strategy
-    return {
-        "dtype": layout.dtype.value,
-        "page_tokens": layout.page_tokens,
-        "tp_size": layout.tp_size,
-        "tp_rank": layout.tp_rank,
-        "tp_strategy": None if strategy is None else strategy.value,
-        "revision": layout.revision,
-    }
-
-
-def _layout_from_json(fields: Mapping[str, Any], geometry: ModelGeometry) -> PageLayout:
-    strategy = fields["tp_strategy"]
-    return PageLayout(
-        **{
-            **fields,
-            "geometry": geometry,
-            "dtype": Dtype(fields["dtype"]),
-            "tp_strategy": None if strategy is None else TpStrategy(strategy),
-        }
-    )

@@ -47,14 +47,13 @@ def lora_reference(
         return
     x_NMI = gather_rows(x_TI, tiles.row_NM).float()
     for module, out_TO in zip(modules, outputs, strict=True):
-        weights = _WeightReader(pool, tables, layer, module, tiles.owner_N)
-        y_NMR = x_NMI @ weights.rows_of_a(x_TI.shape[1]).transpose(1, 2)
-        y_NMR = y_NMR * weights.scale_N[:, None, None]
-        scatter_add_rows(out_TO, tiles.row_NM, y_NMR @ weights.rows_of_b(out_TO.shape[1]))
+        weights = LoraWeights(pool, tables, layer, module, tiles.owner_N)
+        y_NMR = weights.shrink(x_NMI)
+        scatter_add_rows(out_TO, tiles.row_NM, weights.expand(y_NMR, out_TO.shape[1]))
 
 
-class _WeightReader:
-    """Gathers the rows of one module's weights for the adapter of each tile."""
+class LoraWeights:
+    """One module's weights, for the adapter of each tile; gathers rows from the pool's pages."""
 
     def __init__(
         self,
@@ -70,26 +69,35 @@ class _WeightReader:
         self._a_offset_N = tables.a_offset_SX[slot_N, index].long()
         self._b_offset_N = tables.b_offset_SX[slot_N, index].long()
         present_N = self._a_offset_N != ABSENT
-        rank_N = tables.rank_S[slot_N] * present_N
-        rank_R = torch.arange(int(rank_N.max()), device=rank_N.device)
-        self._in_rank_NR = rank_R < rank_N[:, None]
-        self.scale_N = tables.scale_SLX[slot_N, layer, index]
+        self._rank_N = tables.rank_S[slot_N] * present_N
+        self._max_rank = int(self._rank_N.max())
+        self._scale_N = tables.scale_SLX[slot_N, layer, index]
 
-    def rows_of_a(self, width: int) -> torch.Tensor:
-        """``[N, R, I]`` in float32, zero beyond each adapter's rank."""
-        return self._rows(self._a_offset_N, width)
+    def shrink(self, x_NMI: torch.Tensor, *, ways: int = 1) -> torch.Tensor:
+        """``scale * (x A^T)`` in float32, ``[N, M, R]``; zero beyond each adapter's rank.
 
-    def rows_of_b(self, width: int) -> torch.Tensor:
-        """Transposed B, ``[N, R, O]`` in float32, zero beyond each adapter's rank."""
-        return self._rows(self._b_offset_N, width)
+        `ways` is over how many ranks the rows of A are dealt out: R is of this rank's rows.
+        """
+        rank_N, max_rank = -(-self._rank_N // ways), -(-self._max_rank // ways)
+        a_NRI = self._rows(self._a_offset_N, x_NMI.shape[2], rank_N, max_rank)
+        return x_NMI @ a_NRI.transpose(1, 2) * self._scale_N[:, None, None]
 
-    def _rows(self, offset_N: torch.Tensor, width: int) -> torch.Tensor:
+    def expand(self, y_NMR: torch.Tensor, width: int) -> torch.Tensor:
+        """``y B^T`` in float32, ``[N, M, O]``, for `width` columns of the output."""
+        return y_NMR[..., : self._max_rank] @ self._rows(
+            self._b_offset_N, width, self._rank_N, self._max_rank
+        )
+
+    def _rows(
+        self, offset_N: torch.Tensor, width: int, rank_N: torch.Tensor, max_rank: int
+    ) -> torch.Tensor:
+        """``[N, R, width]`` in float32, zero beyond `rank_N`."""
         layout = self._pool.layout
         row_units = -(-width // layout.row_unit)
-        num_rows = self._in_rank_NR.shape[1]
-        unit_RU = torch.arange(num_rows * row_units, device=offset_N.device).view(-1, row_units)
+        in_rank_NR = torch.arange(max_rank, device=rank_N.device) < rank_N[:, None]
+        unit_RU = torch.arange(max_rank * row_units, device=offset_N.device).view(-1, row_units)
         unit_NRU = offset_N[:, None, None] + unit_RU
-        unit_NRU = unit_NRU.masked_fill(~self._in_rank_NR[..., None], 0)
+        unit_NRU = unit_NRU.masked_fill(~in_rank_NR[..., None], 0)
         page_NRU = unit_NRU // layout.slice_units
         page_NRU = self._page_NP.gather(1, page_NRU.flatten(1)).view_as(page_NRU)
         slice_NRU = page_NRU * self._pool.layers + self._layer
@@ -97,4 +105,4 @@ class _WeightReader:
         flat = slice_NRU * layout.slice_units + unit_NRU % layout.slice_units
         rows = units.index_select(0, flat.flatten())
         rows = rows.view(*flat.shape[:2], row_units * layout.row_unit)[..., :width]
-        return rows.float().masked_fill(~self._in_rank_NR[..., None], 0)
+        return rows.float().masked_fill(~in_rank_NR[..., None], 0)

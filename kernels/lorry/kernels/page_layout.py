@@ -15,7 +15,7 @@ The store packs and the kernels read by this module; it knows no torch and no nu
 import enum
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -116,6 +116,26 @@ class PageLayout:
             raise ValueError(f"tp_rank {self.tp_rank} is not in [0, {self.tp_size})")
         if self.tp_size > 1 and self.tp_strategy is None:
             raise ValueError(f"tp_strategy is required for tp_size {self.tp_size}")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        """Every query head must be on the rank of its KV head, and all ranks of one shape."""
+        heads, kv_heads, size = self.geometry.heads, self.geometry.kv_heads, self.tp_size
+        if heads != kv_heads and kv_heads % size and size % kv_heads:
+            raise ValueError(
+                f"tp_size {size} neither divides nor is a multiple of kv_heads {kv_heads}"
+            )
+
+    @cached_property
+    def local_geometry(self) -> ModelGeometry:
+        """Sizes of one rank's part of the model, padding included; the same on every rank."""
+        geometry, size = self.geometry, self.tp_size
+        return replace(
+            geometry,
+            heads=math.ceil(geometry.heads / size),
+            kv_heads=self.local_kv_heads,
+            intermediate=math.ceil(geometry.intermediate / size),
+        )
 
     @cached_property
     def local_kv_heads(self) -> int:
@@ -172,21 +192,10 @@ class PageLayout:
         return max(1, math.ceil(self._walk(targets, rank)[1] / self.slice_units))
 
     def _local_shape(self, module: str) -> tuple[int, int]:
-        geometry, size = self.geometry, self.tp_size
-        query = math.ceil(geometry.heads / size) * geometry.head_dim
-        intermediate = math.ceil(geometry.intermediate / size)
-        output = geometry.hidden
-        if self.tp_strategy is TpStrategy.SLORA:
-            output = math.ceil(output / size)
-        return {
-            "q_proj": (geometry.hidden, query),
-            "k_proj": (geometry.hidden, self.local_kv_heads * geometry.head_dim),
-            "v_proj": (geometry.hidden, self.local_kv_heads * geometry.head_dim),
-            "o_proj": (query, output),
-            "gate_proj": (geometry.hidden, intermediate),
-            "up_proj": (geometry.hidden, intermediate),
-            "down_proj": (intermediate, output),
-        }[module]
+        inputs, outputs = self.local_geometry.module_shape(module)
+        if self.tp_strategy is TpStrategy.SLORA and module in ROW_PARALLEL:
+            outputs = math.ceil(outputs / self.tp_size)
+        return inputs, outputs
 
     def _walk(self, targets: Iterable[str], rank: int) -> tuple[dict[str, ModuleOffsets], int]:
         """Offsets of all modules and the row units of a layer."""

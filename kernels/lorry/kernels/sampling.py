@@ -29,34 +29,52 @@ def sample_reference(
     `seed_T` holds the bits of an unsigned 64-bit seed in int64. Tokens whose logits are below the
     row's threshold are not drawn, nor are NaNs. Ties go to the smallest id.
     """
-    logits_TV = logits_TV.masked_fill(logits_TV.isnan(), -torch.inf)
-    token_T = logits_TV.argmax(dim=-1)
+    return best_reference(logits_TV, temperature_T, seed_T, output_position_T, threshold_T)[1]
+
+
+def best_reference(
+    logits_TV: torch.Tensor,
+    temperature_T: torch.Tensor,
+    seed_T: torch.Tensor,
+    output_position_T: torch.Tensor,
+    threshold_T: torch.Tensor | None = None,
+    *,
+    first_id: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `sample_reference` maximizes (float32), and the id where it is largest (int64).
+
+    The logits may be those of a part of the vocabulary that begins with `first_id`.
+    """
+    score_TV = logits_TV.float().masked_fill(logits_TV.isnan(), -torch.inf)
     drawn = (temperature_T > 0).nonzero()[:, 0]
     if drawn.numel():
-        noise = gumbel_noise(seed_T[drawn], output_position_T[drawn], logits_TV.shape[1])
-        logits = logits_TV[drawn].float()
+        noise = gumbel_noise(
+            seed_T[drawn], output_position_T[drawn], logits_TV.shape[1], first_id=first_id
+        )
+        logits = score_TV[drawn]
         score = logits / temperature_T[drawn, None] + noise
         if threshold_T is not None:
             score = score.where(logits >= threshold_T[drawn, None], -torch.inf)
-        token_T[drawn] = score.argmax(dim=-1)
-    return token_T
+        score_TV[drawn] = score
+    token_T = score_TV.argmax(dim=-1)
+    return score_TV.gather(1, token_T[:, None])[:, 0], token_T + first_id
 
 
 def gumbel_noise(
-    seed_T: torch.Tensor, output_position_T: torch.Tensor, vocabulary: int
+    seed_T: torch.Tensor, output_position_T: torch.Tensor, vocabulary: int, *, first_id: int = 0
 ) -> torch.Tensor:
-    """Gumbel(0, 1) noise in float32, ``[T, V]``."""
-    bits_TV = philox_word(seed_T, output_position_T, vocabulary)
+    """Gumbel(0, 1) noise in float32 of `vocabulary` ids from `first_id` on, ``[T, V]``."""
+    bits_TV = philox_word(seed_T, output_position_T, vocabulary, first_id=first_id)
     # 23 bits and the half are exact in float32, so that 0 and 1 never come out.
     uniform_TV = ((bits_TV >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform_TV))
 
 
 def philox_word(
-    seed_T: torch.Tensor, output_position_T: torch.Tensor, vocabulary: int
+    seed_T: torch.Tensor, output_position_T: torch.Tensor, vocabulary: int, *, first_id: int = 0
 ) -> torch.Tensor:
     """First output word of Philox with counter (id, position, 0, 0): 32 bits in an int64."""
-    ids = torch.arange(vocabulary, device=seed_T.device)
+    ids = torch.arange(first_id, first_id + vocabulary, device=seed_T.device)
     c0 = ids.expand(seed_T.shape[0], -1)
     c1 = output_position_T.long()[:, None].expand_as(c0)
     c2 = c3 = torch.zeros_like(c0)

@@ -1,12 +1,16 @@
 """Builds an engine: weights, pool, scheduler and the runner of its device."""
 
 import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from lorry.kernels.page_layout import PageLayout
-from lorry.kernels.pool_view import TORCH_DTYPES, PoolView, allocate_pool
+from lorry.kernels.partition import Partition
+from lorry.kernels.pool_view import TORCH_DTYPES, allocate_pool
 from lorry.rpc.base_model import BaseModel
+from lorry.worker.collectives import Alone, Collectives
 from lorry.worker.config import EngineConfig
 from lorry.worker.cuda_runner import CudaRunner
 from lorry.worker.device_memory import (
@@ -17,6 +21,9 @@ from lorry.worker.device_memory import (
     memory_needs,
 )
 from lorry.worker.engine import Engine
+from lorry.worker.following_rank import FollowingRank
+from lorry.worker.leading_runner import LeadingRunner, RankLink
+from lorry.worker.lora_strategies import lora_strategy
 from lorry.worker.model import Decoder
 from lorry.worker.pool import PagePool
 from lorry.worker.progress import logged
@@ -24,36 +31,99 @@ from lorry.worker.runner import Runner
 from lorry.worker.scheduler import Scheduler, SchedulerLimits
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.torch_runner import TorchRunner
+from lorry.worker.vocabulary import SplitVocabulary, Vocabulary, WholeVocabulary
 from lorry.worker.weights import CheckpointReader, RandomWeights, WeightReader, load_weights
 
 log = logging.getLogger(__name__)
 
 
-def build_engine(config: EngineConfig, base_model: BaseModel) -> Engine:
+class Ranks(NamedTuple):
+    """What the first of several tensor-parallel ranks needs of the others."""
+
+    links: Sequence[RankLink]
+    collectives: Collectives
+
+
+def build_engine(config: EngineConfig, base_model: BaseModel, ranks: Ranks | None = None) -> Engine:
     """Load the model, allocate the pool, and on a GPU capture all steps; logs what takes long.
 
-    Raises PoolDoesNotFit before anything large is allocated.
+    With `ranks`, this one's part of the model. Raises PoolDoesNotFit before anything large is
+    allocated.
     """
-    torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
-    layout = PageLayout(geometry=base_model.geometry, dtype=config.page_dtype)
-    limits = SchedulerLimits(
+    limits = _limits(config, base_model)
+    runner = _build_runner(config, base_model, limits, 0, ranks.collectives if ranks else Alone())
+    pool = runner.adapters.pool
+    table = SequenceTable(config.max_running, limits.max_context_tokens, pool.layout.page_tokens)
+    scheduler = Scheduler(limits, PagePool(pool.num_pages), table)
+    if ranks is None:
+        return Engine(runner, scheduler)
+    assert isinstance(runner, TorchRunner), "several ranks are on the CPU"
+    return Engine(LeadingRunner(runner, ranks.links), scheduler)
+
+
+def build_following_rank(
+    config: EngineConfig, base_model: BaseModel, rank: int, collectives: Collectives
+) -> FollowingRank:
+    """The same for a rank that schedules nothing."""
+    limits = _limits(config, base_model)
+    runner = _build_runner(config, base_model, limits, rank, collectives)
+    assert isinstance(runner, TorchRunner), "several ranks are on the CPU"
+    return FollowingRank(runner)
+
+
+def _limits(config: EngineConfig, base_model: BaseModel) -> SchedulerLimits:
+    return SchedulerLimits(
         step_tokens=max(config.step_tokens, config.max_running),
         max_running=config.max_running,
         max_context_tokens=config.max_context_tokens or base_model.max_context_tokens,
         prefix_cache=config.prefix_cache,
     )
+
+
+def _build_runner(
+    config: EngineConfig,
+    base_model: BaseModel,
+    limits: SchedulerLimits,
+    rank: int,
+    collectives: Collectives,
+) -> Runner:
+    torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    layout = config.page_layout(base_model, rank)
     pool_pages = _pool_pages(config, base_model, layout, limits)
+    vocabulary = _vocabulary(base_model, layout, collectives)
     with logged(log, "loaded the weights"):
-        weights = load_weights(base_model, _weight_reader(config, base_model, device))
-        model = Decoder(weights, base_model.geometry)
+        reader = _weight_reader(config, base_model, device)
+        weights = load_weights(base_model, reader, Partition(layout))
+        model = Decoder(weights, base_model.geometry.head_dim, vocabulary, collectives)
     with logged(log, f"allocated a pool of {pool_pages} pages of {layout.page_bytes} bytes"):
         pool = allocate_pool(pool_pages + 1, layout, device)  # with the dummy page
-        table = SequenceTable(config.max_running, limits.max_context_tokens, layout.page_tokens)
-        scheduler = Scheduler(limits, PagePool(pool.num_pages), table)
     with logged(log, "prepared the steps"):
-        runner = _runner(config, base_model, model, pool, limits)
-    return Engine(runner, scheduler)
+        if config.device == "cpu":
+            return TorchRunner(
+                base_model,
+                model,
+                pool,
+                vocabulary=vocabulary,
+                lora=lora_strategy(layout, collectives),
+                max_rank=config.max_rank,
+                max_running=limits.max_running,
+            )
+        return CudaRunner(
+            base_model,
+            model,
+            pool,
+            max_rank=config.max_rank,
+            max_rows=limits.step_tokens,
+            max_running=limits.max_running,
+            max_context_tokens=limits.max_context_tokens,
+        )
+
+
+def _vocabulary(base_model: BaseModel, layout: PageLayout, collectives: Collectives) -> Vocabulary:
+    if layout.tp_size == 1:
+        return WholeVocabulary(base_model.vocab_size)
+    return SplitVocabulary(Partition(layout).vocabulary(base_model.vocab_size), collectives)
 
 
 def _pool_pages(
@@ -85,29 +155,3 @@ def _weight_reader(
     if config.load_format == "dummy":
         return RandomWeights(dtype, device)
     return CheckpointReader(base_model, dtype, device)
-
-
-def _runner(
-    config: EngineConfig,
-    base_model: BaseModel,
-    model: Decoder,
-    pool: PoolView,
-    limits: SchedulerLimits,
-) -> Runner:
-    if config.device == "cpu":
-        return TorchRunner(
-            base_model,
-            model,
-            pool,
-            max_rank=config.max_rank,
-            max_running=limits.max_running,
-        )
-    return CudaRunner(
-        base_model,
-        model,
-        pool,
-        max_rank=config.max_rank,
-        max_rows=limits.step_tokens,
-        max_running=limits.max_running,
-        max_context_tokens=limits.max_context_tokens,
-    )

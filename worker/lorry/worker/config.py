@@ -9,19 +9,33 @@ from typing import Annotated, Literal
 
 import cyclopts
 
-from lorry.kernels.page_layout import MAX_RANK, Dtype, PageLayout
+from lorry.kernels.page_layout import MAX_RANK, Dtype, PageLayout, TpStrategy
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.command import check_not_negative, check_positive
 from lorry.rpc.service_config import DTYPES, CallingServiceConfig, DtypeName
 from lorry.rpc.shared_memory import SHM_DIR
 
 Device = Literal["cpu", "cuda"]
+LoraStrategyName = Literal["replicated", "slora"]
 LoadFormat = Literal["safetensors", "dummy"]
 NATIVE_DTYPE: dict[Device, DtypeName] = {"cpu": "fp32", "cuda": "bf16"}
 STEP_TOKENS: dict[Device, int] = {"cpu": 256, "cuda": 1024}
 MAX_RUNNING = 512
 CPU_POOL_BYTES = 512 << 20
 MEMORY_FRACTION = 0.9
+
+
+def page_layout(
+    base_model: BaseModel, dtype: Dtype, size: int, rank: int, strategy: LoraStrategyName
+) -> PageLayout:
+    """Of the pool of one of `size` tensor-parallel ranks."""
+    return PageLayout(
+        geometry=base_model.geometry,
+        dtype=dtype,
+        tp_size=size,
+        tp_rank=rank,
+        tp_strategy=TpStrategy(strategy) if size > 1 else None,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,10 +54,18 @@ class EngineConfig:
     max_context_tokens: int | None = None  # None: the model's
     threads: int = 1
     prefix_cache: bool = True
+    tensor_parallel: int = 1
+    lora_strategy: LoraStrategyName = "replicated"
 
     @property
     def page_dtype(self) -> Dtype:
         return DTYPES[self.dtype]
+
+    def page_layout(self, base_model: BaseModel, rank: int = 0) -> PageLayout:
+        """Of a tensor-parallel rank's pool."""
+        return page_layout(
+            base_model, self.page_dtype, self.tensor_parallel, rank, self.lora_strategy
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), default=str)
@@ -80,9 +102,18 @@ class Config(CallingServiceConfig):
     dtype: DtypeName | None = None
     """Type of weights, KV cache and adapters; by default fp32 on the CPU and bf16 on a GPU."""
 
+    tensor_parallel: int = 1
+    """Processes that share the model, each with a part of every layer: only on the CPU so far. It
+    must divide the model's KV heads or be a multiple of their number."""
+
+    lora_strategy: LoraStrategyName = "replicated"
+    """How tensor-parallel processes share adapters: `replicated` keeps A of q, k, v, gate and up
+    and B of o and down in each, and communicates nothing more than the base model; `slora` keeps
+    no weight twice, and communicates the products with A."""
+
     pool_bytes: int | None = None
-    """Memory for KV cache and adapters together; by default 512 MiB on the CPU, and on a GPU what
-    memory_fraction leaves."""
+    """Memory for KV cache and adapters together, in each tensor-parallel process; by default 512
+    MiB on the CPU, and on a GPU what memory_fraction leaves."""
 
     pool_pages: int | None = None
     """The same as a number of pages, of 16 tokens of KV each; instead of pool_bytes."""
@@ -107,7 +138,8 @@ class Config(CallingServiceConfig):
     """Tokens of prompt and output together; by default, and at most, what the model allows."""
 
     threads: int | None = None
-    """CPU threads of the engine; by default half of the cores, since the others serve."""
+    """CPU threads of each of the engine's processes; by default half of the cores together, since
+    the others serve."""
 
     prefix_cache: Annotated[bool, cyclopts.Parameter(negative="--no-prefix-cache")] = True
     """Whether a request takes KV pages of earlier ones of its tenant and adapter version that
@@ -141,6 +173,7 @@ class Config(CallingServiceConfig):
             "step_tokens",
             "max_context_tokens",
             "threads",
+            "tensor_parallel",
             "max_fetches",
             "copied_image_bytes",
             "fetch_timeout_s",
@@ -152,12 +185,26 @@ class Config(CallingServiceConfig):
             raise ValueError(f"max_rank must be in [1, {MAX_RANK}], got {self.max_rank}")
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
+        if self.tensor_parallel > 1 and self.device != "cpu":
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} needs device cpu, got {self.device}"
+            )
         if not self.worker_id:
             raise ValueError("worker_id must not be empty")
 
-    def page_layout(self, base_model: BaseModel) -> PageLayout:
-        dtype = DTYPES[self.dtype or NATIVE_DTYPE[self.device]]
-        return PageLayout(geometry=base_model.geometry, dtype=dtype)
+    def page_layout(self, base_model: BaseModel, rank: int = 0) -> PageLayout:
+        """Of a tensor-parallel rank's pool; raises ValueError if ranks cannot share the heads."""
+        return page_layout(
+            base_model,
+            DTYPES[self.dtype or NATIVE_DTYPE[self.device]],
+            self.tensor_parallel,
+            rank,
+            self.lora_strategy,
+        )
+
+    def page_layouts(self, base_model: BaseModel) -> list[PageLayout]:
+        """Of all ranks."""
+        return [self.page_layout(base_model, rank) for rank in range(self.tensor_parallel)]
 
     def engine(self, base_model: BaseModel) -> EngineConfig:
         """What to tell the engine; raises ValueError for a pool or a step that is too small."""
@@ -179,8 +226,10 @@ class Config(CallingServiceConfig):
             step_tokens=step_tokens,
             max_rank=self.max_rank,
             max_context_tokens=context,
-            threads=self.threads or max(1, (os.cpu_count() or 1) // 2),
+            threads=self.threads or max(1, (os.cpu_count() or 1) // (2 * self.tensor_parallel)),
             prefix_cache=self.prefix_cache,
+            tensor_parallel=self.tensor_parallel,
+            lora_strategy=self.lora_strategy,
         )
 
     def _pool_pages(self, base_model: BaseModel) -> int | None:

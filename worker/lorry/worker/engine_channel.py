@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from lorry.worker.config import EngineConfig
 from lorry.worker.messages import Codec, Command, Event
+from lorry.worker.rank_arguments import LeaderArguments
 from lorry.worker.ring import Ring, RingFull, RingHandle
 
 SEND_TIMEOUT_S = 10.0
@@ -30,6 +31,7 @@ class EngineArguments(NamedTuple):
     commands: RingHandle
     events: RingHandle
     front_pid: int
+    ranks: LeaderArguments | None = None  # of several tensor-parallel ones
 
     def to_argv(self) -> list[str]:
         return [
@@ -37,7 +39,14 @@ class EngineArguments(NamedTuple):
             f"--commands={self.commands}",
             f"--events={self.events}",
             f"--front={self.front_pid}",
+            *([] if self.ranks is None else [f"--ranks={self.ranks}"]),
         ]
+
+    @property
+    def descriptors(self) -> list[int]:
+        """That the process inherits."""
+        rings = [fd for r in (self.commands, self.events) for fd in (r.memory_fd, r.event_fd)]
+        return rings + ([] if self.ranks is None else self.ranks.descriptors)
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None) -> "EngineArguments":
@@ -48,8 +57,9 @@ class EngineArguments(NamedTuple):
                 name, required=True, type=RingHandle.parse, metavar="FD:FD:CAPACITY"
             )
         parser.add_argument("--front", required=True, type=int, metavar="PID")
+        parser.add_argument("--ranks", type=LeaderArguments.parse, metavar="FD:FD:CAPACITY,...")
         given = parser.parse_args(argv)
-        return cls(given.config, given.commands, given.events, given.front)
+        return cls(given.config, given.commands, given.events, given.front, given.ranks)
 
 
 class EngineChannel:

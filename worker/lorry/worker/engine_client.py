@@ -9,13 +9,15 @@ import collections
 import contextlib
 import logging
 import os
-import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from lorry.worker.config import EngineConfig
 from lorry.worker.engine_channel import EngineArguments
+from lorry.worker.exits import describe_exit
 from lorry.worker.messages import Codec, Command, Event, Failed, Stop
+from lorry.worker.rank_arguments import LeaderArguments
+from lorry.worker.ranks import Ranks
 from lorry.worker.ring import Ring
 
 ENGINE_COMMAND = (sys.executable, "-m", "lorry.worker.engine_process")
@@ -25,11 +27,8 @@ PROGRESS_S = 10.0
 TICK_S = 0.25
 MAX_BACKLOG_BYTES = 64 << 20
 LAST_LINES = 20
+REASON_S = 1.0  # in which the cause of a rank's failure, another rank's, is seen, too
 READ_BYTES = 1 << 16
-MEANING_OF_SIGNAL: Mapping[int, str] = {
-    signal.SIGKILL: ", as when the machine is out of memory",
-    signal.SIGBUS: ", as when shared memory is full, or a mapped file became shorter",
-}
 Handler = Callable[[list[Event]], None]
 
 log = logging.getLogger(__name__)
@@ -56,6 +55,7 @@ class EngineClient:
         self._start_timeout_s = start_timeout_s
         self._silence_s = silence_s
         self._codec = Codec()
+        self._ranks = Ranks(config)
         self._commands = Ring.create()
         self._events = Ring.create()
         self._backlog: collections.deque[bytes] = collections.deque()
@@ -90,9 +90,13 @@ class EngineClient:
     async def running(self, handle: Handler) -> AsyncIterator[None]:
         """Start the process and give each message of it to `handle`; on exit it is gone."""
         loop = asyncio.get_running_loop()
-        with contextlib.closing(self._commands), contextlib.closing(self._events):
-            process = await self._spawn()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(contextlib.closing(self._commands))
+            stack.enter_context(contextlib.closing(self._events))
+            leader = await stack.enter_async_context(self._ranks.running(self._lose))
+            process = await self._spawn(leader)
             self.pid = process.pid
+            self._ranks.watch(process.pid)
             loop.add_reader(self._events.fileno(), self._read, handle)
             tasks = [
                 loop.create_task(self._forward_output(process)),
@@ -108,9 +112,9 @@ class EngineClient:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 loop.remove_reader(self._events.fileno())
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
+    async def _spawn(self, leader: LeaderArguments | None) -> asyncio.subprocess.Process:
         commands, events = self._commands.handle, self._events.handle
-        arguments = EngineArguments(self._config, commands, events, os.getpid())
+        arguments = EngineArguments(self._config, commands, events, os.getpid(), leader)
         return await asyncio.create_subprocess_exec(
             *self._command,
             *arguments.to_argv(),
@@ -118,7 +122,7 @@ class EngineClient:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             process_group=0,  # Ctrl-C is for the front, which drains first
-            pass_fds=[commands.memory_fd, commands.event_fd, events.memory_fd, events.event_fd],
+            pass_fds=arguments.descriptors,
         )
 
     def _read(self, handle: Handler) -> None:
@@ -149,8 +153,15 @@ class EngineClient:
             asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
 
     def _fail(self, reason: str) -> None:
+        """The engine is lost, at once or as soon as other ranks' failures would be known."""
+        if self._ranks.num_others and self._ranks.failure is None:
+            asyncio.get_running_loop().call_later(REASON_S, self._lose, f"the engine {reason}")
+        else:
+            self._lose(f"the engine {reason}")
+
+    def _lose(self, reason: str) -> None:
         if not self._lost.done():
-            self._lost.set_result(EngineLost(f"the engine {reason}"))
+            self._lost.set_result(EngineLost(reason))
 
     async def _reap(self, process: asyncio.subprocess.Process, handle: Handler) -> None:
         exit_code = await process.wait()
@@ -196,10 +207,3 @@ class EngineClient:
         if process.returncode is None:
             process.kill()
             await process.wait()
-
-
-def describe_exit(code: int) -> str:
-    """An exit code as subprocess knows it, with what a signal is and mostly means."""
-    if code >= 0:
-        return f"exit code {code}"
-    return f"exit code {code} ({signal.strsignal(-code)}{MEANING_OF_SIGNAL.get(-code, '')})"

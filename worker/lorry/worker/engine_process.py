@@ -1,19 +1,25 @@
 """The process that owns the device, ``python -m lorry.worker.engine_process``."""
 
+import contextlib
 import faulthandler
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from lorry.rpc.base_model import read_base_model
-from lorry.worker.building import build_engine
+from lorry.worker.building import Ranks, build_engine
 from lorry.worker.config import EngineConfig
 from lorry.worker.engine import Engine
 from lorry.worker.engine_channel import EngineArguments, EngineChannel, FrontGone
 from lorry.worker.engine_faults import explain
+from lorry.worker.leading_runner import tell
 from lorry.worker.messages import Failed, Started, Stop
+from lorry.worker.rank_link import RingLink
+from lorry.worker.rank_messages import EndRank
+from lorry.worker.ring import Ring
+from lorry.worker.vital_sign import beating
 
 HEARTBEAT_S = 1.0
 IDLE_WAIT_S = 0.1  # bounds how late a deadline is noticed when there is nothing to compute
@@ -50,15 +56,35 @@ def started(engine: Engine, config: EngineConfig) -> Started:
     )
 
 
-def run(config: EngineConfig, channel: EngineChannel) -> None:
+def run(arguments: EngineArguments, channel: EngineChannel) -> None:
+    config = arguments.config
     log.info("building the engine")
-    engine = build_engine(config, read_base_model(config.model))
-    channel.send([started(engine, config)])
-    log.info("engine ready: %d pages", engine.scheduler.pool.total)
-    serve(engine, channel)
+    with leading(arguments) as ranks:
+        engine = build_engine(config, read_base_model(config.model), ranks)
+        channel.send([started(engine, config)])
+        log.info("engine ready: %d pages", engine.scheduler.pool.total)
+        serve(engine, channel)
 
 
-def main(run: Callable[[EngineConfig, EngineChannel], None] = run) -> None:
+@contextlib.contextmanager
+def leading(arguments: EngineArguments) -> Iterator[Ranks | None]:
+    """The way to the other tensor-parallel ranks, which end after this one."""
+    given = arguments.ranks
+    if given is None:
+        yield None
+        return
+    # Here, since it loads torch.distributed, which one rank does without.
+    from lorry.worker.meeting import meet
+
+    links = [RingLink(Ring.attach(*handle)) for handle in given.links]
+    with beating(given.vital_fd):
+        size = arguments.config.tensor_parallel
+        collectives = meet(given.port, rank=0, size=size, listening_fd=given.listening_fd)
+        yield Ranks(links, collectives)
+        tell(links, EndRank())
+
+
+def main(run: Callable[[EngineArguments, EngineChannel], None] = run) -> None:
     """Run the engine that the command line describes; its end is explained to the front."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -67,7 +93,7 @@ def main(run: Callable[[EngineConfig, EngineChannel], None] = run) -> None:
     arguments = EngineArguments.parse()
     channel = EngineChannel.from_arguments(arguments)
     try:
-        run(arguments.config, channel)
+        run(arguments, channel)
     except FrontGone:
         raise
     except Exception as error:

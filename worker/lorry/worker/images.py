@@ -10,12 +10,13 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 import grpc.aio
+import msgspec
 from crc32c import crc32c
 
 from lorry.rpc.backoff import Backoff
@@ -37,7 +38,7 @@ from lorry.rpc.weight_chunk import Chunk, fetch_adapter
 from lorry.v1 import adapter_data_service_pb2 as pb
 from lorry.worker.failures import to_failure
 from lorry.worker.image_header import ImageFormat, to_image
-from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
+from lorry.worker.messages import Command, ImageFailed, ImageFile, ImageReady, ReclaimImage
 from lorry.worker.statistics import fetches
 
 # What the router and the client may be told as it is; anything else is the store's own trouble.
@@ -49,10 +50,10 @@ log = logging.getLogger(__name__)
 
 
 class Held(NamedTuple):
-    """A fetched image, and the call that leases it if it is the store's."""
+    """A fetched image, one for each rank, and the calls that lease what is the store's."""
 
     image: ImageReady
-    lease: Call | None
+    leases: tuple[Call, ...]
 
 
 class ImageSource:
@@ -61,39 +62,58 @@ class ImageSource:
     def __init__(
         self,
         channel: grpc.aio.Channel,
-        image_format: ImageFormat,
+        formats: Sequence[ImageFormat],
         *,
         shm_dir: Path,
         local: SharedDirectory,
     ) -> None:
+        """`formats` are those of the tensor-parallel ranks, in their order."""
         self._fetch = fetch_adapter(channel)
-        self._format = image_format
+        self._formats = formats
         self._shm_dir = shm_dir
         self._local = local
 
     async def open(self, version: bytes, owner: contextlib.ExitStack) -> Held:
         """Fetch an image; whatever it takes to keep it is left to `owner`. Raises LorryError."""
+        first, *others = [await self._open_one(version, f, owner) for f in self._formats]
+        files = [ImageFile(held.image.path, held.image.offset) for held in others]
+        image = msgspec.structs.replace(first.image, other_ranks=files)
+        return Held(image, sum((held.leases for held in others), first.leases))
+
+    async def _open_one(
+        self, version: bytes, image_format: ImageFormat, owner: contextlib.ExitStack
+    ) -> Held:
+        """One rank's."""
         try:
-            return await self._open(version, owner, shared=True)
+            return await self._open(version, image_format, owner, shared=True)
         except SharedFileRefused as error:
             log.warning("%s: %s; fetching it as chunks", version.hex(), error)
-            return await self._open(version, owner, shared=False)
+            return await self._open(version, image_format, owner, shared=False)
 
-    async def _open(self, version: bytes, owner: contextlib.ExitStack, *, shared: bool) -> Held:
-        call: Call = self._fetch(self._request(version, shared))
+    async def _open(
+        self,
+        version: bytes,
+        image_format: ImageFormat,
+        owner: contextlib.ExitStack,
+        *,
+        shared: bool,
+    ) -> Held:
+        call: Call = self._fetch(self._request(version, image_format, shared))
         owner.callback(call.cancel)
         header = await _read(call, "header")
-        self._format.check(header.header, version)
+        image_format.check(header.header, version)
         first = await _read(call, "shm", "chunk")
         if isinstance(first, Chunk):
-            return Held(await self._chunks(header.header, first, call, owner), None)
-        return Held(self._shared(header.header, first.shm), call)
+            return Held(await self._chunks(header.header, first, call, owner), ())
+        return Held(self._shared(header.header, first.shm), (call,))
 
-    def _request(self, version: bytes, shared: bool) -> pb.FetchAdapterRequest:
+    def _request(
+        self, version: bytes, image_format: ImageFormat, shared: bool
+    ) -> pb.FetchAdapterRequest:
         transports = [pb.TRANSPORT_SHM] if shared else []
         return pb.FetchAdapterRequest(
             version=version,
-            layout=self._format.to_proto(),
+            layout=image_format.to_proto(),
             accepted_transports=[*transports, pb.TRANSPORT_CHUNKS],
             shm_namespace_id=shm_namespace_id(self._shm_dir) if shared else "",
         )
@@ -190,7 +210,7 @@ class ImageFetcher:
                 async with self._slots:
                     held = await self._timed_fetch(version, owner)
                 self._send(held.image)
-                if held.lease is None:
+                if held.image.copied:
                     owner.callback(self._copied.pop, version)
                     self._reclaim_for(held.image)
                 await self._keep(held)
@@ -204,13 +224,14 @@ class ImageFetcher:
 
     def _reclaim_for(self, image: ImageReady) -> None:
         """Ask for the oldest copies back if there is too much with the new one."""
-        excess = self.copied_bytes + image.image_bytes - self._copied_bytes
+        image_bytes = image.image_bytes * (1 + len(image.other_ranks))
+        excess = self.copied_bytes + image_bytes - self._copied_bytes
         for version, num_bytes in self._copied.items():
             if excess <= 0:
                 break
             excess -= num_bytes
             self._send(ReclaimImage(version))
-        self._copied[image.version] = image.image_bytes
+        self._copied[image.version] = image_bytes
 
     async def _timed_fetch(self, version: bytes, owner: contextlib.ExitStack) -> Held:
         started_s = time.monotonic()
@@ -242,6 +263,12 @@ class ImageFetcher:
             owner.push(attempt.pop_all())
         return held
 
+    async def _pass_on(self, version: bytes, lease: Call) -> NoReturn:
+        """Tell the engine each time the store wants its memory back; raises LorryError."""
+        while True:
+            await _read(lease, "reclaim")
+            self._send(ReclaimImage(version))
+
     async def _keep(self, held: Held) -> None:
         """Hold the image until the task is cancelled, and pass on that the store wants it back.
 
@@ -249,16 +276,25 @@ class ImageFetcher:
         one that is back counts its memory anew.
         """
         version = held.image.version
-        if held.lease is not None:
+        if held.leases:
             try:
-                while True:
-                    await _read(held.lease, "reclaim")
-                    self._send(ReclaimImage(version))
+                await first_error(self._pass_on(version, lease) for lease in held.leases)
             except LorryError as error:
                 log.warning("the lease of page image %s is lost: %s", version.hex(), error)
             await self._channel.channel_ready()
             self._send(ReclaimImage(version))
         await asyncio.get_running_loop().create_future()  # until cancelled
+
+
+async def first_error(reads: Iterable[Coroutine[Any, Any, NoReturn]]) -> None:
+    """Raise what the first of them raises, and end the others."""
+    tasks = [asyncio.create_task(read) for read in reads]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _read(call: Call, *expected: str) -> Any:

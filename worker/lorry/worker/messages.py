@@ -72,6 +72,13 @@ class ImageModule(Message, frozen=True):
     scale_per_layer: list[float]
 
 
+class ImageFile(Message, frozen=True):
+    """Where one tensor-parallel rank's page image begins; it is as long as the first rank's."""
+
+    path: str
+    offset: int
+
+
 class ImageReady(Message, frozen=True):
     """A version's page image is in a shared-memory file that the engine may map."""
 
@@ -83,6 +90,12 @@ class ImageReady(Message, frozen=True):
     rank: int
     modules: list[ImageModule]
     copied: bool = False  # it came in chunks, to a file of this worker's own
+    other_ranks: list[ImageFile] = []  # the second tensor-parallel rank's image, and so on
+
+    def of_other_ranks(self) -> Iterator["ImageReady"]:
+        """What each of them maps: images are described alike on all ranks."""
+        for file in self.other_ranks:
+            yield msgspec.structs.replace(self, path=file.path, offset=file.offset, other_ranks=[])
 
 
 class ImageFailed(Message, frozen=True):

@@ -8,50 +8,60 @@ import dataclasses
 import torch
 from torch.nn.functional import linear
 
-from lorry.kernels.page_layout import GROUPS, ModelGeometry
+from lorry.kernels.page_layout import GROUPS
+from lorry.worker.collectives import Collectives
 from lorry.worker.operations import Operations
+from lorry.worker.vocabulary import Vocabulary
 from lorry.worker.weights import LayerWeights, ModelWeights
 
 QKV, OUTPUT, GATE_UP, DOWN = range(len(GROUPS))
 
 
 class Decoder:
-    """The base model's weights and what to compute with them."""
+    """The base model's weights, or one rank's parts of them, and what to compute with them."""
 
-    def __init__(self, weights: ModelWeights, geometry: ModelGeometry) -> None:
+    def __init__(
+        self,
+        weights: ModelWeights,
+        head_dim: int,
+        vocabulary: Vocabulary,
+        collectives: Collectives,
+    ) -> None:
         self._weights = weights
-        self._geometry = geometry
-        self._head_dim = geometry.head_dim
+        self._head_dim = head_dim
+        self._vocabulary = vocabulary
+        self._collectives = collectives
         layers = weights.layers
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]
 
     def first_layer(self) -> "Decoder":
         """The model without its other layers."""
         weights = dataclasses.replace(self._weights, layers=self._weights.layers[:1])
-        return Decoder(weights, self._geometry)
+        return Decoder(weights, self._head_dim, self._vocabulary, self._collectives)
 
     def forward(self, token_id_T: torch.Tensor, operations: Operations) -> torch.Tensor:
         """Compute the step's rows and write their KV; returns the normed hidden states [T, H]."""
-        residual_TH = self._weights.embedding[token_id_T]
+        residual_TH = self._vocabulary.embed(token_id_T, self._weights.embedding)
         x_TH = operations.rms_norm(residual_TH, self._weights.layers[0].input_norm)
         for index, layer in enumerate(self._weights.layers):
             o_TH = self._attend(x_TH, layer, index, operations)
             x_TH, residual_TH = operations.add_rms_norm(
-                o_TH, residual_TH, layer.post_attention_norm
+                self._collectives.all_reduce(o_TH), residual_TH, layer.post_attention_norm
             )
             down_TH = self._feed_forward(x_TH, layer, index, operations)
             x_TH, residual_TH = operations.add_rms_norm(
-                down_TH, residual_TH, self._next_norms[index]
+                self._collectives.all_reduce(down_TH), residual_TH, self._next_norms[index]
             )
         return x_TH
 
     def logits(self, x_NH: torch.Tensor) -> torch.Tensor:
-        """Logits of hidden states, ``[N, V]``."""
+        """Logits of hidden states, ``[N, V]``; on a rank, those of its part of the vocabulary."""
         return linear(x_NH, self._weights.head)
 
     def _attend(
         self, x_TH: torch.Tensor, layer: LayerWeights, index: int, operations: Operations
     ) -> torch.Tensor:
+        """The attention block's output; on a rank, its part of the sum."""
         q, k, v = operations.project(x_TH, layer.qkv, QKV, index)
         q_TQD, k_TKD, v_TKD = (x.view(len(x), -1, self._head_dim) for x in (q, k, v))
         q_TQD = operations.rope_write_kv(q_TQD, k_TKD, v_TKD, layer.head_norms, index)
@@ -62,6 +72,7 @@ class Decoder:
     def _feed_forward(
         self, x_TH: torch.Tensor, layer: LayerWeights, index: int, operations: Operations
     ) -> torch.Tensor:
+        """The MLP's output; on a rank, its part of the sum."""
         gate, up = operations.project(x_TH, layer.gate_up, GATE_UP, index)
         (down_TH,) = operations.project(operations.swiglu(gate, up), layer.down, DOWN, index)
         return down_TH

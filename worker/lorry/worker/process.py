@@ -108,14 +108,13 @@ async def _fetching(
     config: Config, base_model: BaseModel, send: Callable[[Command], None]
 ) -> AsyncIterator[ImageFetcher]:
     """Page images from the adapter store; on exit every lease and file is given back."""
-    image_format = ImageFormat(
-        layout=config.page_layout(base_model),
-        model_digest=base_model.digest,
-        max_rank=config.max_rank,
-    )
+    formats = [
+        ImageFormat(layout=layout, model_digest=base_model.digest, max_rank=config.max_rank)
+        for layout in config.page_layouts(base_model)
+    ]
     with contextlib.closing(SharedDirectory(config.local_dir)) as local:
         async with open_channel(config.store, config.credentials()) as channel:
-            source = ImageSource(channel, image_format, shm_dir=config.shm_dir, local=local)
+            source = ImageSource(channel, formats, shm_dir=config.shm_dir, local=local)
             fetcher = ImageFetcher(
                 source,
                 channel,

@@ -4,6 +4,7 @@ Shape suffixes: T = rows of the step (tokens), S = sequences of the step, P = pa
 N = rows that sample.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,24 +46,37 @@ class StepInput:
     sampling: SamplingInput
 
 
-def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -> StepInput:
-    """Lay out the step's rows on `device`."""
-    arrays = step_arrays(batch, table)
-    tensors = {name: _tensor(array, device) for name, array in arrays.items()}
+def host_step_arrays(batch: Batch, table: SequenceTable) -> dict[str, np.ndarray]:
+    """The fields of `step_arrays`, and of what the references need beside them."""
     most_pages = -(-int((batch.start_S + batch.length_S).max()) // table.page_tokens)
+    attention = cut_tiles(
+        np.arange(len(batch.row_S)),
+        np.cumsum(batch.length_S) - batch.length_S,
+        batch.length_S,
+        tile_rows=1 if batch.is_decode_only else PROMPT_TILE_ROWS,
+        num_rows=batch.num_tokens,
+    )
+    lora = _lora_tiles(batch)
+    return {
+        **step_arrays(batch, table),
+        "block_table": table.block_table_RP[batch.row_S, :most_pages],
+        "attention_owner": attention.owner_N.numpy(),
+        "attention_row": attention.row_NM.numpy(),
+        "lora_owner": lora.owner_N.numpy(),
+        "lora_row": lora.row_NM.numpy(),
+    }
+
+
+def to_step_input(arrays: Mapping[str, np.ndarray], device: torch.device) -> StepInput:
+    """Lay out the step's rows on `device`."""
+    tensors = {name: _tensor(array, device) for name, array in arrays.items()}
     return StepInput(
         token_id_T=tensors["token_id"],
         position_T=tensors["position"],
         page_T=tensors["page"],
-        block_table_SP=_tensor(table.block_table_RP[batch.row_S, :most_pages], device),
-        attention_tiles=cut_tiles(
-            np.arange(len(batch.row_S)),
-            np.cumsum(batch.length_S) - batch.length_S,
-            batch.length_S,
-            tile_rows=1 if batch.is_decode_only else PROMPT_TILE_ROWS,
-            num_rows=batch.num_tokens,
-        ).to(device),
-        lora_tiles=_lora_tiles(batch).to(device),
+        block_table_SP=tensors["block_table"],
+        attention_tiles=RowTiles(tensors["attention_owner"], tensors["attention_row"]),
+        lora_tiles=RowTiles(tensors["lora_owner"], tensors["lora_row"]),
         sample_row_N=tensors["sample_row"],
         state_row_N=tensors["state_row"],
         sampling=SamplingInput(
@@ -75,6 +89,10 @@ def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -
             num_top_N=tensors["num_top"],
         ),
     )
+
+
+def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -> StepInput:
+    return to_step_input(host_step_arrays(batch, table), device)
 
 
 def _lora_tiles(batch: Batch) -> RowTiles:

@@ -6,13 +6,13 @@ import torch
 from torch.nn.functional import linear
 
 from lorry.kernels.activation import swiglu_reference
-from lorry.kernels.lora import AdapterTables, lora_reference
+from lorry.kernels.lora import AdapterTables
 from lorry.kernels.norm import add_rms_norm_reference, rms_norm_reference
-from lorry.kernels.page_layout import GROUPS
 from lorry.kernels.paged_attention import paged_attention_reference
 from lorry.kernels.pool_view import PoolView
 from lorry.kernels.rope import QkNorm, rope_write_kv_reference
 from lorry.rpc.model_families import DecoderOptions
+from lorry.worker.lora_strategies import LoraStrategy
 from lorry.worker.operations import HeadNorms, Projection
 from lorry.worker.step_input import StepInput
 
@@ -27,12 +27,14 @@ class TorchOperations:
         pool: PoolView,
         cos_sin_L2D: torch.Tensor,
         options: DecoderOptions,
+        lora: LoraStrategy,
     ) -> None:
         self._step = step
         self._adapters = adapters
         self._pool = pool
         self._cos_sin_L2D = cos_sin_L2D
         self._options = options
+        self._lora = lora
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         return rms_norm_reference(x_TH, weight_H, self._options.norm_epsilon)
@@ -78,10 +80,10 @@ class TorchOperations:
     def project(
         self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
     ) -> Sequence[torch.Tensor]:
-        widths = self._pool.layout.geometry.group_widths(group)
+        widths = self._pool.layout.local_geometry.group_widths(group)
         outputs = torch.split(linear(x_TI, *base), widths, dim=1)
-        lora_reference(
-            x_TI, outputs, GROUPS[group], self._pool, self._adapters, layer, self._step.lora_tiles
+        self._lora.add(
+            x_TI, outputs, group, self._pool, self._adapters, layer, self._step.lora_tiles
         )
         return outputs
 

@@ -68,7 +68,7 @@ def allocate_device_state(
     max_rows: int,
 ) -> DeviceState:
     """Work lists for steps of up to `max_rows` rows."""
-    geometry, device = pool.layout.geometry, pool.slices.device
+    geometry, device = pool.layout.local_geometry, pool.slices.device
     dtype, group = TORCH_DTYPES[pool.layout.dtype], geometry.heads // geometry.kv_heads
 
     def work(setting: AttentionSetting, window: int | None) -> AttentionWork:
@@ -175,7 +175,7 @@ class TritonOperations:
         self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
     ) -> Sequence[torch.Tensor]:
         state, work = self._state, self._lora_work
-        widths = state.pool.layout.geometry.group_widths(group)
+        widths = state.pool.layout.local_geometry.group_widths(group)
         if group not in self._groups:
             return torch.split(linear(x_TI, *base), widths, dim=1)
         side = state.side if len(x_TI) <= MAX_ROWS_BESIDE_PRODUCT else IN_ORDER

@@ -1,0 +1,97 @@
+"""A worker of two tensor-parallel processes: it serves, and it ends whole when one is lost."""
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc.aio
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from lorry.rpc.base_model import read_base_model
+from lorry.rpc.errors import WorkerLost
+from tests.support.attached_router import AttachedRouter, attached_router, until_ready
+from tests.support.engines import EngineHarness
+from tests.support.image_store import ImageStore, serving_images
+from tests.support.models import make_adapter, make_llama
+from tests.support.worker_process import WorkerProcess, worker_process
+
+OPTIONS = ("--threads=1", "--tensor-parallel=2", "--pool-pages=400", "--lora-strategy=slora")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model"))
+
+
+@contextlib.asynccontextmanager
+async def attached_worker(
+    model: Path, *options: str
+) -> AsyncIterator[tuple[WorkerProcess, AttachedRouter]]:
+    with worker_process(model, *OPTIONS, *options, module="lorry.worker") as worker:
+        async with grpc.aio.insecure_channel(worker.address) as channel:
+            await until_ready(channel)
+            async with attached_router(channel, "router") as router:
+                yield worker, router
+
+
+def ranks_of(worker: WorkerProcess) -> list[psutil.Process]:
+    """The processes of both ranks, the engine's first."""
+    children = psutil.Process(worker.process.pid).children()
+    return sorted(children, key=lambda p: "lorry.worker.rank_process" in p.cmdline())
+
+
+async def test_two_processes_serve_an_adapter_and_end_on_sigterm(
+    model: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "a", model, seed=1, r=5, target_modules="all-linear")
+    alone = EngineHarness(model, tmp_path)
+    number = alone.submit([5, 6, 7], adapter, max_tokens=12, stop_token_ids=[])
+    alone.run()
+    store = ImageStore(read_base_model(model), tmp_path)
+    version = store.add(
+        json.loads((adapter / "adapter_config.json").read_text()),
+        load_file(adapter / "adapter_model.safetensors"),
+    )
+    async with serving_images(store) as address:
+        options = (f"--store={address}", f"--shm-dir={tmp_path / 'elsewhere'}")
+        (tmp_path / "elsewhere").mkdir()
+        async with attached_worker(model, *options) as (worker, router):
+            seq = await router.submit([5, 6, 7], version=version, max_tokens=12)
+            await router.until(lambda: seq in router.finished)
+            assert router.tokens[seq] == alone.tokens[number]
+            ranks = ranks_of(worker)
+            assert len(ranks) == 2
+            worker.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(worker.wait) == 0
+    assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (signal.SIGKILL, r"tensor-parallel rank 1 ended with exit code -9 \(Killed"),
+        (
+            signal.SIGSTOP,
+            r"tensor-parallel rank 1 \(process \d+\) has been silent for \S+ s; it is stopped",
+        ),
+    ],
+)
+async def test_a_lost_rank_ends_the_worker_and_is_named(
+    model: Path, sent: signal.Signals, reason: str
+) -> None:
+    async with attached_worker(model) as (worker, router):
+        ranks = ranks_of(worker)
+        await router.submit([5, 6, 7], max_tokens=1000)
+        await router.until(lambda: bool(router.last_status.running))
+        ranks[1].send_signal(sent)
+        assert isinstance(await router.until_ended(), WorkerLost)
+        assert await asyncio.to_thread(worker.wait) == 1
+        log = "".join(worker.log)
+    assert re.search(rf"ERROR \S+: {reason}", log), log
+    assert not any(rank.is_running() for rank in ranks)

@@ -1,0 +1,59 @@
+"""What tensor-parallel ranks tell each other within a step.
+
+Every rank makes the same calls in the same order. One rank alone has nothing to tell.
+"""
+
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch._C._distributed_c10d import ProcessGroupGloo, Store
+
+TIMEOUT_S = 120.0  # of one call, should the front not have ended a hung rank before
+
+
+class Collectives(Protocol):
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, perhaps in `x`, which may not be used again."""
+        ...
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The tensors of all ranks, ``[ranks, *x.shape]``."""
+        ...
+
+
+class Alone:
+    """The collectives of one rank; see `Collectives`."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x[None]
+
+
+class Group:
+    """The collectives of a backend of torch.distributed, gloo's or NCCL's; see `Collectives`."""
+
+    def __init__(self, backend: Any, size: int) -> None:
+        self._backend = backend  # of which torch's stubs know little
+        self._size = size
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        self._backend.allreduce([x]).wait()
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(self._size * x.numel())
+        self._backend._allgather_base(out, x.flatten()).wait()
+        return out.view(self._size, *x.shape)
+
+
+def join_by_gloo(store: Store, *, rank: int, size: int) -> Group:
+    """Meet the other ranks at `store`; raises RuntimeError if they do not come in time."""
+    gloo: Any = ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timedelta(seconds=TIMEOUT_S)
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    return Group(gloo(store, rank, size, options), size)

@@ -1,0 +1,64 @@
+"""The process of a tensor-parallel rank that schedules nothing.
+
+``python -m lorry.worker.rank_process``, started by the worker's front.
+"""
+
+import faulthandler
+import logging
+import os
+from collections.abc import Iterator
+
+from lorry.rpc.base_model import read_base_model
+from lorry.worker.building import build_following_rank
+from lorry.worker.engine_channel import die_with
+from lorry.worker.engine_faults import explain
+from lorry.worker.following_rank import FollowingRank
+from lorry.worker.meeting import meet
+from lorry.worker.rank_arguments import RankArguments
+from lorry.worker.rank_messages import RankCodec, RankMessage
+from lorry.worker.ring import Ring
+from lorry.worker.vital_sign import beating
+
+WAIT_S = 1.0  # for messages, at a time
+
+log = logging.getLogger("lorry.worker.rank_process")  # __name__ is __main__ here
+
+
+def follow(follower: FollowingRank, messages: Iterator[RankMessage]) -> None:
+    """Do as told until told that nothing comes any more."""
+    for message in messages:
+        if not follower.handle(message):
+            return
+
+
+def read(ring: Ring) -> Iterator[RankMessage]:
+    """What the first rank tells, without end; a dead front ends this process."""
+    codec = RankCodec()
+    while True:
+        ring.wait(WAIT_S)
+        for record in ring.read_all():
+            yield codec.decode(record)
+
+
+def main() -> None:
+    arguments = RankArguments.parse()
+    rank, config = arguments.rank, arguments.config
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s"
+    )
+    faulthandler.enable()
+    die_with(arguments.front_pid)
+    ring = Ring.attach(*arguments.messages)
+    with beating(arguments.vital_fd):
+        try:
+            collectives = meet(arguments.port, rank=rank, size=config.tensor_parallel)
+            base_model = read_base_model(config.model)
+            follow(build_following_rank(config, base_model, rank, collectives), read(ring))
+        except Exception as error:
+            log.error("%s", explain(error) or "a defect of the engine", exc_info=error)
+            logging.shutdown()
+            os._exit(1)  # collectives that wait for other ranks would delay an orderly end
+
+
+if __name__ == "__main__":
+    main()
