@@ -149,7 +149,7 @@ async def test_between_hosts_the_image_is_copied_in_chunks(remote):
 async def test_the_open_call_is_the_lease_until_the_engine_releases_the_image(bench):
     version = bench.add()
     await bench.fetch(version)
-    assert bench.store.leases[version] == 1
+    await until(lambda: bench.store.leases[version] == 1)
     bench.fetcher.release(version)
     await until(lambda: bench.store.leases[version] == 0)
 
