@@ -51,8 +51,8 @@ def _plot_of_throughput(directory: Path) -> Iterator[str]:
         yield ""
         yield (
             "vLLM's figures are of version 0.26.0 on the same card and traces, in the settings "
-            "named, which need not be its best (`benchmarks/recorded.py`). How far the engine is from "
-            "the ideal, and why: [docs/performance.md](docs/performance.md)."
+            "named, which need not be its best (`benchmarks/recorded.py`). How far the engine is "
+            "from the ideal, and why: [docs/performance.md](docs/performance.md)."
         )
         yield ""
 

@@ -32,7 +32,7 @@ def write_result(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
         "versions": {"python": platform.python_version()} | _versions(),
-        "commit": commit or _commit(),
+        "commit": commit or checked_out_commit(),
         "command": " ".join(["python -m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
         "config": dict(config),
         "metrics": dict(metrics),
@@ -71,11 +71,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
-    """The checked-out commit; "unknown" where the tree came without its history."""
+def checked_out_commit(directory: Path | None = None) -> str:
+    """Of `directory`, else of the working one; "unknown" where it came without its history."""
     try:
         return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

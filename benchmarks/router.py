@@ -25,7 +25,7 @@ from typing import Any
 import grpc.aio
 import psutil
 
-from benchmarks.results_file import host_name, spread, write_result
+from benchmarks.results_file import checked_out_commit, host_name, spread, write_result
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.identity import Authenticator
 from lorry.rpc.protocol import PROTOCOL_REVISION
@@ -259,7 +259,8 @@ def main() -> None:
         return
     checkouts = {"": REPO}
     if arguments.against:
-        checkouts[" before"] = arguments.against.resolve()
+        directory = arguments.against.resolve()
+        checkouts[f" at commit {checked_out_commit(directory)}"] = directory
     write_result(
         "router",
         benchmark="router",
