@@ -25,7 +25,8 @@ from lorry.rpc.errors import (
 from lorry.rpc.shared_directory import SharedDirectory
 from lorry.worker.failures import to_error
 from lorry.worker.image_header import ImageFormat
-from lorry.worker.images import ImageFetcher, ImageSource
+from lorry.worker.image_source import ImageSource
+from lorry.worker.images import ImageFetcher
 from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
 from tests.support.adapters import lora_config, lora_tensors
 from tests.support.byte_model import write_byte_model

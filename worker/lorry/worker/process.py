@@ -23,7 +23,8 @@ from lorry.worker.config import Config
 from lorry.worker.engine_client import ENGINE_COMMAND, EngineClient
 from lorry.worker.front import Front
 from lorry.worker.image_header import ImageFormat
-from lorry.worker.images import ImageFetcher, ImageSource
+from lorry.worker.image_source import ImageSource
+from lorry.worker.images import ImageFetcher
 from lorry.worker.messages import Command
 from lorry.worker.metrics import METRICS, Source, engine_process_collector
 from lorry.worker.service import SERVICES, Identity, WorkerAdminServicer, WorkerServicer
