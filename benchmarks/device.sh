@@ -57,6 +57,12 @@ if [ "$1" = wheels ]; then
 fi
 unpack $WHEELS
 export PYTHONPATH=adapter_store:client:kernels:proto/python:router:worker:.:$WHEELS/site
+case "$1" in
+*-tests | peft)
+	unpack $PEFT_WHEELS
+	PYTHONPATH=$PYTHONPATH:$PEFT_WHEELS/site
+	;;
+esac
 
 case "$1" in
 kernel-tests)
@@ -93,8 +99,6 @@ packed) # eleven engines of 13 s to build, six cases of three runs of 10 to 20 s
 	bench baselines.packed --model llama-3-8b
 	;;
 peft) # 120 s each for one adapter a batch and for mixed batches, after making 200 adapters
-	unpack $PEFT_WHEELS
-	PYTHONPATH=$PYTHONPATH:$PEFT_WHEELS/site
 	bench baselines.peft --model llama-2-7b --adapters 200 --ranks 8
 	;;
 paper-7b) bench reproduction --settings s1 s2 ;; # 16 cells of 20 s and their drains of about 8 s
