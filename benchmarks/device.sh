@@ -7,8 +7,8 @@ set -eu
 cd "$(dirname "$0")/.."
 PARTS="wheels kernel-tests engine-tests rates latency llama-3-8b llama-3-8b-mixed llama-2-7b llama-2-7b-mixed"
 PARTS="$PARTS ablation ablation-launches merged packed peft paper-7b paper-13b"
-PACKAGES="cffi crc32c cryptography cyclopts docstring_parser googleapis-common-protos grpcio-health-checking
-	grpcio-reflection grpcio-status msgspec prometheus_client rich-rst"
+PACKAGES="cffi crc32c cryptography cyclopts docstring_parser execnet googleapis-common-protos
+	grpcio-health-checking grpcio-reflection grpcio-status msgspec prometheus_client pytest-xdist rich-rst"
 PEFT_PACKAGES="accelerate anyio filelock fsspec h11 hf-xet httpcore2 httpx2 huggingface_hub idna packaging
 	peft psutil pyyaml regex safetensors tokenizers tqdm transformers truststore"
 WHEELS=.carry/wheels
@@ -66,7 +66,7 @@ esac
 
 case "$1" in
 kernel-tests)
-	tests tests/gpu/test_kernels.py tests/gpu/test_widths.py tests/gpu/test_sampling.py \
+	tests --numprocesses 8 tests/gpu/test_kernels.py tests/gpu/test_widths.py tests/gpu/test_sampling.py \
 		tests/gpu/test_repeats.py
 	python3 -m tests.gpu.sanitize memcheck racecheck
 	;;

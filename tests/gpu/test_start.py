@@ -4,12 +4,15 @@ import dataclasses
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
 import torch
 from triton import knobs
 
+from lorry.kernels.activation import swiglu
+from lorry.kernels.compilation import compile_ahead
 from lorry.kernels.page_layout import MAX_RANK, PageLayout
 from lorry.rpc.base_model import read_base_model
 from lorry.worker import messages as m
@@ -103,3 +106,13 @@ def test_the_largest_pool_serves(built: Built) -> None:
         built.engine.step()
         events += built.engine.take_events()
     assert sum(len(event.token_ids) for event in events if isinstance(event, m.StepTokens)) == 20
+
+
+def test_nothing_runs_while_kernels_are_compiled_ahead(gpu: torch.device) -> None:
+    """Not even a kernel that was compiled before: its input may not have been computed."""
+    gate, up, out = torch.ones(3, 8, 64, device=gpu)
+    swiglu(gate, up, out)
+    out.fill_(7)
+    with ThreadPoolExecutor(1) as threads:
+        assert not compile_ahead(lambda: swiglu(gate, up, out), threads)
+    assert bool((out == 7).all())

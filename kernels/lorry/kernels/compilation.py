@@ -1,10 +1,12 @@
 """Compiles kernels side by side, before the launches that would compile one after the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from typing import Any
 
 from triton import knobs
+from triton.runtime.jit import JITFunction
 
 
 def compile_ahead(launch: Callable[[], None], threads: Executor) -> list[Future[Any]]:
@@ -20,7 +22,25 @@ def compile_ahead(launch: Callable[[], None], threads: Executor) -> list[Future[
         wanted[compile["specialization_data"]] = fn.jit_function
         return True  # go on without the kernel
 
-    with knobs.runtime.scope():
+    with knobs.runtime.scope(), _no_launches():
         knobs.runtime.jit_cache_hook = note
         launch()
     return [threads.submit(kernel.preload, data) for data, kernel in wanted.items()]
+
+
+@contextmanager
+def _no_launches() -> Iterator[None]:
+    """Within it, kernels that were compiled before do not run either.
+
+    They would read what those that are not compiled yet have not written.
+    """
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = compile_only
+    try:
+        yield
+    finally:
+        JITFunction.run = run
