@@ -24,14 +24,13 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import open_loop
 from benchmarks.results_file import write_result
 from demo.paths import adapter_dir
 from demo.tasks import TASKS
 from lorry.client import Client, Request
 from lorry.client.bench.lengths import Uniform
 from lorry.client.bench.load import TokenRange
-from lorry.client.bench.messages import Progress, Share
-from lorry.client.bench.processes import run_parts
 from lorry.client.bench.record import Record, Slo
 from lorry.client.bench.summary import percentiles, summary
 from lorry.client.bench.trace import Burst, TraceRequest, TraceSpec, make_trace
@@ -82,24 +81,9 @@ async def services(directory: Path) -> AsyncIterator[tuple[Service, Service, lis
 
 
 async def send(router: Service, trace: Sequence[TraceRequest], slo: Slo) -> list[Record]:
-    """Send the trace as `lorry bench` does."""
-    ended = list[Record]()
-    share = Share(
-        router=router.address,
-        tls=None,
-        tokens={"default": None},
-        adapters={"default": [f"adapters/{name}" for name in TASKS]},
-        token_ids=(TOKENS.low, TOKENS.high),
-        timeout_s=120.0,
-        max_open=4096,
-        records=[Record(index, planned, slo) for index, planned in enumerate(trace)],
-    )
-
-    def note(part: int, progress: Progress) -> None:
-        ended.extend(progress.ended)
-
-    await run_parts([share], note)
-    return ended
+    """Send the trace, for the demo's adapters."""
+    adapters = [f"adapters/{name}" for name in TASKS]
+    return await open_loop.send(router.address, trace, slo, adapters=adapters, token_ids=TOKENS)
 
 
 async def alone_ttft_s(router: Service) -> float:

@@ -6,13 +6,15 @@
 set -eu
 cd "$(dirname "$0")/.."
 PARTS="wheels kernel-tests engine-tests rates latency llama-3-8b llama-3-8b-mixed llama-2-7b llama-2-7b-mixed"
-PARTS="$PARTS ablation ablation-launches merged packed peft paper-7b paper-13b"
+PARTS="$PARTS live cold-tiers ablation ablation-launches merged packed peft paper-7b paper-13b"
 PACKAGES="cffi crc32c cryptography cyclopts docstring_parser execnet googleapis-common-protos
-	grpcio-health-checking grpcio-reflection grpcio-status msgspec prometheus_client pytest-xdist rich-rst"
+	grpcio-health-checking grpcio-reflection grpcio-status msgspec prometheus_client pytest-xdist redis
+	rich-rst"
 PEFT_PACKAGES="accelerate anyio filelock fsspec h11 hf-xet httpcore2 httpx2 huggingface_hub idna packaging
 	peft psutil pyyaml regex safetensors tokenizers tqdm transformers truststore"
 WHEELS=.carry/wheels
 PEFT_WHEELS=.carry/peft
+REDIS=.carry/redis-server
 MIXED="8 16 32 64"
 results="${2:-benchmarks/results}"
 
@@ -53,6 +55,7 @@ esac
 if [ "$1" = wheels ]; then
 	download $WHEELS $PACKAGES
 	download $PEFT_WHEELS $PEFT_PACKAGES
+	sh tests/support/get_redis.sh $REDIS debian
 	exit
 fi
 unpack $WHEELS
@@ -84,6 +87,15 @@ latency)
 	bench step --model llama-2-7b --ranks 16
 	bench cold --model llama-3-8b --seconds 60
 	bench start
+	;;
+live) # start, 1,000 page images of 27 MiB, capacity, three loads of 45 s: four to five minutes
+	mount -o remount,size=48g /dev/shm || echo "fewer page images may have room in /dev/shm"
+	bench live
+	;;
+cold-tiers) # two starts, and 43 adapters of 80 MiB onto the disk and into a Redis
+	bench cold_tiers
+	PATH="$PWD/$(dirname $REDIS):$PATH"
+	bench cold_tiers --redis
 	;;
 # Times below are of an H200, a minute of start left out, as the simulator and the rates have them.
 ablation) # five variants, three runs of 13 s

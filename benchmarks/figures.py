@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.figures_engine import engine_figures
 from benchmarks.figures_gpu import cold_figures, copies_figures, start_figures, step_figures
+from benchmarks.figures_live import cold_tiers_figures, live_figures
 from benchmarks.figures_performance import performance_text
 from benchmarks.figures_plots import draw_plots, drawings
 from benchmarks.figures_reproduction import reproduction_text
@@ -110,6 +111,8 @@ PARTS: dict[str, Callable[[list[Result]], Iterator[str]]] = {
     "step": step_figures,
     "copies": copies_figures,
     "cold": cold_figures,
+    "cold_tiers": cold_tiers_figures,
+    "live": live_figures,
     "start": start_figures,
     "router": _router,
     "store": _store,

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Make $1 a redis-server: the one of this machine, else Debian's, unpacked beside it. Needs no root.
+# Make $1 a redis-server: the one of this machine, else, or if $2 is "debian", Debian's, unpacked
+# beside it, where the two may be moved together. Needs no root.
 set -eu
 target=$1
 mkdir -p "$(dirname "$target")"
-if found=$(command -v redis-server); then
+if [ "${2:-}" != debian ] && found=$(command -v redis-server); then
     ln -sf "$found" "$target"
     exit
 fi
@@ -22,10 +23,10 @@ apt install --yes --download-only --no-install-recommends redis-server
 for package in "$root"/archives/*.deb; do
     dpkg -x "$package" "$root/files"
 done
-libraries=$(echo "$root"/files/usr/lib/*-linux-gnu)
-cat >"$target" <<EOF
+cat >"$target" <<'EOF'
 #!/bin/sh
-LD_LIBRARY_PATH="$libraries" exec "$root/files/usr/bin/redis-server" "\$@"
+files=$(cd "$(dirname "$0")" && pwd)/redis/files
+LD_LIBRARY_PATH=$(echo "$files"/usr/lib/*-linux-gnu) exec "$files/usr/bin/redis-server" "$@"
 EOF
 chmod +x "$target"
 rm -rf "$root/lists" "$root/archives"

@@ -6,6 +6,7 @@ import logging
 from lorry.rpc.command import extra, run_service
 
 with extra("adapter-store"):
+    from lorry.adapter_store.backend import Backend
     from lorry.adapter_store.config import Config
     from lorry.adapter_store.hub import Hub
     from lorry.adapter_store.imports import importing
@@ -50,8 +51,12 @@ async def serve(config: Config) -> None:
         builder_processes=config.builders,
         memory_dir=config.memory_dir or backend.directory,
     )
+
+    def open_backend() -> Backend:
+        return backend.open(model_digest=base_model.digest, geometry=base_model.geometry)
+
     async with (
-        opened(lambda: backend.open(model_digest=base_model.digest), settings) as store,
+        opened(open_backend, settings) as store,
         importing(store, config.import_dir, delete=config.import_delete) as imports,
         serving_metrics(
             config.scraped_address,

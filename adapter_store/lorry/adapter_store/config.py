@@ -24,7 +24,8 @@ class Config(ServiceConfig):
 
     backend: str = field(default=BACKEND, repr=False)
     """Where adapters are kept durably: file:///DIRECTORY of this store alone, or
-    redis[s]://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE] of any number of stores."""
+    redis[s]://[USER[:PASSWORD]@]HOST[:PORT][/DATABASE] of any number of stores. Or, for load tests,
+    dummy:COUNT[?ranks=R,...&modules=NAME,...]: random adapters that are kept nowhere."""
 
     redis_password_file: Path | None = None
     """File that holds the password of the Redis, rather than the URL."""
@@ -33,8 +34,8 @@ class Config(ServiceConfig):
     """Certificates (PEM) of who may sign that of a rediss:// Redis; by default the system's."""
 
     scratch_dir: Path | None = None
-    """Directory for the weights of a Redis while a page image is made of them; by default the
-    system's for temporary files."""
+    """Directory for weights that a page image is made of where they are not in files already; by
+    default the system's for temporary files."""
 
     shm_dir: Path = SHM_DIR
     """Directory in shared memory for page images; workers on this host need the same one."""
