@@ -51,8 +51,12 @@ class Served:
 
     def cpu_s(self, module: str) -> float:
         """CPU seconds that processes of a module have used."""
-        processes = psutil.Process().children(recursive=True)
-        return sum(sum(each.cpu_times()[:2]) for each in processes if module in each.cmdline())
+        seconds = 0.0
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                if module in process.cmdline():
+                    seconds += sum(process.cpu_times()[:2])
+        return seconds
 
 
 @contextlib.asynccontextmanager
