@@ -57,6 +57,22 @@ def test_every_container_is_restricted() -> None:
         assert context["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_ranks_have_a_gpu_each_and_memory_to_share() -> None:
+    [worker] = [
+        d
+        for d in documents("gpu-tensor-parallel")
+        if d["metadata"]["name"] == "worker" and d["kind"] == "StatefulSet"
+    ]
+    pod = worker["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert int(variables["LORRY_WORKER_TENSOR_PARALLEL"]) == gpus > 1
+    [shared] = [m["name"] for m in container["volumeMounts"] if m["mountPath"] == "/dev/shm"]
+    [volume] = [each["emptyDir"] for each in pod["volumes"] if each["name"] == shared]
+    assert volume == {"medium": "Memory", "sizeLimit": "2Gi"}
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_pod_has_time_to_drain(name: str) -> None:
     pod = PODS[name]
