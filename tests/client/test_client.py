@@ -23,6 +23,7 @@ from lorry.rpc.identity import Authenticator, Caller, Role
 from tests.support.scripted import ScriptedInference, serving_scripted
 
 IMPATIENT = RetryPolicy(attempts=3, first_delay_s=0.001, max_delay_s=0.002)
+ONCE = RetryPolicy(attempts=1)
 PROMPT = Request(prompt="a b c", max_tokens=3)
 
 
@@ -222,6 +223,52 @@ async def test_a_deadline_ends_a_stream_and_its_generation() -> None:
             await collect(client, PROMPT, texts, timeout_s=0.3)
         await asyncio.wait_for(inference.ended.wait(), 10)
     assert texts == ["a"]
+
+
+async def test_the_next_router_is_asked_at_once_and_kept() -> None:
+    going = ScriptedInference(*[Draining("going", retry_after_s=60)] * 9)
+    other = ScriptedInference()
+    async with (
+        serving_scripted(inference=going) as first,
+        serving_scripted(inference=other) as second,
+        Client(router=f"{first}, {second}", retry=ONCE) as client,
+    ):
+        for _ in range(3):
+            assert (await client.generate(PROMPT)).text == "abc"
+        async with client.stream(PROMPT) as stream:
+            assert "".join([chunk.text async for chunk in stream]) == "abc"
+    assert (going.script.calls, other.script.calls) == (1, 4)
+
+
+async def test_each_attempt_asks_every_router_and_the_last_error_is_told() -> None:
+    first, second = (ScriptedInference(*[NoWorker(name)] * 9) for name in ("first", "second"))
+    async with (
+        serving_scripted(inference=first) as address,
+        serving_scripted(inference=second) as other,
+        Client(router=f"{address},{other}", retry=IMPATIENT) as client,
+    ):
+        with pytest.raises(NoWorker, match="second"):
+            await client.generate(PROMPT)
+    assert first.script.calls == second.script.calls == IMPATIENT.attempts
+
+
+async def test_no_other_router_is_asked_after_the_first_token_or_of_other_errors() -> None:
+    other = ScriptedInference()
+    for inference in (ScriptedInference(break_after=1), ScriptedInference(QueueFull("full"))):
+        async with (
+            serving_scripted(inference=inference) as address,
+            serving_scripted(inference=other) as second,
+            Client(router=f"{address},{second}", retry=IMPATIENT) as client,
+        ):
+            with pytest.raises(LorryError):
+                await collect(client, PROMPT, [])
+    assert other.script.calls == 0
+
+
+@pytest.mark.parametrize("router", ["", "a:1,", "a:1,a:1"])
+async def test_routers_are_different_addresses(router: str) -> None:
+    with pytest.raises(ValueError, match="router must be HOST:PORT, or different ones"):
+        Client(router=router)
 
 
 async def test_no_service_is_a_typed_error() -> None:

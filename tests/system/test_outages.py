@@ -196,6 +196,30 @@ async def test_a_killed_router_leaves_the_worker_free_and_its_next_life_serves(
     assert await outputs(stack) == undisturbed
 
 
+async def test_clients_of_two_routers_go_on_with_the_other_when_one_is_killed(
+    stack: Stack, undisturbed: list[list[int]]
+) -> None:
+    log = stack.directory / "router-2.log"
+    other = Service("router", log, *stack.router.options)
+    await other.start()
+    try:
+        await ready(other.address)
+        addresses = f"{other.address},{stack.router.address}"
+        async with Client(router=addresses, retry=RetryPolicy(attempts=1)) as client:
+            async with client.stream(request(0), timeout_s=120) as stream:
+                await anext(stream)
+                await kill(other)
+                with pytest.raises(LorryError):  # it had a token: what came would come twice
+                    async for _ in stream:
+                        pass
+            answers = [client.generate(request(n), timeout_s=120) for n in range(NUM_STREAMS)]
+            found = await asyncio.gather(*answers)
+    finally:
+        await other.stop()
+    assert [list(each.token_ids) for each in found] == undisturbed
+    await stack.idle()
+
+
 async def test_streams_of_an_engine_without_memory_go_on_in_the_workers_next_life(
     stack: Stack, undisturbed: list[list[int]]
 ) -> None:

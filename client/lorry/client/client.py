@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -18,14 +18,18 @@ from lorry.client.generation import (
     TokenLogprobs,
     read_prompt_logprobs,
 )
-from lorry.client.retry import RetryPolicy, retrying, typed
+from lorry.client.retry import RetryPolicy, typed
+from lorry.client.routers import Call, Routers
 from lorry.client.store_admin import StoreAdmin
 from lorry.rpc.channel import Credentials, open_channel
 from lorry.v1 import inference_service_pb2 as pb
-from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
+
+if TYPE_CHECKING:
+    from lorry.v1.inference_service_pb2_grpc import InferenceServiceAsyncStub as AsyncStub
 
 DEFAULT_ROUTER = "127.0.0.1:50051"
 DEFAULT_STORE = "127.0.0.1:50052"
+T = TypeVar("T")
 StreamCall = grpc.aio.UnaryStreamCall[Any, pb.StreamGenerateResponse]
 
 
@@ -50,16 +54,18 @@ class Client:
     ) -> None:
         """`router` and `store` are HOST:PORT; `timeout_s` bounds each call with its retries.
 
+        `router` may also be several, separated by commas: what the first does not take, since it
+        is gone or about to go, the next one is asked, and the one that answered stays the first.
+
         The bearer token is `token`, or what `token_file` holds at the time. `tls` is a directory
         with ca.crt, which must have signed the services' certificates, and tls.crt and tls.key
         where they ask for one; without it connections are in plain text.
         """
         credentials = Credentials(token=token, token_file=token_file, tls=tls)
-        self._router = open_channel(router, credentials)
+        self._routers = Routers(router, credentials)
         self._store = open_channel(store, credentials)
         self._timeout_s = timeout_s
         self._retry = retry or RetryPolicy()
-        self._inference = InferenceServiceStub(self._router)
         self.adapters = Adapters(
             store,
             self._store,
@@ -82,17 +88,17 @@ class Client:
 
     async def close(self) -> None:
         """End what still runs and close the connections."""
-        await self._router.close()
+        await self._routers.close()
         await self._store.close()
 
     async def generate(self, request: Request, *, timeout_s: float | None = None) -> Generation:
         """The whole answer at once."""
         message = pb.GenerateRequest(spec=request.to_proto())
 
-        async def call(attempt: int, remaining_s: float) -> pb.GenerateResponse:
-            return await self._inference.Generate(message, timeout=remaining_s)
+        async def call(router: "AsyncStub", remaining_s: float) -> pb.GenerateResponse:
+            return await router.Generate(message, timeout=remaining_s)
 
-        response = await retrying(call, policy=self._retry, timeout_s=timeout_s or self._timeout_s)
+        response = await self._ask(call, timeout_s)
         return Generation.from_proto(response)
 
     @contextlib.asynccontextmanager
@@ -102,16 +108,21 @@ class Client:
         """The answer as it comes; entering waits for its beginning, leaving cancels the rest."""
         message = pb.StreamGenerateRequest(spec=request.to_proto())
 
-        async def call(attempt: int, remaining_s: float) -> GenerationStream:
-            stream = GenerationStream(self._inference.StreamGenerate(message, timeout=remaining_s))
+        async def call(router: "AsyncStub", remaining_s: float) -> GenerationStream:
+            stream = GenerationStream(router.StreamGenerate(message, timeout=remaining_s))
             await stream.begin()
             return stream
 
-        stream = await retrying(call, policy=self._retry, timeout_s=timeout_s or self._timeout_s)
+        stream = await self._ask(call, timeout_s)
         try:
             yield stream
         finally:
             stream.cancel()
+
+    async def _ask(self, call: Call[T], timeout_s: float | None) -> T:
+        return await self._routers.ask(
+            call, policy=self._retry, timeout_s=timeout_s or self._timeout_s
+        )
 
 
 class GenerationStream:

@@ -15,7 +15,7 @@ STATE_FILE_VARIABLE = "LORRY_STATE_FILE"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoints:
-    """Addresses as HOST:PORT."""
+    """Addresses as HOST:PORT; of routers there may be several, separated by commas."""
 
     router: str = DEFAULT_ROUTER
     store: str = DEFAULT_STORE

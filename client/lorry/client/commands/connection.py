@@ -24,7 +24,8 @@ class Connection:
     """Which services to call, and as whom."""
 
     router: Annotated[str | None, Parameter(env_var="LORRY_ROUTER")] = None
-    """HOST:PORT of the router; default: of the running `lorry up`, else 127.0.0.1:50051."""
+    """HOST:PORT of the router, or of several, separated by commas, of which the next is asked
+    where one is gone; default: of the running `lorry up`, else 127.0.0.1:50051."""
 
     store: Annotated[str | None, Parameter(env_var="LORRY_STORE")] = None
     """HOST:PORT of the adapter store; default: of the running `lorry up`, else 127.0.0.1:50052."""

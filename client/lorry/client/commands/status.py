@@ -10,6 +10,7 @@ from rich.table import Table
 from lorry.client.commands.connection import CONNECTION, DEFAULT, Connection
 from lorry.client.console import complain, explain, is_unreachable, make_console, make_table
 from lorry.client.probe import is_ready, worker_status
+from lorry.client.routers import router_addresses
 from lorry.rpc.channel import Credentials
 from lorry.rpc.errors import LorryError
 from lorry.v1.worker_service_pb2 import GetWorkerStatusResponse
@@ -32,19 +33,19 @@ async def status(
         HOST:PORT of the worker; default: of the running `lorry up`, else 127.0.0.1:50053.
     """
     endpoints = connection.endpoints(worker=worker)
-    services = {
-        "router": endpoints.router,
-        "adapter store": endpoints.store,
-        "worker": endpoints.worker,
-    }
+    services = [
+        *(("router", address) for address in router_addresses(endpoints.router)),
+        ("adapter store", endpoints.store),
+        ("worker", endpoints.worker),
+    ]
     credentials = connection.credentials()
     timeout_s = min(PROBE_TIMEOUT_S, connection.timeout_s)
     states = await asyncio.gather(
-        *(_state(each, credentials, timeout_s) for each in services.values())
+        *(_state(address, credentials, timeout_s) for _, address in services)
     )
     console = make_console()
     table = make_table("service", "address", "state")
-    for (name, address), state in zip(services.items(), states, strict=True):
+    for (name, address), state in zip(services, states, strict=True):
         table.add_row(name, address, state)
     console.print(table)
     if states[-1] == "ready":

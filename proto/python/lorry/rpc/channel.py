@@ -12,6 +12,7 @@ from lorry.rpc.renewed_channel import Metadata, RenewedChannel
 from lorry.rpc.tls import ClientTls
 
 MIB = 1 << 20
+ROUND_ROBIN = '{"loadBalancingConfig": [{"round_robin": {}}]}'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +44,17 @@ def open_channel(
     *,
     max_receive_bytes: int = 4 * MIB,
     server_name: str | None = None,
+    spread: bool = False,
 ) -> grpc.aio.Channel:
     """A channel that notices a dead peer within 20 s; it is its opener's to close.
 
-    `server_name` is what the service's certificate must be for, if not the address's host. Raises
+    `server_name` is what the service's certificate must be for, if not the address's host. With
+    `spread`, calls go in turns to all that the address stands for, where that is a name. Raises
     ValueError for credentials that cannot be read.
     """
     options = _options(max_receive_bytes, server_name)
+    if spread:
+        options.append(("grpc.service_config", ROUND_ROBIN))
     if credentials == ANONYMOUS:
         return grpc.aio.insecure_channel(address, options=options)
     metadata = credentials.read_metadata()
