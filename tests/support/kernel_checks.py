@@ -1,10 +1,18 @@
 """Run a kernel and its reference on one case and compare; for the interpreter and for a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
+from lorry.kernels.invariant_attention import (
+    SplitSetting,
+    allocate_partials,
+    allocate_split_work,
+    plan_splits,
+    split_attention,
+)
 from lorry.kernels.lora import AdapterTables, lora_reference
 from lorry.kernels.lora_expand import lora_expand_add
 from lorry.kernels.lora_plan import LoraSetting, LoraWork, allocate_lora_work, plan_lora
@@ -52,13 +60,40 @@ def attend(
     return out_TQD
 
 
+def attend_splits(
+    sequences: Sequences, q_TQD: torch.Tensor, setting: SplitSetting, window: int | None = None
+) -> torch.Tensor:
+    """The batch-invariant kernel's output, NaN where it writes nothing."""
+    rows, heads, head_dim = q_TQD.shape
+    partials = allocate_partials(
+        setting, max_rows=rows + 5, heads=heads, head_dim=head_dim, device=q_TQD.device
+    )
+    partials.o_TQWD.fill_(torch.nan)
+    partials.ml_TQW2.fill_(torch.nan)
+    kv_heads = sequences.pool.layout.local_kv_heads
+    work = allocate_split_work(setting, partials, kv_heads=kv_heads, window=window)
+    out_TQD = torch.full_like(q_TQD, torch.nan)
+    step = (sequences.sequence_T, sequences.position_T)
+    plan_splits(*step, work)
+    split_attention(q_TQD, sequences.pool, LAYER, sequences.block_table_SP, *step, work, out_TQD)
+    return out_TQD
+
+
 def check_attention(
-    sequences: Sequences, heads: int, setting: AttentionSetting, window: int | None = None
+    sequences: Sequences,
+    heads: int,
+    setting: AttentionSetting | SplitSetting,
+    window: int | None = None,
 ) -> None:
+    attention: Callable[[torch.Tensor], torch.Tensor]
+    if isinstance(setting, SplitSetting):
+        attention = partial(attend_splits, sequences, setting=setting, window=window)
+    else:
+        attention = partial(attend, sequences, setting=setting, window=window)
     pool = sequences.pool
     rows = sequences.sequence_T.shape[0]
     q_TQD = torch.randn(rows, heads, pool.layout.geometry.head_dim).to(pool.slices)
-    out_TQD = attend(sequences, q_TQD, setting, window)
+    out_TQD = attention(q_TQD)
     expected = paged_attention_reference(
         q_TQD.float(),
         precise_pool(pool),

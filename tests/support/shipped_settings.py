@@ -12,7 +12,22 @@ import torch
 
 from lorry.kernels import activation, adjustments, logprobs, norm, rope, sampling, truncation
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
-from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
+from lorry.kernels.invariant_attention import (
+    allocate_partials,
+    allocate_split_work,
+    plan_splits,
+    split_attention,
+)
+from lorry.kernels.invariant_product import invariant_product
+from lorry.kernels.launch_settings import (
+    LORA,
+    decode_setting,
+    invariant_lora_setting,
+    lora_setting,
+    prefill_setting,
+    product_setting,
+    split_setting,
+)
 from lorry.kernels.lora import AdapterTables
 from lorry.kernels.lora_expand import lora_expand_add
 from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
@@ -58,6 +73,27 @@ def attend(
     q = empty(MAX_ROWS, shape.heads, shape.head_dim, dtype=dtype)
     plan_attention(row, row, work)
     paged_attention(q, allocate_pool(64, layout, DEVICE), 1, empty(512, 256), work, q)
+
+
+def attend_splits(model: str, dtype: torch.dtype, window: int | None = None) -> None:
+    layout = layout_of(model, dtype)
+    shape = layout.geometry
+    setting = split_setting(dtype, shape.heads // shape.kv_heads)
+    partials = allocate_partials(
+        setting, max_rows=MAX_ROWS, heads=shape.heads, head_dim=shape.head_dim, device=DEVICE
+    )
+    work = allocate_split_work(setting, partials, kv_heads=shape.kv_heads, window=window)
+    row = empty(MAX_ROWS)
+    q = empty(MAX_ROWS, shape.heads, shape.head_dim, dtype=dtype)
+    plan_splits(row, row, work)
+    pool = allocate_pool(64, layout, DEVICE)
+    split_attention(q, pool, 1, empty(512, 256), row, row, work, q)
+
+
+def multiply(dtype: torch.dtype, outputs: int, *, has_bias: bool = False) -> None:
+    x_TI, weight_OI = empty(64, 4096, dtype=dtype), empty(outputs, 4096, dtype=dtype)
+    bias_O = empty(outputs, dtype=dtype) if has_bias else None
+    invariant_product(x_TI, weight_OI, bias_O, product_setting(dtype, outputs))
 
 
 def adapt(dtype: torch.dtype, setting: LoraSetting, rows: int, group: int) -> None:
@@ -124,6 +160,16 @@ def shipped() -> Iterator[tuple[str, Callable[[], None]]]:
         for group in (0, len(GROUPS) - 1):
             setting = lora_setting(BF16, rows)
             yield f"lora {rows} rows {GROUPS[group]}", partial(adapt, BF16, setting, rows, group)
+    for model, dtype in ATTENTION_MODELS:
+        yield f"splits {model} {dtype}", partial(attend_splits, model, dtype)
+    windowed = partial(attend_splits, "llama-3-8b", BF16, window=4096)
+    yield "splits in a window", windowed
+    for dtype, outputs in product((BF16, FP16, FP32), (4096, 28672)):
+        yield f"product {dtype} {outputs}", partial(multiply, dtype, outputs)
+    yield "product with bias", partial(multiply, BF16, 6144, has_bias=True)
+    for dtype in (BF16, FP32):
+        invariant = partial(adapt, dtype, invariant_lora_setting(dtype), MAX_ROWS, 0)
+        yield f"lora in one form {dtype}", invariant
     yield "lora float32", partial(adapt, FP32, lora_setting(FP32, 64), 64, 0)
     yield "rows", rows_of_8b
     for dtype in (BF16, FP16, FP32):

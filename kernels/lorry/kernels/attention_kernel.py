@@ -216,30 +216,72 @@ def _attend(
     """Maximum, sum and weighted values of the scores of a unit's blocks, in base 2."""
     if WINDOW:
         position = tl.minimum(position, num_tokens - 1)  # missing rows, too, see some token
-    d = tl.arange(0, HEAD_DIM)
     m = tl.full((BLOCK_ROWS,), NOTHING_SEEN, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     acc = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
     for block in range(first_block, end_block):
-        token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-        is_cached = token < num_tokens  # beyond lie stale bytes, which may be anything
-        page = tl.load(block_table_ptr + token // PAGE_TOKENS, mask=is_cached, other=0)
-        offset = page.to(tl.int64) * page_stride + token % PAGE_TOKENS * HEAD_DIM
-        k_ptr = pool_ptr + offset[:, None] + d[None, :]
-        k = tl.load(k_ptr, mask=is_cached[:, None], other=0.0)
-        v_ptr = k_ptr + KV_HEADS * PAGE_TOKENS * HEAD_DIM
-        v = tl.load(v_ptr, mask=is_cached[:, None], other=0.0)
-
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        is_seen = _is_seen(token[None, :], position[:, None], WINDOW)
-        score = tl.where(is_seen, score, -float("inf"))
-        new_m = tl.maximum(m, tl.max(score, 1))
-        weight = tl.exp2(score - new_m[:, None])
-        keep = tl.exp2(m - new_m)
-        total = total * keep + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
-        m = new_m
+        m, total, acc = attend_block(
+            q,
+            m,
+            total,
+            acc,
+            block,
+            pool_ptr,
+            block_table_ptr,
+            position,
+            num_tokens,
+            page_stride,
+            scale_log2,
+            KV_HEADS,
+            HEAD_DIM,
+            PAGE_TOKENS,
+            WINDOW,
+            BLOCK_TOKENS,
+            PRECISION,
+        )
     return m, total, acc
+
+
+@triton.jit
+def attend_block(
+    q,
+    m,
+    total,
+    acc,
+    block,
+    pool_ptr,
+    block_table_ptr,
+    position,
+    num_tokens,
+    page_stride,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Maximum, sum and weighted values with those of one more block."""
+    d = tl.arange(0, HEAD_DIM)
+    token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    is_cached = token < num_tokens  # beyond lie stale bytes, which may be anything
+    page = tl.load(block_table_ptr + token // PAGE_TOKENS, mask=is_cached, other=0)
+    offset = page.to(tl.int64) * page_stride + token % PAGE_TOKENS * HEAD_DIM
+    k_ptr = pool_ptr + offset[:, None] + d[None, :]
+    k = tl.load(k_ptr, mask=is_cached[:, None], other=0.0)
+    v_ptr = k_ptr + KV_HEADS * PAGE_TOKENS * HEAD_DIM
+    v = tl.load(v_ptr, mask=is_cached[:, None], other=0.0)
+
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    is_seen = _is_seen(token[None, :], position[:, None], WINDOW)
+    score = tl.where(is_seen, score, -float("inf"))
+    new_m = tl.maximum(m, tl.max(score, 1))
+    weight = tl.exp2(score - new_m[:, None])
+    keep = tl.exp2(m - new_m)
+    total = total * keep + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+    return new_m, total, acc
 
 
 @triton.jit

@@ -10,6 +10,8 @@ import torch
 import triton
 
 from lorry.kernels.attention_plan import AttentionSetting
+from lorry.kernels.invariant_attention import SplitSetting
+from lorry.kernels.invariant_product import ProductSetting
 from lorry.kernels.lora_plan import LoraSetting
 
 # 95 % of copy bandwidth at 1 GiB of KV with 4 programs a multiprocessor and blocks of 32 tokens in
@@ -108,6 +110,31 @@ LORA_FP32 = replace(
     expand_registers=None,
 )
 
+# Batch-invariant, one entry for all steps: what decides how a row is summed must not follow from
+# their rows. Tiles are those of decodes, where a step's bytes are; prompts are served slower.
+SPLITS = SplitSetting(
+    block_rows=16,
+    block_tokens=32,
+    split_blocks=8,
+    ways=8,
+    programs_per_multiprocessor=4,
+    num_warps=4,
+    num_stages=5,
+)
+SPLITS_FP32 = replace(SPLITS, block_tokens=16, programs_per_multiprocessor=2, num_stages=3)
+# By the largest width of the output: narrow tiles where wide ones would leave processors idle.
+PRODUCTS = {
+    8192: ProductSetting(
+        block_rows=64, block_outputs=64, block_inputs=64, num_warps=4, num_stages=5
+    ),
+    1 << 30: ProductSetting(
+        block_rows=64, block_outputs=128, block_inputs=64, num_warps=4, num_stages=4
+    ),
+}
+PRODUCT_FP32 = ProductSetting(
+    block_rows=16, block_outputs=64, block_inputs=32, num_warps=4, num_stages=2
+)
+
 
 def decode_setting(dtype: torch.dtype, group: int) -> AttentionSetting:
     """For runs of few rows; `group` is the number of query heads of a KV head."""
@@ -126,3 +153,21 @@ def lora_setting(dtype: torch.dtype, max_rows: int) -> LoraSetting:
     if dtype == torch.float32:
         return LORA_FP32
     return next(setting for rows, setting in LORA.items() if max_rows <= rows)
+
+
+def invariant_lora_setting(dtype: torch.dtype) -> LoraSetting:
+    """For all steps."""
+    return replace(lora_setting(dtype, 64), has_vector_form=False)
+
+
+def split_setting(dtype: torch.dtype, group: int) -> SplitSetting:
+    """For all steps."""
+    setting = SPLITS_FP32 if dtype == torch.float32 else SPLITS
+    return replace(setting, block_rows=max(setting.block_rows, triton.next_power_of_2(group)))
+
+
+def product_setting(dtype: torch.dtype, outputs: int) -> ProductSetting:
+    """For products of any number of rows."""
+    if dtype == torch.float32:
+        return PRODUCT_FP32
+    return next(setting for most, setting in PRODUCTS.items() if outputs <= most)

@@ -51,6 +51,7 @@ def _expand_kernel(
     COLUMNS: tl.constexpr,
     VECTOR_UNITS: tl.constexpr,
     STAGES: tl.constexpr,
+    HAS_VECTOR_FORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program walks the pieces: row units of a tile's output."""
@@ -73,7 +74,7 @@ def _expand_kernel(
         ys = y_ptr + row * stride_yt + y_column
         pages = page_ptr + slot * stride_ps
         scale = tl.load(scale_ptr + slot * stride_ss + module)
-        if rows == 1:
+        if (rows == 1) & HAS_VECTOR_FORM:
             in_piece = tl.arange(0, VECTOR_UNITS)
             is_unit = column_unit + in_piece < row_units
             column = (column_unit + in_piece)[:, None] * ROW_UNIT + tl.arange(0, ROW_UNIT)[None, :]
@@ -184,6 +185,7 @@ def lora_expand_add(
         COLUMNS=min(setting.expand_columns, layout.row_unit),
         VECTOR_UNITS=setting.vector_units,
         STAGES=setting.expand_stages,
+        HAS_VECTOR_FORM=setting.has_vector_form,
         PRECISION="ieee" if first.dtype == torch.float32 else "tf32",
         num_warps=setting.expand_warps,
         num_stages=setting.expand_stages,

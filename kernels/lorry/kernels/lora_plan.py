@@ -34,7 +34,7 @@ FIRST_MODULE = tuple(MODULES.index(group[0]) for group in GROUPS)
 class LoraSetting:
     """Launch setting of shrink and expand.
 
-    Tiles of one row take the vector form, others the matrix form.
+    Tiles of one row take the vector form, if there is one, others the matrix form.
     """
 
     tile_rows: int
@@ -49,11 +49,12 @@ class LoraSetting:
     expand_warps: int
     expand_stages: int  # of the matrix form
     expand_registers: int | None = None  # of a thread at most, so that more programs run at once
+    has_vector_form: bool = True  # without, a row's sums do not depend on how many rows beside it
 
     @property
     def vector_units(self) -> int:
         """Row units of an expand piece of one row: a warp sums one without the others."""
-        return self.expand_warps
+        return self.expand_warps if self.has_vector_form else 1
 
 
 @dataclass(frozen=True, slots=True)

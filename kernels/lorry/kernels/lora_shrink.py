@@ -36,6 +36,7 @@ def _shrink_kernel(
     TILE_ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     STAGES: tl.constexpr,
+    HAS_VECTOR_FORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program walks the pieces; neighbours take the splits of one piece."""
@@ -55,7 +56,7 @@ def _shrink_kernel(
         i = split * STEPS * ROW_UNIT + tl.arange(0, ROW_UNIT)
         y_offset = split.to(tl.int64) * stride_ys + row * stride_yt
         pages = page_ptr + slot * stride_ps
-        if rows == 1:
+        if (rows == 1) & HAS_VECTOR_FORM:
             acc = tl.zeros((RANKS, ROW_UNIT), tl.float32)
             for step in tl.range(0, steps, num_stages=STAGES):
                 a = load_units(
@@ -152,6 +153,7 @@ def lora_shrink(
         TILE_ROWS=setting.tile_rows,
         RANKS=setting.shrink_ranks,
         STAGES=setting.shrink_stages,
+        HAS_VECTOR_FORM=setting.has_vector_form,
         PRECISION="ieee" if x_TI.dtype == torch.float32 else "tf32",
         num_warps=setting.shrink_warps,
         num_stages=setting.shrink_stages,

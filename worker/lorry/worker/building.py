@@ -117,6 +117,7 @@ def _build_runner(
             max_rows=limits.step_tokens,
             max_running=limits.max_running,
             max_context_tokens=limits.max_context_tokens,
+            batch_invariant=config.batch_invariant,
         )
 
 
@@ -137,6 +138,7 @@ def _pool_pages(
         max_rows=limits.step_tokens,
         max_samples=limits.max_running,
         max_context_tokens=limits.max_context_tokens,
+        batch_invariant=config.batch_invariant,
     )
     needs = memory_needs(base_model, layout, steps, max_rank=config.max_rank)
     with logged(log, "opened the GPU"):

@@ -38,6 +38,17 @@ def page_layout(
     )
 
 
+def check_batch_invariant(device: Device, tensor_parallel: int) -> None:
+    """Raise ValueError for what cannot keep the promise.
+
+    The products of a CPU's library, and sums over ranks, go by the number of rows.
+    """
+    if device != "cuda":
+        raise ValueError(f"batch_invariant needs device cuda, got {device}")
+    if tensor_parallel > 1:
+        raise ValueError(f"batch_invariant needs tensor_parallel 1, got {tensor_parallel}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What the engine process is told, every choice made; `Config` explains the fields."""
@@ -56,6 +67,11 @@ class EngineConfig:
     prefix_cache: bool = True
     tensor_parallel: int = 1
     lora_strategy: LoraStrategyName = "replicated"
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_invariant:
+            check_batch_invariant(self.device, self.tensor_parallel)
 
     @property
     def page_dtype(self) -> Dtype:
@@ -145,6 +161,11 @@ class Config(CallingServiceConfig):
     """Whether a request takes KV pages of earlier ones of its tenant and adapter version that
     begin with the same tokens, instead of computing them again."""
 
+    batch_invariant: bool = False
+    """Whether a request's tokens and logprobs are the same, to the bit, whatever else runs, however
+    its prompt is cut into steps, and after preemption: by slower products and attention. Only on a
+    GPU, and by one process."""
+
     max_fetches: int = 8
     """Page images that are fetched from the adapter store at the same time."""
 
@@ -189,6 +210,8 @@ class Config(CallingServiceConfig):
             raise ValueError(
                 f"tensor_parallel {self.tensor_parallel} needs device cpu, got {self.device}"
             )
+        if self.batch_invariant:
+            check_batch_invariant(self.device, self.tensor_parallel)
         if not self.worker_id:
             raise ValueError("worker_id must not be empty")
 
@@ -230,6 +253,7 @@ class Config(CallingServiceConfig):
             prefix_cache=self.prefix_cache,
             tensor_parallel=self.tensor_parallel,
             lora_strategy=self.lora_strategy,
+            batch_invariant=self.batch_invariant,
         )
 
     def _pool_pages(self, base_model: BaseModel) -> int | None:

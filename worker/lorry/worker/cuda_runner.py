@@ -40,8 +40,11 @@ class CudaRunner:
         max_rows: int,
         max_running: int,
         max_context_tokens: int,
+        batch_invariant: bool = False,
     ) -> None:
-        device, dtype = pool.slices.device, TORCH_DTYPES[pool.layout.dtype]
+        device = pool.slices.device
+        self._base_model, self._model, self._pool = base_model, model, pool
+        self._max_rows, self._max_running = max_rows, max_running
         self.adapters = CudaAdapterMemory(pool, max_rank=max_rank)
         self._pages = SequencePages(
             max_running, -(-max_context_tokens // pool.layout.page_tokens), device
@@ -54,26 +57,34 @@ class CudaRunner:
             max_new_pages=MAX_NEW_PAGES,
             device=device,
         )
+        self.graphs = self.captured(batch_invariant=batch_invariant)
+
+    def captured(self, *, batch_invariant: bool) -> StepGraphs:
+        """Graphs of all steps, over this runner's memory."""
+        base_model, pool = self._base_model, self._pool
+        device, dtype = pool.slices.device, TORCH_DTYPES[pool.layout.dtype]
         state = allocate_device_state(
             pool,
             self.adapters.tables,
             self._pages.table_RP,
             rope_table(base_model).to(dtype=dtype, device=device),
             base_model.options,
-            max_rows=max_rows,
+            max_rows=self._max_rows,
+            batch_invariant=batch_invariant,
         )
-        self.graphs = StepGraphs(
-            model,
+        graphs = StepGraphs(
+            self._model.with_product(state.product),
             state,
             self._buffers,
             self._adjustments,
-            max_rows=max_rows,
-            max_samples=max_running,
+            max_rows=self._max_rows,
+            max_samples=self._max_running,
             hidden=base_model.geometry.hidden,
             dtype=dtype,
         )
         with torch.inference_mode():
-            self.graphs.capture()
+            graphs.capture()
+        return graphs
 
     @property
     def counts(self) -> RunCounts:

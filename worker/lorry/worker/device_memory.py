@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from lorry.kernels.invariant_attention import partials_bytes
+from lorry.kernels.launch_settings import split_setting
 from lorry.kernels.page_layout import PageLayout
+from lorry.kernels.pool_view import TORCH_DTYPES
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.adapter_tables import slot_bytes
 from lorry.worker.buckets import bucket_sizes
@@ -55,6 +58,7 @@ class StepLimits:
     max_rows: int
     max_samples: int
     max_context_tokens: int
+    batch_invariant: bool = False
 
 
 def memory_needs(
@@ -87,6 +91,15 @@ def _steps_bytes(base_model: BaseModel, layout: PageLayout, steps: StepLimits) -
         + block_table
         + rope_table
         + table_bytes(steps.max_samples, base_model.vocab_size)
+        + (_partials_bytes(layout, steps.max_rows) if steps.batch_invariant else 0)
+    )
+
+
+def _partials_bytes(layout: PageLayout, max_rows: int) -> int:
+    geometry = layout.local_geometry
+    setting = split_setting(TORCH_DTYPES[layout.dtype], geometry.heads // geometry.kv_heads)
+    return partials_bytes(
+        setting, max_rows=max_rows, heads=geometry.heads, head_dim=geometry.head_dim
     )
 
 

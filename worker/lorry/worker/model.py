@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from lorry.kernels.page_layout import GROUPS
 from lorry.worker.collectives import Collectives
-from lorry.worker.operations import Operations
+from lorry.worker.operations import Operations, Product
 from lorry.worker.vocabulary import Vocabulary
 from lorry.worker.weights import LayerWeights, ModelWeights
 
@@ -26,18 +26,26 @@ class Decoder:
         head_dim: int,
         vocabulary: Vocabulary,
         collectives: Collectives,
+        *,
+        product: Product = linear,
     ) -> None:
+        """`product` multiplies by the head; the layers' products are those of the operations."""
         self._weights = weights
         self._head_dim = head_dim
         self._vocabulary = vocabulary
         self._collectives = collectives
+        self._product = product
         layers = weights.layers
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]
 
     def first_layer(self) -> "Decoder":
         """The model without its other layers."""
         weights = dataclasses.replace(self._weights, layers=self._weights.layers[:1])
-        return Decoder(weights, self._head_dim, self._vocabulary, self._collectives)
+        return self._copy(weights, self._product)
+
+    def with_product(self, product: Product) -> "Decoder":
+        """The model with another product."""
+        return self._copy(self._weights, product)
 
     def forward(self, token_id_T: torch.Tensor, operations: Operations) -> torch.Tensor:
         """Compute the step's rows and write their KV; returns the normed hidden states [T, H]."""
@@ -56,7 +64,12 @@ class Decoder:
 
     def logits(self, x_NH: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states, ``[N, V]``; on a rank, those of its part of the vocabulary."""
-        return linear(x_NH, self._weights.head)
+        return self._product(x_NH, self._weights.head)
+
+    def _copy(self, weights: ModelWeights, product: Product) -> "Decoder":
+        return Decoder(
+            weights, self._head_dim, self._vocabulary, self._collectives, product=product
+        )
 
     def _attend(
         self, x_TH: torch.Tensor, layer: LayerWeights, index: int, operations: Operations

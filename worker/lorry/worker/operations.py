@@ -17,6 +17,16 @@ class Projection(NamedTuple):
     bias_O: torch.Tensor | None = None
 
 
+class Product(Protocol):
+    """A linear layer, as `torch.nn.functional.linear`."""
+
+    def __call__(
+        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, /
+    ) -> torch.Tensor:
+        """``x weight^T + bias``, ``[T, O]``."""
+        ...
+
+
 class HeadNorms(NamedTuple):
     """Weights of the RMS norms of each head of q and k."""
 

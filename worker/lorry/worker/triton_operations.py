@@ -2,42 +2,34 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch.nn.functional import linear
 
 from lorry.kernels.activation import swiglu
-from lorry.kernels.attention_plan import (
-    AttentionSetting,
-    AttentionWork,
-    allocate_attention_work,
-    plan_attention,
-)
-from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
+from lorry.kernels.launch_settings import LORA, invariant_lora_setting, lora_setting
 from lorry.kernels.lora import AdapterTables
 from lorry.kernels.lora_expand import lora_expand_add
-from lorry.kernels.lora_plan import LoraWork, allocate_lora_work, plan_lora
+from lorry.kernels.lora_plan import LoraSetting, LoraWork, allocate_lora_work, plan_lora
 from lorry.kernels.lora_shrink import lora_shrink
 from lorry.kernels.norm import add_rms_norm, rms_norm
-from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.kernels.rope import QkNorm, rope_write_kv
 from lorry.rpc.model_families import DecoderOptions
 from lorry.worker.lora_groups import LoraGroups
-from lorry.worker.operations import HeadNorms, Projection
+from lorry.worker.operations import HeadNorms, Product, Projection
+from lorry.worker.products import invariant_linear
 from lorry.worker.side_stream import IN_ORDER, SideStream
+from lorry.worker.step_attention import (
+    AttendedRows,
+    CachedSequences,
+    StepAttention,
+    balanced_attention,
+    invariant_attention,
+)
 
 # A shrink of more rows fills the multiprocessors by itself and only delays the product.
 MAX_ROWS_BESIDE_PRODUCT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionWorks:
-    """Work lists for the rows that decode and for those of prompts."""
-
-    decode: AttentionWork
-    prefill: AttentionWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +38,12 @@ class DeviceState:
 
     pool: PoolView
     tables: AdapterTables
-    block_table_RP: torch.Tensor  # int32, by row of the sequence table
     cos_sin_L2D: torch.Tensor
     options: DecoderOptions
-    attention_works: Mapping[int | None, AttentionWorks]  # by the layers' windows
+    attention: Mapping[int | None, StepAttention]  # by the layers' windows
     lora_works: Sequence[LoraWork]  # by ascending max_rows
     side: SideStream
+    product: Product = linear
 
     def lora_work(self, rows: int) -> LoraWork:
         """The one that was tuned for steps of `rows` rows."""
@@ -66,40 +58,45 @@ def allocate_device_state(
     options: DecoderOptions,
     *,
     max_rows: int,
+    batch_invariant: bool = False,
 ) -> DeviceState:
-    """Work lists for steps of up to `max_rows` rows."""
-    geometry, device = pool.layout.local_geometry, pool.slices.device
-    dtype, group = TORCH_DTYPES[pool.layout.dtype], geometry.heads // geometry.kv_heads
+    """Work lists for steps of up to `max_rows` rows.
 
-    def work(setting: AttentionSetting, window: int | None) -> AttentionWork:
-        return allocate_attention_work(
-            setting,
-            max_rows=max_rows,
-            heads=geometry.heads,
-            kv_heads=geometry.kv_heads,
-            head_dim=geometry.head_dim,
-            device=device,
-            window=window,
+    `block_table_RP` (int32) is by row of the sequence table.
+    """
+    cached, windows = CachedSequences(pool, block_table_RP), options.windows
+    dtype, device = TORCH_DTYPES[pool.layout.dtype], pool.slices.device
+    side = SideStream(device)
+
+    def state(
+        attention: Mapping[int | None, StepAttention],
+        lora_settings: Mapping[int, LoraSetting],
+        product: Product,
+    ) -> DeviceState:
+        return DeviceState(
+            pool=pool,
+            tables=tables,
+            cos_sin_L2D=cos_sin_L2D,
+            options=options,
+            attention=attention,
+            lora_works=[
+                allocate_lora_work(setting, pool.layout, max_rows=rows, device=device)
+                for rows, setting in lora_settings.items()
+            ],
+            side=side,
+            product=product,
         )
 
-    return DeviceState(
-        pool=pool,
-        tables=tables,
-        block_table_RP=block_table_RP,
-        cos_sin_L2D=cos_sin_L2D,
-        options=options,
-        attention_works={
-            window: AttentionWorks(
-                decode=work(decode_setting(dtype, group), window),
-                prefill=work(prefill_setting(dtype, group), window),
-            )
-            for window in dict.fromkeys(options.windows)
-        },
-        lora_works=[
-            allocate_lora_work(lora_setting(dtype, rows), pool.layout, max_rows=rows, device=device)
+    if batch_invariant:
+        attention = invariant_attention(cached, windows, max_rows=max_rows)
+        return state(attention, {max_rows: invariant_lora_setting(dtype)}, invariant_linear)
+    return state(
+        balanced_attention(cached, windows, side, max_rows=max_rows),
+        {
+            rows: lora_setting(dtype, rows)
             for rows in sorted({min(limit, max_rows) for limit in LORA})
-        ],
-        side=SideStream(device),
+        },
+        linear,
     )
 
 
@@ -119,9 +116,9 @@ class TritonOperations:
         self._state = state
         self._position_T = position_T
         self._page_T = page_T
-        for works in state.attention_works.values():
-            plan_attention(sequence_T, position_T, works.decode, max_run=1)
-            plan_attention(sequence_T, position_T, works.prefill, min_run=2)
+        self._attended = AttendedRows(sequence_T, position_T)
+        for attention in state.attention.values():
+            attention.plan(self._attended)
         self._groups = groups.value
         self._lora_work = state.lora_work(len(slot_T))
         if self._groups:
@@ -161,14 +158,9 @@ class TritonOperations:
         return q_TQD
 
     def attention(self, q_TQD: torch.Tensor, layer: int) -> torch.Tensor:
-        state = self._state
+        attention = self._state.attention[self._state.options.windows[layer]]
         out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype, device=q_TQD.device)
-        works = state.attention_works[state.options.windows[layer]]
-        attend = partial(paged_attention, q_TQD, state.pool, layer, state.block_table_RP)
-        with state.side.forked():
-            attend(works.prefill, out_TQD)
-        attend(works.decode, out_TQD)
-        state.side.join()
+        attention.attend(q_TQD, layer, self._attended, out_TQD)
         return out_TQD
 
     def project(
@@ -177,11 +169,11 @@ class TritonOperations:
         state, work = self._state, self._lora_work
         widths = state.pool.layout.local_geometry.group_widths(group)
         if group not in self._groups:
-            return torch.split(linear(x_TI, *base), widths, dim=1)
+            return torch.split(state.product(x_TI, *base), widths, dim=1)
         side = state.side if len(x_TI) <= MAX_ROWS_BESIDE_PRODUCT else IN_ORDER
         with side.forked():
             y_STY = lora_shrink(x_TI, group, state.pool, state.tables, layer, work)
-        outputs = torch.split(linear(x_TI, *base), widths, dim=1)
+        outputs = torch.split(state.product(x_TI, *base), widths, dim=1)
         side.join()
         lora_expand_add(outputs, group, state.pool, state.tables, layer, work, y_STY)
         return outputs
