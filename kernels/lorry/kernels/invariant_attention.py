@@ -200,9 +200,10 @@ def _split_kernel(
     pair = tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, HEAD_DIM)
     for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
-        kv_head = unit % KV_HEADS
-        fields = tile_ptr + unit // KV_HEADS % num_tiles * TILE_FIELDS
-        way = unit // KV_HEADS // num_tiles
+        of_heads = unit // KV_HEADS
+        kv_head = unit - of_heads * KV_HEADS
+        way = of_heads // num_tiles
+        fields = tile_ptr + (of_heads - way * num_tiles) * TILE_FIELDS
         rows = tl.load(fields + 1)
         position = tl.load(fields + 3)
         num_tokens = position + rows
