@@ -18,7 +18,7 @@ from lorry.rpc.errors import (
     StoreUnavailable,
 )
 from lorry.v1 import store_admin_service_pb2 as pb
-from tests.support.adapter_store import RunningStore, running_store
+from tests.support.adapter_store import HubOptions, RunningStore, running_store
 from tests.support.adapters import lora_config, lora_files, lora_tensors
 from tests.support.hub_server import COMMIT, HubRepository, serving_hub
 
@@ -57,7 +57,9 @@ async def test_a_branch_is_imported_as_the_commit_that_it_names(
     hub = repository()
     with serving_hub(hub) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        async with running_store(tmp_path, hub_allow=("other/*", "my-org/*")) as running:
+        async with running_store(
+            tmp_path, hub=HubOptions(allow=("other/*", "my-org/*"))
+        ) as running:
             brought = await bring(running)
             assert brought.commit == COMMIT
             assert dict(brought.adapter.labels) == {"hub-commit": COMMIT}
@@ -75,7 +77,9 @@ async def test_a_branch_is_imported_as_the_commit_that_it_names(
 
 
 async def test_only_what_is_allowed_is_asked_for(tmp_path: Path) -> None:
-    async with running_store(tmp_path, hub_allow=("my-org/s*",), hub_commits_only=True) as running:
+    async with running_store(
+        tmp_path, hub=HubOptions(allow=("my-org/s*",), commits_only=True)
+    ) as running:
         for source in ("my-org/other", "other/sql", "MY-ORG/sql"):
             with pytest.raises(PermissionDenied, match="--hub-allow"):
                 await bring(running, source, COMMIT)
@@ -105,7 +109,7 @@ async def test_what_differs_from_what_was_announced_is_refused(
     limits = Limits(max_weights_bytes=2 * len(WEIGHTS))
     with serving_hub(repository(**fields)) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        async with running_store(tmp_path, limits=limits, hub_allow=("*",)) as running:
+        async with running_store(tmp_path, limits=limits, hub=HubOptions(allow=("*",))) as running:
             revision = COMMIT if "commit" in fields else "main"
             with pytest.raises(AdapterInvalid, match=problem):
                 await bring(running, revision=revision)
@@ -119,7 +123,7 @@ async def test_a_repository_without_safetensors_is_refused(
     del hub.files[WEIGHTS_NAME]
     with serving_hub(hub) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        async with running_store(tmp_path, hub_allow=("*",)) as running:
+        async with running_store(tmp_path, hub=HubOptions(allow=("*",))) as running:
             with pytest.raises(AdapterInvalid, match=f"holds no {WEIGHTS_NAME}"):
                 await bring(running)
             assert hub.asked == []
@@ -130,7 +134,7 @@ async def test_a_hub_that_is_away_is_no_fault_of_the_adapter(
 ) -> None:
     with serving_hub(repository()) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    async with running_store(tmp_path, hub_allow=("*",)) as running:
+    async with running_store(tmp_path, hub=HubOptions(allow=("*",))) as running:
         with pytest.raises(StoreUnavailable, match="hub") as caught:
             await bring(running)
         assert caught.value.retry_after_s
@@ -152,6 +156,6 @@ def test_only_the_hubs_own_trouble_is_worth_another_attempt(status: int, passes:
 async def test_a_hub_that_hangs_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving_hub(repository(hang=True)) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        async with running_store(tmp_path, hub_allow=("*",), hub_timeout_s=4) as running:
+        async with running_store(tmp_path, hub=HubOptions(allow=("*",), timeout_s=4)) as running:
             with pytest.raises(DeadlineExpired, match="within 4 s"):
                 await bring(running)

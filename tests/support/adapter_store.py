@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from lorry.adapter_store.backend import Backend
 from lorry.adapter_store.file_backend import FileBackend
 from lorry.adapter_store.hub import Hub
-from lorry.adapter_store.imports import importing
+from lorry.adapter_store.imports import Imports, importing
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.redis_backend.address import RedisAddress
 from lorry.adapter_store.redis_backend.backend import RedisBackend
@@ -154,6 +155,15 @@ class RunningStore:
             yield Client(channel, self.client.base_model, token)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """What a store may take from a hub."""
+
+    allow: tuple[str, ...] = ()
+    commits_only: bool = False
+    timeout_s: float = 60.0
+
+
 @contextlib.asynccontextmanager
 async def running_store(
     directory: Path,
@@ -168,21 +178,12 @@ async def running_store(
     model: Path | None = None,
     import_dir: Path | None = None,
     import_delete: bool = False,
-    hub_allow: tuple[str, ...] = (),
-    hub_commits_only: bool = False,
-    hub_timeout_s: float = 60.0,
+    hub: HubOptions | None = None,
     redis_url: str | None = None,
 ) -> AsyncIterator[RunningStore]:
     """A store that keeps its adapters in `directory` or a Redis, and a client of this machine."""
     base_model = read_base_model(model or write_base_model(directory / "model"))
     shm_dir, backend_dir = shm_dir or directory / "shm", directory / "adapters"
-
-    def open_backend() -> Backend:
-        if redis_url is None:
-            return FileBackend(backend_dir, model_digest=base_model.digest, clock=clock)
-        address = RedisAddress.parse(redis_url)
-        return RedisBackend(address, model_digest=base_model.digest, grace_ms=0)
-
     settings = Settings(
         geometry=base_model.geometry,
         dtype=dtype,
@@ -194,31 +195,49 @@ async def running_store(
         now_ns=now_ns,
         clock=clock,
     )
+    open_backend = backend_opener(redis_url, backend_dir, base_model.digest, clock)
     async with (
         opened(open_backend, settings) as store,
         importing(store, import_dir, delete=import_delete) as imports,
-        serving(
-            lambda server: register(
-                server,
-                store,
-                base_model,
-                imports=imports,
-                hub=Hub(
-                    store,
-                    allowed=hub_allow,
-                    commits_only=hub_commits_only,
-                    timeout_s=hub_timeout_s,
-                ),
-            ),
-            services=SERVICES,
-            address="127.0.0.1:0",
-            authenticator=Authenticator(None if tokens is None else lambda: tokens),
-            grace_s=0,
-        ) as server,
-        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        served(store, base_model, imports, hub or HubOptions(), tokens) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
-        client = Client(channel, base_model)
-        yield RunningStore(store, client, shm_dir, backend_dir, server.port)
+        yield RunningStore(store, Client(channel, base_model), shm_dir, backend_dir, port)
+
+
+def backend_opener(
+    redis_url: str | None, directory: Path, model_digest: bytes, clock: Callable[[], float]
+) -> Callable[[], Backend]:
+    """Opens the backend of a directory, or that of a Redis."""
+    if redis_url is None:
+        return partial(FileBackend, directory, model_digest=model_digest, clock=clock)
+    address = RedisAddress.parse(redis_url)
+    return partial(RedisBackend, address, model_digest=model_digest, grace_ms=0)
+
+
+@contextlib.asynccontextmanager
+async def served(
+    store: Store,
+    base_model: BaseModel,
+    imports: Imports,
+    hub: HubOptions,
+    tokens: Mapping[bytes, Caller] | None,
+) -> AsyncIterator[int]:
+    """The store's services at a port of this machine."""
+    source = Hub(
+        store,
+        allowed=hub.allow,
+        commits_only=hub.commits_only,
+        timeout_s=hub.timeout_s,
+    )
+    async with serving(
+        lambda server: register(server, store, base_model, imports=imports, hub=source),
+        services=SERVICES,
+        address="127.0.0.1:0",
+        authenticator=Authenticator(None if tokens is None else lambda: tokens),
+        grace_s=0,
+    ) as server:
+        yield server.port
 
 
 def upload_requests(
