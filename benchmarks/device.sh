@@ -5,7 +5,7 @@
 # reached; the other parts take from its folder what a machine with only torch and triton lacks.
 set -eu
 cd "$(dirname "$0")/.."
-PARTS="wheels kernel-tests engine-tests rates latency llama-3-8b llama-3-8b-mixed llama-2-7b llama-2-7b-mixed"
+PARTS="wheels kernel-tests engine-tests tp-tests rates latency llama-3-8b llama-3-8b-mixed llama-2-7b llama-2-7b-mixed"
 PARTS="$PARTS live cold-tiers ablation ablation-launches merged packed peft paper-7b paper-13b"
 PACKAGES="cffi crc32c cryptography cyclopts docstring_parser execnet googleapis-common-protos
 	grpcio-health-checking grpcio-reflection grpcio-status msgspec prometheus_client pytest-xdist redis
@@ -75,7 +75,11 @@ kernel-tests)
 	;;
 engine-tests)
 	tests tests/gpu --ignore tests/gpu/test_kernels.py --ignore tests/gpu/test_widths.py \
-		--ignore tests/gpu/test_sampling.py --ignore tests/gpu/test_repeats.py
+		--ignore tests/gpu/test_sampling.py --ignore tests/gpu/test_repeats.py \
+		--ignore tests/gpu/test_tensor_parallel.py
+	;;
+tp-tests) # on two GPUs; a rank that fails or hangs leaves both ranks' tracebacks
+	tests tests/gpu/test_tensor_parallel.py --capture=no --exitfirst -o faulthandler_timeout=90
 	;;
 rates)
 	bench products

@@ -11,6 +11,7 @@ from lorry.kernels.pool_view import PoolView
 from lorry.kernels.tiles import RowTiles
 from lorry.rpc.model_families import DecoderOptions
 from lorry.worker.lora_groups import LoraGroups
+from lorry.worker.lora_sharing import OwnProducts
 from lorry.worker.products import invariant_linear
 from lorry.worker.step_input import StepInput
 from lorry.worker.triton_operations import TritonOperations, allocate_device_state
@@ -33,6 +34,7 @@ def invariant_operations(
         step.block_table_SP.int(),
         cos_sin_L2D,
         options,
+        lora=OwnProducts(),
         max_rows=num_rows,
         batch_invariant=True,
     )

@@ -10,6 +10,7 @@ import torch
 
 from lorry.kernels.logprobs import MAX_TOP, logprobs_reference, unpacked
 from lorry.worker import messages as m
+from lorry.worker.device_vocabulary import WholeDeviceVocabulary
 from lorry.worker.prompt_head import PIECE_ROWS, PromptHead
 from lorry.worker.prompt_rows import PromptTargets
 from tests.support.engines import EngineHarness
@@ -198,7 +199,7 @@ def test_the_captured_head_reports_like_the_reference_in_bounded_pieces(
         np.arange(rows) % (MAX_TOP + 1),
     )
     model = Vocabulary()
-    head = PromptHead(model, hidden)
+    head = PromptHead(model, hidden, WholeDeviceVocabulary())
     actual = unpacked(head.launch(targets, head.run))
     step_row, token, num_top = (torch.from_numpy(part) for part in targets)
     wanted = logprobs_reference(hidden[step_row], token, num_top)

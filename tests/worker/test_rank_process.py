@@ -1,25 +1,20 @@
 """A worker of two tensor-parallel processes: it serves, and it ends whole when one is lost."""
 
 import asyncio
-import contextlib
 import json
 import re
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import grpc.aio
-import psutil
 import pytest
 from safetensors.numpy import load_file
 
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import WorkerLost
-from tests.support.attached_router import AttachedRouter, attached_router, until_ready
 from tests.support.engines import EngineHarness
 from tests.support.image_store import ImageStore, serving_images
 from tests.support.models import make_adapter, make_llama
-from tests.support.worker_process import WorkerProcess, worker_process
+from tests.support.rank_workers import attached_worker, ranks_of
 
 OPTIONS = ("--threads=1", "--tensor-parallel=2", "--pool-pages=400", "--lora-strategy=slora")
 
@@ -27,23 +22,6 @@ OPTIONS = ("--threads=1", "--tensor-parallel=2", "--pool-pages=400", "--lora-str
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("model"))
-
-
-@contextlib.asynccontextmanager
-async def attached_worker(
-    model: Path, *options: str
-) -> AsyncIterator[tuple[WorkerProcess, AttachedRouter]]:
-    with worker_process(model, *OPTIONS, *options, module="lorry.worker") as worker:
-        async with grpc.aio.insecure_channel(worker.address) as channel:
-            await until_ready(channel)
-            async with attached_router(channel, "router") as router:
-                yield worker, router
-
-
-def ranks_of(worker: WorkerProcess) -> list[psutil.Process]:
-    """The processes of both ranks, the engine's first."""
-    children = psutil.Process(worker.process.pid).children()
-    return sorted(children, key=lambda p: "lorry.worker.rank_process" in p.cmdline())
 
 
 async def test_two_processes_serve_an_adapter_and_end_on_sigterm(
@@ -61,7 +39,7 @@ async def test_two_processes_serve_an_adapter_and_end_on_sigterm(
     async with serving_images(store) as address:
         options = (f"--store={address}", f"--shm-dir={tmp_path / 'elsewhere'}")
         (tmp_path / "elsewhere").mkdir()
-        async with attached_worker(model, *options) as (worker, router):
+        async with attached_worker(model, *OPTIONS, *options) as (worker, router):
             seq = await router.submit([5, 6, 7], version=version, max_tokens=12)
             await router.until(lambda: seq in router.finished)
             assert router.tokens[seq] == alone.tokens[number]
@@ -85,7 +63,7 @@ async def test_two_processes_serve_an_adapter_and_end_on_sigterm(
 async def test_a_lost_rank_ends_the_worker_and_is_named(
     model: Path, sent: signal.Signals, reason: str
 ) -> None:
-    async with attached_worker(model) as (worker, router):
+    async with attached_worker(model, *OPTIONS) as (worker, router):
         ranks = ranks_of(worker)
         await router.submit([5, 6, 7], max_tokens=1000)
         await router.until(lambda: bool(router.last_status.running))

@@ -12,6 +12,7 @@ from lorry.kernels.adjustments import Adjustments, adjust_reference
 from lorry.kernels.logprobs import MAX_TOP, logprobs_reference, unpacked
 from lorry.kernels.sampling import sample_reference
 from lorry.kernels.truncation import truncation_reference
+from lorry.worker.device_vocabulary import WholeDeviceVocabulary
 from lorry.worker.messages import RowLogprobs
 from lorry.worker.sequence_adjustments import SequenceAdjustments
 from lorry.worker.step_arrays import HeadKind
@@ -184,7 +185,9 @@ def test_the_captured_heads_draw_and_report_like_the_references() -> None:
         (HeadKind.ADJUSTED, adjusted, True),
     ):
         counts = adjustments.tables.count_RV.clone()
-        head = StepHead(Vocabulary(), buffers, hidden, adjustments, max_samples=padded)
+        head = StepHead(
+            Vocabulary(), buffers, hidden, adjustments, WholeDeviceVocabulary(), max_samples=padded
+        )
         head.run(padded, kind)
         least = truncation_reference(drawn_from, *rows) if is_cut else None
         expected = sample_reference(

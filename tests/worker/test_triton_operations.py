@@ -13,6 +13,7 @@ from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.worker.adapter_memory import DirectAdapterMemory
 from lorry.worker.collectives import Alone
 from lorry.worker.lora_groups import LoraGroups
+from lorry.worker.lora_sharing import OwnProducts
 from lorry.worker.lora_strategies import Replicated
 from lorry.worker.model import Decoder
 from lorry.worker.plan import Batch
@@ -84,6 +85,7 @@ def states(
         torch.from_numpy(table.block_table_RP),
         cos_sin,
         options,
+        lora=OwnProducts(),
         max_rows=len(rows["slot"]),
     )
     operations = TritonOperations(

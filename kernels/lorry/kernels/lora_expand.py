@@ -46,6 +46,7 @@ def _expand_kernel(
     SLICE_UNITS: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_BLOCK: tl.constexpr,
+    WAYS: tl.constexpr,  # each with its share of y, and no splits if more than 1
     TILE_ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -95,7 +96,8 @@ def _expand_kernel(
                     ROW_UNIT,
                     SLICE_UNITS,
                 )
-                y_ptrs = ys + splits[:, None] * stride_ys + rank[None, :]
+                share = dealt(rank, stride_ys, WAYS)
+                y_ptrs = ys + splits[:, None] * stride_ys + share[None, :]
                 is_y = (splits < SPLITS)[:, None] & is_rank[None, :]
                 y = tl.sum(tl.load(y_ptrs, mask=is_y, other=0.0), 0)
                 acc += tl.sum(
@@ -124,7 +126,8 @@ def _expand_kernel(
                     )
                     is_y = is_row & is_rank[None, :]
                     tile_y = tl.zeros((TILE_ROWS, RANKS), tl.float32)
-                    y_ptrs = ys + t[:, None] * stride_yt + rank[None, :]
+                    share = dealt(rank, stride_ys, WAYS)
+                    y_ptrs = ys + t[:, None] * stride_yt + share[None, :]
                     for split in tl.range(0, SPLITS, loop_unroll_factor=UNROLLED_SPLITS):
                         tile_y += tl.load(y_ptrs + split * stride_ys, mask=is_y, other=0.0)
                     tile_acc = tl.dot(tile_y.to(b.dtype), b, tile_acc, input_precision=PRECISION)
@@ -134,6 +137,14 @@ def _expand_kernel(
                 tile_base = tl.load(out_ptrs, mask=is_mine, other=0.0).to(tl.float32)
                 tile_total = tile_base + scale * tile_acc
                 tl.store(out_ptrs, tile_total.to(out_ptr.dtype.element_ty), mask=is_mine)
+
+
+@triton.jit
+def dealt(rank, stride, WAYS: tl.constexpr):
+    """Where the columns of ranks are that are dealt out one by one over `WAYS` shares."""
+    if WAYS == 1:
+        return rank
+    return rank % WAYS * stride + rank // WAYS
 
 
 def lora_expand_add(
@@ -147,9 +158,12 @@ def lora_expand_add(
 ) -> None:
     """Add ``scale * y B^T`` of a group's modules to `outputs`, one [T, O] for each module.
 
-    `y_STY` is what `lora_shrink` returned for the group. In the matrix form y is rounded to the
+    `y_STY` is what `lora_shrink` returned for the group, or, where rows of A are dealt out over
+    tensor-parallel ranks, the sums of these of each rank. In the matrix form y is rounded to the
     dtype of the weights first.
     """
+    ways = work.ways_G[group]
+    splits = y_STY.shape[0] if ways == 1 else 1
     layout, setting = pool.layout, work.setting
     # A group of fewer modules repeats the first: a stride of 1 would unalign what is selected.
     first, second, third = [*outputs, outputs[0], outputs[0]][: len(GROUPS[0])]
@@ -178,8 +192,9 @@ def lora_expand_add(
         pool.layers * layout.slice_elements,
         ROW_UNIT=layout.row_unit,
         SLICE_UNITS=layout.slice_units,
-        SPLITS=y_STY.shape[0],
-        SPLITS_BLOCK=triton.next_power_of_2(y_STY.shape[0]),
+        SPLITS=splits,
+        SPLITS_BLOCK=triton.next_power_of_2(splits),
+        WAYS=ways,
         TILE_ROWS=setting.tile_rows,
         RANKS=setting.expand_ranks,
         COLUMNS=min(setting.expand_columns, layout.row_unit),

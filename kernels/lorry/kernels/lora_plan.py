@@ -65,6 +65,7 @@ class LoraWork:
     layout: PageLayout
     max_rows: int
     row_units_X: torch.Tensor  # int32, row units of each module's output
+    ways_G: tuple[int, ...]  # over how many tensor-parallel ranks rows of A are dealt out
     shrink_GN8: torch.Tensor  # int32
     expand_GN8: torch.Tensor  # int32
     count_G2: torch.Tensor  # int32, pieces of shrink and of expand
@@ -94,6 +95,7 @@ def allocate_lora_work(
         layout=layout,
         max_rows=max_rows,
         row_units_X=torch.tensor(units, dtype=torch.int32, device=device),
+        ways_G=tuple(layout.a_ways(group[0]) for group in GROUPS),
         shrink_GN8=zeros(len(GROUPS), most_pieces, PIECE_FIELDS.value),
         expand_GN8=zeros(len(GROUPS), max_rows * most_units, PIECE_FIELDS.value),
         count_G2=zeros(len(GROUPS), 2),
@@ -133,6 +135,7 @@ def _plan_kernel(
     MODULES: tl.constexpr,
     FIRST_MODULE: tl.constexpr,
     GROUP_MODULES: tl.constexpr,
+    WAYS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     SHRINK_RANKS: tl.constexpr,
     VECTOR_UNITS: tl.constexpr,
@@ -151,10 +154,13 @@ def _plan_kernel(
 
     first_module = 0
     group_modules = 0
+    ways = 1
     for g in tl.static_range(len(FIRST_MODULE)):
         if group == g:
             first_module = FIRST_MODULE[g]
             group_modules = GROUP_MODULES[g]
+            ways = WAYS[g]
+    a_rows = (rank + ways - 1) // ways  # of a module
 
     a_ptr = a_offset_ptr + slot * MODULES + first_module
     b_ptr = b_offset_ptr + slot * MODULES + first_module
@@ -165,7 +171,7 @@ def _plan_kernel(
     for module in range(0, group_modules):
         offset = tl.load(a_ptr + module, mask=is_tile, other=-1)
         is_present = offset >= 0
-        stacked += tl.where(is_present, rank, 0)
+        stacked += tl.where(is_present, a_rows, 0)
         a_unit = tl.where(is_present, tl.minimum(a_unit, offset), a_unit)
         row_units = tl.load(row_units_ptr + first_module + module)
         units += tl.where(is_present, (row_units + step - 1) // step, 0)
@@ -201,7 +207,7 @@ def _plan_kernel(
             tl.store(fields + j * PIECE_FIELDS + 7, y_column, mask=is_mine)
         pieces_here = (row_units + step - 1) // step
         fields += tl.where(is_present, pieces_here * PIECE_FIELDS, 0)
-        y_column += tl.where(is_present, rank, 0)
+        y_column += tl.where(is_present, a_rows, 0)
 
     if planner == 0:
         tl.store(count_ptr + group * 2, tl.sum(pieces, 0))
@@ -229,6 +235,7 @@ def plan_lora(slot_T: torch.Tensor, tables: AdapterTables, work: LoraWork) -> No
         MODULES=len(MODULES),
         FIRST_MODULE=FIRST_MODULE,
         GROUP_MODULES=tuple(len(group) for group in GROUPS),
+        WAYS=work.ways_G,
         TILE_ROWS=work.setting.tile_rows,
         SHRINK_RANKS=work.setting.shrink_ranks,
         VECTOR_UNITS=work.setting.vector_units,

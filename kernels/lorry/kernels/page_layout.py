@@ -178,10 +178,14 @@ class PageLayout:
         unit = self.row_unit
         return math.ceil(a_width / unit) * unit, math.ceil(b_width / unit) * unit
 
+    def a_ways(self, module: str) -> int:
+        """Over how many ranks the rows of A are dealt out."""
+        is_split = self.tp_strategy is TpStrategy.SLORA and module not in ROW_PARALLEL
+        return self.tp_size if is_split else 1
+
     def a_rows(self, module: str, rank: int) -> int:
         """Rows of A on this rank of an adapter of rank `rank`; transposed B always has `rank`."""
-        split = self.tp_strategy is TpStrategy.SLORA and module not in ROW_PARALLEL
-        return math.ceil(rank / self.tp_size) if split else rank
+        return math.ceil(rank / self.a_ways(module))
 
     def offsets(self, targets: Iterable[str], rank: int) -> Mapping[str, ModuleOffsets]:
         """Offsets of the modules in `targets`, in the order of the virtual space."""

@@ -105,6 +105,7 @@ def _scores_kernel(
     best_token_ptr,  # [T, chunks], int32
     stride_lt,
     vocabulary,
+    first_id,
     ROUNDS: tl.constexpr,
     MULTIPLIER_0: tl.constexpr,
     MULTIPLIER_1: tl.constexpr,
@@ -125,7 +126,7 @@ def _scores_kernel(
         seed = tl.load(seed_ptr + row)
         key_0 = seed.to(tl.uint32)
         key_1 = (seed >> 32).to(tl.uint32)
-        c0 = token.to(tl.uint32)
+        c0 = (token + first_id).to(tl.uint32)
         c1 = tl.load(output_position_ptr + row).to(tl.uint32) + tl.zeros_like(c0)
         c2 = tl.zeros_like(c0)
         c3 = tl.zeros_like(c0)
@@ -150,7 +151,7 @@ def _scores_kernel(
     best, place = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
     at = row * tl.num_programs(1) + chunk
     tl.store(best_score_ptr + at, best)
-    tl.store(best_token_ptr + at, chunk * BLOCK_V + place)
+    tl.store(best_token_ptr + at, first_id + chunk * BLOCK_V + place)
 
 
 @triton.jit
@@ -158,16 +159,20 @@ def _best_kernel(
     best_score_ptr,  # [T, chunks]
     best_token_ptr,  # [T, chunks]
     token_ptr,  # [T]
+    score_ptr,  # [T], or unused
     chunks,
+    HAS_SCORE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The token of the best chunk of each row."""
+    """The token of the best chunk of each row, and its score."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK_C)
     at = best_score_ptr + row * chunks + chunk
     score = tl.load(at, mask=chunk < chunks, other=-float("inf"))
     place = tl.argmax(score, 0, tie_break_left=True)
     tl.store(token_ptr + row, tl.load(best_token_ptr + row * chunks + place).to(tl.int64))
+    if HAS_SCORE:
+        tl.store(score_ptr + row, tl.max(score, 0))
 
 
 def sample(
@@ -184,6 +189,48 @@ def sample(
     threshold are left out, as are NaNs. Ties go to the smallest id. The noise is that of
     `gumbel_noise`, whose 32 random bits are equal and whose logarithms may differ in the last ones.
     """
+    _draw(logits_TV, temperature_T, seed_T, output_position_T, token_T, None, threshold_T)
+
+
+def best(
+    logits_TV: torch.Tensor,
+    temperature_T: torch.Tensor,
+    seed_T: torch.Tensor,
+    output_position_T: torch.Tensor,
+    *,
+    first_id: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `sample` maximizes (float32), and the id where it is largest (int64).
+
+    The logits are those of a part of the vocabulary that begins with `first_id`.
+    """
+    device = logits_TV.device
+    score_T = torch.empty(len(logits_TV), dtype=torch.float32, device=device)
+    token_T = torch.empty(len(logits_TV), dtype=torch.int64, device=device)
+    _draw(
+        logits_TV,
+        temperature_T,
+        seed_T,
+        output_position_T,
+        token_T,
+        score_T,
+        None,
+        first_id=first_id,
+    )
+    return score_T, token_T
+
+
+def _draw(
+    logits_TV: torch.Tensor,
+    temperature_T: torch.Tensor,
+    seed_T: torch.Tensor,
+    output_position_T: torch.Tensor,
+    token_T: torch.Tensor,
+    score_T: torch.Tensor | None,
+    threshold_T: torch.Tensor | None,
+    *,
+    first_id: int = 0,
+) -> None:
     num_rows, vocabulary = logits_TV.shape
     chunks = triton.cdiv(vocabulary, BLOCK_V)
     best_score = torch.empty(num_rows, chunks, dtype=torch.float32, device=logits_TV.device)
@@ -198,6 +245,7 @@ def sample(
         best_token,
         logits_TV.stride(0),
         vocabulary,
+        first_id,
         ROUNDS=PHILOX_ROUNDS,
         MULTIPLIER_0=PHILOX_MULTIPLIERS[0],
         MULTIPLIER_1=PHILOX_MULTIPLIERS[1],
@@ -211,7 +259,9 @@ def sample(
         best_score,
         best_token,
         token_T,
+        score_T,
         chunks,
+        HAS_SCORE=score_T is not None,
         BLOCK_C=triton.next_power_of_2(chunks),
         num_warps=1,
     )

@@ -39,6 +39,10 @@ class AdapterMemory(Protocol):
         """Loads that are done since the last call; the next step may use them."""
         ...
 
+    def finish_loads(self, count: int) -> None:
+        """Wait for the oldest `count` loads; the next step may use them."""
+        ...
+
 
 class DirectAdapterMemory:
     """Copies at once; see `AdapterMemory`."""
@@ -74,3 +78,6 @@ class DirectAdapterMemory:
     def finished_loads(self) -> list[FinishedLoad]:
         finished, self._finished = self._finished, []
         return finished
+
+    def finish_loads(self, count: int) -> None:
+        del self._finished[:count]

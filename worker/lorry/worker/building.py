@@ -15,19 +15,26 @@ from lorry.worker.config import EngineConfig
 from lorry.worker.cuda_runner import CudaRunner
 from lorry.worker.device_memory import (
     GpuMemory,
+    NoSuchGpu,
     StepLimits,
     check_pool_pages,
     default_pool_pages,
     memory_needs,
 )
+from lorry.worker.device_vocabulary import (
+    DeviceVocabulary,
+    SplitDeviceVocabulary,
+    WholeDeviceVocabulary,
+)
 from lorry.worker.engine import Engine
 from lorry.worker.following_rank import FollowingRank
 from lorry.worker.leading_runner import LeadingRunner, RankLink
+from lorry.worker.lora_sharing import lora_sharing
 from lorry.worker.lora_strategies import lora_strategy
 from lorry.worker.model import Decoder
 from lorry.worker.pool import PagePool
 from lorry.worker.progress import logged
-from lorry.worker.runner import Runner
+from lorry.worker.runner import RankRunner
 from lorry.worker.scheduler import Scheduler, SchedulerLimits
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.torch_runner import TorchRunner
@@ -57,7 +64,6 @@ def build_engine(config: EngineConfig, base_model: BaseModel, ranks: Ranks | Non
     scheduler = Scheduler(limits, PagePool(pool.num_pages), table)
     if ranks is None:
         return Engine(runner, scheduler)
-    assert isinstance(runner, TorchRunner), "several ranks are on the CPU"
     return Engine(LeadingRunner(runner, ranks.links), scheduler)
 
 
@@ -66,9 +72,7 @@ def build_following_rank(
 ) -> FollowingRank:
     """The same for a rank that schedules nothing."""
     limits = _limits(config, base_model)
-    runner = _build_runner(config, base_model, limits, rank, collectives)
-    assert isinstance(runner, TorchRunner), "several ranks are on the CPU"
-    return FollowingRank(runner)
+    return FollowingRank(_build_runner(config, base_model, limits, rank, collectives))
 
 
 def _limits(config: EngineConfig, base_model: BaseModel) -> SchedulerLimits:
@@ -86,9 +90,9 @@ def _build_runner(
     limits: SchedulerLimits,
     rank: int,
     collectives: Collectives,
-) -> Runner:
+) -> RankRunner:
     torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
+    device = _open_device(config, rank)
     layout = config.page_layout(base_model, rank)
     pool_pages = _pool_pages(config, base_model, layout, limits)
     vocabulary = _vocabulary(base_model, layout, collectives)
@@ -113,12 +117,34 @@ def _build_runner(
             base_model,
             model,
             pool,
+            vocabulary=_device_vocabulary(base_model, layout, collectives),
+            lora=lora_sharing(layout, collectives, max_rank=config.max_rank),
             max_rank=config.max_rank,
             max_rows=limits.step_tokens,
             max_running=limits.max_running,
             max_context_tokens=limits.max_context_tokens,
             batch_invariant=config.batch_invariant,
         )
+
+
+def _open_device(config: EngineConfig, rank: int) -> torch.device:
+    """The rank's own; raises NoSuchGpu."""
+    if config.device == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if config.tensor_parallel > count:
+        raise NoSuchGpu(f"tensor_parallel {config.tensor_parallel} needs as many GPUs, got {count}")
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _device_vocabulary(
+    base_model: BaseModel, layout: PageLayout, collectives: Collectives
+) -> DeviceVocabulary:
+    if layout.tp_size == 1:
+        return WholeDeviceVocabulary()
+    return SplitDeviceVocabulary(Partition(layout).vocabulary(base_model.vocab_size), collectives)
 
 
 def _vocabulary(base_model: BaseModel, layout: PageLayout, collectives: Collectives) -> Vocabulary:

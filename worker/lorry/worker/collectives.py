@@ -1,13 +1,15 @@
 """What tensor-parallel ranks tell each other within a step.
 
-Every rank makes the same calls in the same order. One rank alone has nothing to tell.
+Every rank makes the same calls in the same order, in the order of the current stream where they
+compute on GPUs, so that CUDA graphs hold the calls too. One rank alone has nothing to tell.
 """
 
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
-from torch._C._distributed_c10d import ProcessGroupGloo, Store
+from torch._C import _distributed_c10d
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, Store
 
 TIMEOUT_S = 120.0  # of one call, should the front not have ended a hung rank before
 
@@ -38,22 +40,33 @@ class Group:
     def __init__(self, backend: Any, size: int) -> None:
         self._backend = backend  # of which torch's stubs know little
         self._size = size
+        # Else NCCL's would run on a stream of its own.
+        self._reducing, self._gathering = AllreduceOptions(), AllgatherOptions()
+        self._reducing.asyncOp = self._gathering.asyncOp = False
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
-        self._backend.allreduce([x]).wait()
+        self._backend.allreduce([x], self._reducing).wait()
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(self._size * x.numel())
-        self._backend._allgather_base(out, x.flatten()).wait()
+        self._backend._allgather_base(out, x.flatten(), self._gathering).wait()
         return out.view(self._size, *x.shape)
 
 
 def join_by_gloo(store: Store, *, rank: int, size: int) -> Group:
     """Meet the other ranks at `store`; raises RuntimeError if they do not come in time."""
-    gloo: Any = ProcessGroupGloo
+    gloo: Any = _distributed_c10d.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = timedelta(seconds=TIMEOUT_S)
     options._devices = [gloo.create_device(hostname="127.0.0.1")]
     return Group(gloo(store, rank, size, options), size)
+
+
+def join_by_nccl(store: Store, *, rank: int, size: int) -> Group:
+    """The same for ranks that compute on GPUs; they meet in their first call."""
+    nccl: Any = getattr(_distributed_c10d, "ProcessGroupNCCL")  # noqa: B009  # not in CPU builds
+    options = nccl.Options()
+    options._timeout = timedelta(seconds=TIMEOUT_S)
+    return Group(nccl(store, rank, size, options), size)

@@ -119,8 +119,8 @@ class Config(CallingServiceConfig):
     """Type of weights, KV cache and adapters; by default fp32 on the CPU and bf16 on a GPU."""
 
     tensor_parallel: int = 1
-    """Processes that share the model, each with a part of every layer: only on the CPU so far. It
-    must divide the model's KV heads or be a multiple of their number."""
+    """Processes that share the model, each with a part of every layer, and on GPUs each with one of
+    its own. It must divide the model's KV heads or be a multiple of their number."""
 
     lora_strategy: LoraStrategyName = "replicated"
     """How tensor-parallel processes share adapters: `replicated` keeps A of q, k, v, gate and up
@@ -206,10 +206,6 @@ class Config(CallingServiceConfig):
             raise ValueError(f"max_rank must be in [1, {MAX_RANK}], got {self.max_rank}")
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
-        if self.tensor_parallel > 1 and self.device != "cpu":
-            raise ValueError(
-                f"tensor_parallel {self.tensor_parallel} needs device cpu, got {self.device}"
-            )
         if self.batch_invariant:
             check_batch_invariant(self.device, self.tensor_parallel)
         if not self.worker_id:

@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,7 +58,12 @@ class CudaAdapterMemory:
         self._changes_all_S = np.zeros(pool.num_pages - 1, dtype=np.bool_)  # beyond attention
         self._images = HostImages()
         self._stream = torch.cuda.Stream(device)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-copies")
+        self._thread = ThreadPoolExecutor(
+            1,
+            thread_name_prefix="adapter-copies",
+            initializer=torch.cuda.set_device,
+            initargs=(device,),
+        )
         self._copies: deque[tuple[Adapter, Future[_Copy]]] = deque()
         self._registered: dict[int, torch.Tensor] = {}  # files by address
         self._loads: dict[int, int] = {}  # from each file, until it is registered
@@ -83,13 +89,24 @@ class CudaAdapterMemory:
         self._copies.append((adapter, copy))
 
     def finished_loads(self) -> list[FinishedLoad]:
-        finished, changes = [], []
-        while self._copies and self._copies[0][1].done():
-            adapter, future = self._copies[0]
-            copy = future.result()
-            if not copy.done.query():
+        count = 0
+        for _, future in self._copies:
+            if not (future.done() and future.result().done.query()):
                 break
-            self._copies.popleft()
+            count += 1
+        return self._finish(count)
+
+    def finish_loads(self, count: int) -> None:
+        for _, future in islice(self._copies, count):
+            future.result().done.synchronize()
+        self._finish(count)
+
+    def _finish(self, count: int) -> list[FinishedLoad]:
+        """Note the oldest `count` copies, which are done."""
+        finished, changes = [], []
+        for _ in range(count):
+            adapter, future = self._copies.popleft()
+            copy = future.result()
             changes.append(copy.change)
             self._note_groups(adapter)
             seconds = max(copy.started.elapsed_time(copy.done) / 1e3, 1e-9)
@@ -98,9 +115,9 @@ class CudaAdapterMemory:
             self._table_buffer.write(changes)
         return finished
 
-    def groups_of(self, slot_S: np.ndarray) -> LoraGroups:
+    def groups_of(self, slot_T: np.ndarray) -> LoraGroups:
         """What the adapters in these slots change together."""
-        slots = slot_S[slot_S != BASE_MODEL]
+        slots = slot_T[slot_T != BASE_MODEL]
         if not len(slots):
             return LoraGroups.NONE
         return LoraGroups.ALL if self._changes_all_S[slots].any() else LoraGroups.ATTENTION

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lorry.kernels.invariant_attention import partials_bytes
 from lorry.kernels.launch_settings import split_setting
 from lorry.kernels.page_layout import PageLayout
+from lorry.kernels.partition import Partition
 from lorry.kernels.pool_view import TORCH_DTYPES
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.adapter_tables import slot_bytes
@@ -23,11 +24,16 @@ MOST_DEFAULT_PAGES = 1 << 18
 FIXED_BYTES = 1 << 30  # code of kernels, workspaces of matrix products, work lists
 GRAPH_BYTES = 8 << 20  # of a graph's nodes in the driver
 LOGIT_BYTES = 6  # of what the sampler makes of a logit
+COLLECTIVES_BYTES = 1 << 30  # of NCCL's buffers and channels
 ACTIVATION_COPIES = 2  # of the run before a capture, and in the graphs' own memory
 
 
 class PoolDoesNotFit(ValueError):
     """The pool leaves no room for the weights, or for the steps."""
+
+
+class NoSuchGpu(ValueError):
+    """The machine has fewer GPUs than there are tensor-parallel ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ def memory_needs(
 ) -> MemoryNeeds:
     """What an engine for `base_model` takes; steps are bounded from above."""
     return MemoryNeeds(
-        weights_bytes=num_weights(base_model) * layout.dtype.itemsize,
+        weights_bytes=num_weights(base_model, Partition(layout)) * layout.dtype.itemsize,
         steps_bytes=_steps_bytes(base_model, layout, steps),
         page_bytes=layout.page_bytes,
         slot_bytes=slot_bytes(layout, max_rank),
@@ -78,6 +84,8 @@ def _steps_bytes(base_model: BaseModel, layout: PageLayout, steps: StepLimits) -
     attention = (geometry.heads + geometry.kv_heads) * geometry.head_dim
     row_bytes = (6 * geometry.hidden + 2 * attention + 4 * geometry.intermediate) * itemsize
     sample_bytes = base_model.vocab_size * (itemsize + LOGIT_BYTES)
+    if layout.tp_size > 1:
+        sample_bytes += base_model.vocab_size * 2 * itemsize  # gathered, then brought in order
     most_samples = max(steps.max_samples, piece_rows(steps.max_rows))
     activations = steps.max_rows * row_bytes + most_samples * sample_bytes
     block_table = -(-steps.max_context_tokens // layout.page_tokens) * steps.max_samples * 4
@@ -86,6 +94,7 @@ def _steps_bytes(base_model: BaseModel, layout: PageLayout, steps: StepLimits) -
     graphs += len(bucket_sizes(steps.max_samples)) * len(HeadKind) + 1  # of prompts' logprobs
     return (
         FIXED_BYTES
+        + (COLLECTIVES_BYTES if layout.tp_size > 1 else 0)
         + graphs * GRAPH_BYTES
         + ACTIVATION_COPIES * activations
         + block_table

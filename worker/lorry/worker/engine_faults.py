@@ -3,7 +3,7 @@
 import torch
 
 from lorry.rpc.model_config import UnsupportedModel
-from lorry.worker.device_memory import PoolDoesNotFit
+from lorry.worker.device_memory import NoSuchGpu, PoolDoesNotFit
 
 LESS_GPU_MEMORY = "lower memory_fraction, pool_bytes, step_tokens or max_running"
 CPU_ALLOCATOR = "DefaultCPUAllocator"
@@ -22,7 +22,7 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, MemoryError) or CPU_ALLOCATOR in text:
         return f"the machine is out of memory; lower pool_bytes: {text}"
-    if isinstance(error, PoolDoesNotFit | UnsupportedModel | OSError):
+    if isinstance(error, PoolDoesNotFit | NoSuchGpu | UnsupportedModel | OSError):
         return text
     return None
 

@@ -78,8 +78,14 @@ def leading(arguments: EngineArguments) -> Iterator[Ranks | None]:
 
     links = [RingLink(Ring.attach(*handle)) for handle in given.links]
     with beating(given.vital_fd):
-        size = arguments.config.tensor_parallel
-        collectives = meet(given.port, rank=0, size=size, listening_fd=given.listening_fd)
+        config = arguments.config
+        collectives = meet(
+            given.port,
+            config.device,
+            rank=0,
+            size=config.tensor_parallel,
+            listening_fd=given.listening_fd,
+        )
         yield Ranks(links, collectives)
         tell(links, EndRank())
 
@@ -98,6 +104,9 @@ def main(run: Callable[[EngineArguments, EngineChannel], None] = run) -> None:
         raise
     except Exception as error:
         fail(error, channel)
+    if arguments.ranks is not None:
+        logging.shutdown()
+        os._exit(0)  # what waits for other ranks would delay an orderly end
 
 
 def fail(error: Exception, channel: EngineChannel) -> NoReturn:

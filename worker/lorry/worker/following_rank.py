@@ -3,6 +3,7 @@
 from lorry.worker.messages import ImageReady
 from lorry.worker.rank_messages import (
     EndRank,
+    FinishLoads,
     LoadAdapter,
     MapImage,
     RankMessage,
@@ -10,11 +11,11 @@ from lorry.worker.rank_messages import (
     UnmapImage,
 )
 from lorry.worker.residency import Adapter
-from lorry.worker.torch_runner import TorchRunner
+from lorry.worker.runner import RankRunner
 
 
 class FollowingRank:
-    def __init__(self, runner: TorchRunner) -> None:
+    def __init__(self, runner: RankRunner) -> None:
         self._runner = runner
         self._images: dict[bytes, ImageReady] = {}
 
@@ -34,7 +35,8 @@ class FollowingRank:
                 self._runner.adapters.begin_load(
                     Adapter(version, image=image, slot=slot, pages=pages)
                 )
-                self._runner.adapters.finished_loads()
+            case FinishLoads(count):
+                self._runner.adapters.finish_loads(count)
             case EndRank():
                 return False
         return True

@@ -28,7 +28,10 @@ def capture_graphs(runs: Mapping[Key, Callable[[], None]]) -> dict[Key, torch.cu
             run()
             torch.cuda.synchronize()
             graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[key], pool=memory, stream=stream):
+            # A thread of NCCL's looks at events at any time, which would end a stricter capture.
+            with torch.cuda.graph(
+                graphs[key], pool=memory, stream=stream, capture_error_mode="thread_local"
+            ):
                 run()
     finally:
         gc.enable()

@@ -10,6 +10,7 @@ from lorry.worker.messages import ImageReady
 from lorry.worker.plan import Batch
 from lorry.worker.rank_messages import (
     EndRank,
+    FinishLoads,
     LoadAdapter,
     MapImage,
     RankMessage,
@@ -17,9 +18,8 @@ from lorry.worker.rank_messages import (
     UnmapImage,
 )
 from lorry.worker.residency import Adapter
-from lorry.worker.runner import ReadTokens, RunCounts
+from lorry.worker.runner import RankRunner, ReadTokens, RunCounts
 from lorry.worker.sequences import SequenceTable
-from lorry.worker.torch_runner import TorchRunner
 
 
 class RankLink(Protocol):
@@ -31,7 +31,7 @@ class RankLink(Protocol):
 class LeadingRunner:
     """See `Runner`. All ranks do the same in the same order, so that their collectives meet."""
 
-    def __init__(self, local: TorchRunner, links: Sequence[RankLink]) -> None:
+    def __init__(self, local: RankRunner, links: Sequence[RankLink]) -> None:
         self.max_in_flight = local.max_in_flight
         self.adapters: AdapterMemory = LeadingAdapterMemory(local.adapters, links)
         self._local = local
@@ -44,8 +44,7 @@ class LeadingRunner:
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
         work = self._local.prepare(batch, table)
         tell(self._links, RunStep(work))
-        drawn = self._local.run(work)
-        return lambda: drawn
+        return self._local.run(work)
 
     def end(self) -> None:
         """Tell the others that nothing comes any more."""
@@ -82,8 +81,14 @@ class LeadingAdapterMemory:
         self._local.begin_load(adapter)
 
     def finished_loads(self) -> list[FinishedLoad]:
-        """Other ranks load before any step that uses the adapter: messages keep their order."""
-        return self._local.finished_loads()
+        finished = self._local.finished_loads()
+        if finished:
+            tell(self._links, FinishLoads(len(finished)))
+        return finished
+
+    def finish_loads(self, count: int) -> None:
+        tell(self._links, FinishLoads(count))
+        self._local.finish_loads(count)
 
 
 def tell(links: Sequence[RankLink], message: RankMessage) -> None:

@@ -8,13 +8,16 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import TCPStore
 
-from lorry.worker.collectives import Group, join_by_gloo
+from lorry.worker.collectives import Group, join_by_gloo, join_by_nccl
+from lorry.worker.config import Device
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 120.0  # until all ranks are there
 
 
-def meet(port: int, *, rank: int, size: int, listening_fd: int | None = None) -> Group:
+def meet(
+    port: int, device: Device, *, rank: int, size: int, listening_fd: int | None = None
+) -> Group:
     """The group of all ranks; the first one takes over the listening socket.
 
     Raises RuntimeError if the others do not come in time.
@@ -29,4 +32,5 @@ def meet(port: int, *, rank: int, size: int, listening_fd: int | None = None) ->
         master_listen_fd=listening_fd,
     )
     atexit.register(lambda: store)  # the group may ask it until the process ends
-    return join_by_gloo(store, rank=rank, size=size)
+    join = join_by_nccl if device == "cuda" else join_by_gloo
+    return join(store, rank=rank, size=size)

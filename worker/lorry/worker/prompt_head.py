@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lorry.kernels.logprobs import NOT_ASKED, packed_logprobs, rank, unpacked, write_logprobs
+from lorry.worker.device_vocabulary import DeviceVocabulary
 from lorry.worker.prompt_rows import PromptTargets
 from lorry.worker.step_head import Head
 from lorry.worker.transfers import to_device, to_host
@@ -25,10 +26,11 @@ def piece_rows(max_rows: int) -> int:
 class PromptHead:
     """Reads the hidden states of a step that was just run."""
 
-    def __init__(self, model: Head, hidden_TH: torch.Tensor) -> None:
+    def __init__(self, model: Head, hidden_TH: torch.Tensor, vocabulary: DeviceVocabulary) -> None:
         device, rows = hidden_TH.device, piece_rows(len(hidden_TH))
         self._model = model
         self._hidden_TH = hidden_TH
+        self._vocabulary = vocabulary
         self._targets_3P = torch.zeros(len(PromptTargets._fields), rows, dtype=torch.int64).to(
             device
         )
@@ -38,7 +40,7 @@ class PromptHead:
         """One piece."""
         step_row_P, token_id_P, num_top_P = self._targets_3P
         num_top_P = num_top_P.int()
-        logits_PV = self._model.logits(self._hidden_TH[step_row_P])
+        logits_PV = self._vocabulary.whole(self._model.logits(self._hidden_TH[step_row_P]))
         ranked = rank(logits_PV, num_top_P)
         write_logprobs(logits_PV, ranked, token_id_P, num_top_P, unpacked(self._logprobs_PY))
 

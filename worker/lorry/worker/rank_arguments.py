@@ -7,6 +7,8 @@ from typing import NamedTuple
 from lorry.worker.config import EngineConfig
 from lorry.worker.ring import RingHandle
 
+MAX_REASON_BYTES = 4000  # a pipe takes as many at once
+
 
 class LeaderArguments(NamedTuple):
     """What the first rank, the engine, needs beside its own arguments."""
@@ -41,6 +43,7 @@ class RankArguments(NamedTuple):
     rank: int
     messages: RingHandle  # from the first rank
     vital_fd: int
+    reason_fd: int  # of a pipe, for why it fails
     port: int
     front_pid: int
 
@@ -50,6 +53,7 @@ class RankArguments(NamedTuple):
             f"--rank={self.rank}",
             f"--messages={self.messages}",
             f"--vital-fd={self.vital_fd}",
+            f"--reason-fd={self.reason_fd}",
             f"--port={self.port}",
             f"--front={self.front_pid}",
         ]
@@ -63,14 +67,21 @@ class RankArguments(NamedTuple):
         parser.add_argument(
             "--messages", required=True, type=RingHandle.parse, metavar="FD:FD:CAPACITY"
         )
-        for name in ("--rank", "--vital-fd", "--port", "--front"):
+        for name in ("--rank", "--vital-fd", "--reason-fd", "--port", "--front"):
             parser.add_argument(name, required=True, type=int, metavar="NUMBER")
         given = parser.parse_args(argv)
         return cls(
-            given.config, given.rank, given.messages, given.vital_fd, given.port, given.front
+            given.config,
+            given.rank,
+            given.messages,
+            given.vital_fd,
+            given.reason_fd,
+            given.port,
+            given.front,
         )
 
     @property
     def descriptors(self) -> list[int]:
         """That the process inherits."""
-        return [self.messages.memory_fd, self.messages.event_fd, self.vital_fd]
+        rings = [self.messages.memory_fd, self.messages.event_fd]
+        return [*rings, self.vital_fd, self.reason_fd]

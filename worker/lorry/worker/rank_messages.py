@@ -30,6 +30,12 @@ class LoadAdapter(Message, frozen=True):
     pages: list[int]
 
 
+class FinishLoads(Message, frozen=True):
+    """Steps from here on may use the oldest adapters that are being loaded."""
+
+    count: int
+
+
 class RunStep(Message, frozen=True):
     work: StepWork
 
@@ -38,7 +44,7 @@ class EndRank(Message, frozen=True):
     """Nothing comes after it."""
 
 
-RankMessage = MapImage | UnmapImage | LoadAdapter | RunStep | EndRank
+RankMessage = MapImage | UnmapImage | LoadAdapter | FinishLoads | RunStep | EndRank
 
 
 class RankCodec:

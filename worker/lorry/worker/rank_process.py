@@ -7,6 +7,7 @@ import faulthandler
 import logging
 import os
 from collections.abc import Iterator
+from typing import NoReturn
 
 from lorry.rpc.base_model import read_base_model
 from lorry.worker.building import build_following_rank
@@ -14,7 +15,7 @@ from lorry.worker.engine_channel import die_with
 from lorry.worker.engine_faults import explain
 from lorry.worker.following_rank import FollowingRank
 from lorry.worker.meeting import meet
-from lorry.worker.rank_arguments import RankArguments
+from lorry.worker.rank_arguments import MAX_REASON_BYTES, RankArguments
 from lorry.worker.rank_messages import RankCodec, RankMessage
 from lorry.worker.ring import Ring
 from lorry.worker.vital_sign import beating
@@ -40,6 +41,12 @@ def read(ring: Ring) -> Iterator[RankMessage]:
             yield codec.decode(record)
 
 
+def end(code: int) -> NoReturn:
+    """Leave: what waits for other ranks, or holds graphs of theirs, would delay an orderly end."""
+    logging.shutdown()
+    os._exit(code)
+
+
 def main() -> None:
     arguments = RankArguments.parse()
     rank, config = arguments.rank, arguments.config
@@ -51,13 +58,18 @@ def main() -> None:
     ring = Ring.attach(*arguments.messages)
     with beating(arguments.vital_fd):
         try:
-            collectives = meet(arguments.port, rank=rank, size=config.tensor_parallel)
+            collectives = meet(
+                arguments.port, config.device, rank=rank, size=config.tensor_parallel
+            )
             base_model = read_base_model(config.model)
             follow(build_following_rank(config, base_model, rank, collectives), read(ring))
+            end(0)
         except Exception as error:
-            log.error("%s", explain(error) or "a defect of the engine", exc_info=error)
-            logging.shutdown()
-            os._exit(1)  # collectives that wait for other ranks would delay an orderly end
+            reason = explain(error)
+            log.error("%s", reason or "a defect of the engine", exc_info=error)
+            text = reason or f"{type(error).__name__}: {error}"
+            os.write(arguments.reason_fd, text.encode()[:MAX_REASON_BYTES])
+            end(1)
 
 
 if __name__ == "__main__":

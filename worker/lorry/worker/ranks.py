@@ -14,11 +14,11 @@ from pathlib import Path
 
 from lorry.worker.config import EngineConfig
 from lorry.worker.exits import describe_exit
-from lorry.worker.rank_arguments import LeaderArguments, RankArguments
+from lorry.worker.rank_arguments import MAX_REASON_BYTES, LeaderArguments, RankArguments
 from lorry.worker.ring import Ring
 
 RANK_COMMAND = (sys.executable, "-m", "lorry.worker.rank_process")
-SILENCE_S = 8.0  # after a sign of life; a busy machine delays the next one by far less
+SILENCE_S = 7.0  # after a sign of life; a busy machine delays the next one by far less
 TICK_S = 0.25
 STOP_S = 5.0
 STATES = {"T": "it is stopped", "t": "a debugger holds it", "D": "it waits for a device"}
@@ -54,10 +54,12 @@ class Ranks:
             listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             port: int = listening.getsockname()[1]
             for rank, ring in enumerate(rings, 1):
+                reason, reason_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+                stack.callback(os.close, reason)
                 arguments = RankArguments(
-                    self._config, rank, ring.handle, vital_fds[rank], port, os.getpid()
+                    self._config, rank, ring.handle, vital_fds[rank], reason_fd, port, os.getpid()
                 )
-                await stack.enter_async_context(self._process(arguments, fail))
+                await stack.enter_async_context(self._process(arguments, reason, fail))
             for rank, event_fd in enumerate(vital_fds):
                 stack.enter_context(self._listening(rank, event_fd))
             await stack.enter_async_context(self._watching(fail))
@@ -69,17 +71,22 @@ class Ranks:
         self._pids[0] = pid
 
     @contextlib.asynccontextmanager
-    async def _process(self, arguments: RankArguments, fail: Fail) -> AsyncIterator[None]:
-        process = await asyncio.create_subprocess_exec(
-            *RANK_COMMAND,
-            *arguments.to_argv(),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=sys.stderr,
-            process_group=0,
-            pass_fds=arguments.descriptors,
-        )
+    async def _process(
+        self, arguments: RankArguments, reason_fd: int, fail: Fail
+    ) -> AsyncIterator[None]:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *RANK_COMMAND,
+                *arguments.to_argv(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sys.stderr,
+                process_group=0,
+                pass_fds=arguments.descriptors,
+            )
+        finally:
+            os.close(arguments.reason_fd)  # the process's end of the pipe
         self._pids[arguments.rank] = process.pid
-        reaping = asyncio.create_task(self._reap(arguments.rank, process, fail))
+        reaping = asyncio.create_task(self._reap(arguments.rank, process, reason_fd, fail))
         try:
             yield
         finally:
@@ -92,10 +99,14 @@ class Ranks:
                 process.kill()
                 await process.wait()
 
-    async def _reap(self, rank: int, process: asyncio.subprocess.Process, fail: Fail) -> None:
+    async def _reap(
+        self, rank: int, process: asyncio.subprocess.Process, reason_fd: int, fail: Fail
+    ) -> None:
         code = await process.wait()
         if code:
-            self._lose(f"rank {rank} ended with {describe_exit(code)}", fail)
+            reason = os.read(reason_fd, MAX_REASON_BYTES).decode(errors="replace")
+            ended = f"failed: {reason}" if reason else f"ended with {describe_exit(code)}"
+            self._lose(f"rank {rank} {ended}", fail)
 
     @contextlib.contextmanager
     def _listening(self, rank: int, event_fd: int) -> Iterator[None]:

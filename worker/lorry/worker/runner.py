@@ -7,6 +7,7 @@ from lorry.worker.adapter_memory import AdapterMemory
 from lorry.worker.drawn import Drawn
 from lorry.worker.plan import Batch
 from lorry.worker.sequences import SequenceTable
+from lorry.worker.step_work import StepWork
 
 
 class RunCounts(NamedTuple):
@@ -34,4 +35,16 @@ class Runner(Protocol):
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
         """Start a step; the result waits for it and returns what it drew. A sequence whose newest
         token was not read yet continues from what the step before drew."""
+        ...
+
+
+class RankRunner(Runner, Protocol):
+    """One whose steps other tensor-parallel ranks can run, too."""
+
+    def prepare(self, batch: Batch, table: SequenceTable) -> StepWork:
+        """What a step needs of the host."""
+        ...
+
+    def run(self, work: StepWork) -> ReadTokens:
+        """Start the step, as `launch` does."""
         ...

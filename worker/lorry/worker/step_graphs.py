@@ -16,6 +16,7 @@ import torch
 
 from lorry.kernels.compilation import compile_ahead
 from lorry.worker.buckets import bucket_of, bucket_sizes
+from lorry.worker.device_vocabulary import DeviceVocabulary
 from lorry.worker.graph_capture import capture_graphs
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.model import Decoder
@@ -45,6 +46,7 @@ class StepGraphs:
         state: DeviceState,
         buffers: StepBuffers,
         adjustments: SequenceAdjustments,
+        vocabulary: DeviceVocabulary,
         *,
         max_rows: int,
         max_samples: int,
@@ -60,14 +62,18 @@ class StepGraphs:
         self._buffers = buffers.device
         self._hidden_TH = torch.zeros(max_rows, hidden, dtype=dtype, device=device)
         self.head = StepHead(
-            model, buffers.device, self._hidden_TH, adjustments, max_samples=max_samples
+            model, buffers.device, self._hidden_TH, adjustments, vocabulary, max_samples=max_samples
         )
-        self._prompt_head = PromptHead(model, self._hidden_TH)
+        self._prompt_head = PromptHead(model, self._hidden_TH, vocabulary)
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:
         """Compile, warm up and capture everything, largest first so that memory is shared best."""
-        with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MAX_COMPILERS)) as threads:
+        with ThreadPoolExecutor(
+            min(len(os.sched_getaffinity(0)), MAX_COMPILERS),
+            initializer=torch.cuda.set_device,  # by which Triton keeps what they compile
+            initargs=(self._hidden_TH.device,),
+        ) as threads:
             for kernel in counted(
                 log, compile_ahead(self._launch_all, threads), "compiled kernels"
             ):

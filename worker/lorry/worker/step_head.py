@@ -14,6 +14,7 @@ from lorry.kernels.adjustments import adjust, count_drawn
 from lorry.kernels.logprobs import packed_logprobs, rank, unpacked, write_logprobs
 from lorry.kernels.sampling import sample
 from lorry.kernels.truncation import truncate
+from lorry.worker.device_vocabulary import DeviceVocabulary
 from lorry.worker.sequence_adjustments import SequenceAdjustments
 from lorry.worker.step_arrays import HeadKind
 
@@ -31,6 +32,7 @@ class StepHead:
         buffers: Mapping[str, torch.Tensor],
         hidden_TH: torch.Tensor,
         adjustments: SequenceAdjustments,
+        vocabulary: DeviceVocabulary,
         *,
         max_samples: int,
     ) -> None:
@@ -43,6 +45,7 @@ class StepHead:
         self._buffers = buffers
         self._hidden_TH = hidden_TH
         self._adjustments = adjustments
+        self._vocabulary = vocabulary
 
     def run(self, samples: int, kind: HeadKind) -> None:
         """Fill the first rows of `token_N`, and those of `logprobs_NY` whose samples ask."""
@@ -50,23 +53,34 @@ class StepHead:
         token_N = self.token_N[:samples]
         logits_NV = self._model.logits(self._hidden_TH[buffers["sample_row"]])
         if kind is HeadKind.PLAIN:
-            self._draw(logits_NV, None, buffers, token_N)
-        elif kind is HeadKind.FULL:
+            self._vocabulary.draw(logits_NV, *_draws(buffers), token_N)
+        else:
+            logits_NV = self._vocabulary.whole(logits_NV)
+            self._draw_any(logits_NV, kind, buffers, token_N)
+            self._report(logits_NV, buffers["num_top"], token_N)
+        self.last_token_R[buffers["state_row"]] = token_N
+
+    def _draw_any(
+        self,
+        logits_NV: torch.Tensor,
+        kind: HeadKind,
+        buffers: Mapping[str, torch.Tensor],
+        token_N: torch.Tensor,
+    ) -> None:
+        if kind is HeadKind.FULL:
             self._draw_kept(logits_NV, buffers, token_N)
         else:
             tables = self._adjustments.tables
             rows = self._adjustments.of(buffers["state_row"])
             self._draw_kept(adjust(logits_NV, tables, rows), buffers, token_N)
             count_drawn(tables, rows, token_N)
-        if kind is not HeadKind.PLAIN:
-            self._report(logits_NV, buffers["num_top"], token_N)
-        self.last_token_R[buffers["state_row"]] = token_N
 
     def _draw_kept(
         self, logits_NV: torch.Tensor, buffers: Mapping[str, torch.Tensor], token_N: torch.Tensor
     ) -> None:
         parameters = (buffers[name] for name in ("temperature", "top_k", "top_p", "min_p"))
-        self._draw(logits_NV, truncate(logits_NV, *parameters), buffers, token_N)
+        threshold_N = truncate(logits_NV, *parameters)
+        sample(logits_NV, *_draws(buffers), token_N, threshold_N)
 
     def _report(
         self, logits_NV: torch.Tensor, num_top_N: torch.Tensor, token_N: torch.Tensor
@@ -75,18 +89,7 @@ class StepHead:
         out = unpacked(self.logprobs_NY[: len(logits_NV)])
         write_logprobs(logits_NV, rank(logits_NV, num_top_N), token_N, num_top_N, out)
 
-    def _draw(
-        self,
-        logits_NV: torch.Tensor,
-        threshold_N: torch.Tensor | None,
-        buffers: Mapping[str, torch.Tensor],
-        token_N: torch.Tensor,
-    ) -> None:
-        sample(
-            logits_NV,
-            buffers["temperature"],
-            buffers["seed"],
-            buffers["output_position"],
-            token_N,
-            threshold_N,
-        )
+
+def _draws(buffers: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Temperature, seed and output position of each sample."""
+    return buffers["temperature"], buffers["seed"], buffers["output_position"]

@@ -9,6 +9,6 @@ from lorry.worker.sequence_adjustments import StepChange
 
 
 class StepWork(NamedTuple):
-    arrays: dict[str, np.ndarray]  # of `host_step_arrays`
+    arrays: dict[str, np.ndarray]  # of `host_step_arrays`, or of `step_arrays` and new pages
     adjustments: StepChange | None
     prompt: PromptTargets | None

@@ -61,8 +61,7 @@ class TorchRunner:
         return RunCounts(graph_replays=0, eager_steps=self._num_steps, padded_rows=0)
 
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
-        drawn = self.run(self.prepare(batch, table))
-        return lambda: drawn
+        return self.run(self.prepare(batch, table))
 
     def prepare(self, batch: Batch, table: SequenceTable) -> StepWork:
         return StepWork(
@@ -71,8 +70,12 @@ class TorchRunner:
             None if batch.prompt is None else prompt_targets(batch.prompt, table),
         )
 
+    def run(self, work: StepWork) -> ReadTokens:
+        drawn = self._compute(work)
+        return lambda: drawn
+
     @torch.inference_mode()
-    def run(self, work: StepWork) -> Drawn:
+    def _compute(self, work: StepWork) -> Drawn:
         self._num_steps += 1
         step = to_step_input(work.arrays, self._pool.slices.device)
         operations = TorchOperations(

@@ -17,6 +17,7 @@ from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.kernels.rope import QkNorm, rope_write_kv
 from lorry.rpc.model_families import DecoderOptions
 from lorry.worker.lora_groups import LoraGroups
+from lorry.worker.lora_sharing import LoraSharing
 from lorry.worker.operations import HeadNorms, Product, Projection
 from lorry.worker.products import invariant_linear
 from lorry.worker.side_stream import IN_ORDER, SideStream
@@ -41,6 +42,7 @@ class DeviceState:
     cos_sin_L2D: torch.Tensor
     options: DecoderOptions
     attention: Mapping[int | None, StepAttention]  # by the layers' windows
+    lora: LoraSharing
     lora_works: Sequence[LoraWork]  # by ascending max_rows
     side: SideStream
     product: Product = linear
@@ -57,6 +59,7 @@ def allocate_device_state(
     cos_sin_L2D: torch.Tensor,
     options: DecoderOptions,
     *,
+    lora: LoraSharing,
     max_rows: int,
     batch_invariant: bool = False,
 ) -> DeviceState:
@@ -79,6 +82,7 @@ def allocate_device_state(
             cos_sin_L2D=cos_sin_L2D,
             options=options,
             attention=attention,
+            lora=lora,
             lora_works=[
                 allocate_lora_work(setting, pool.layout, max_rows=rows, device=device)
                 for rows, setting in lora_settings.items()
@@ -175,7 +179,8 @@ class TritonOperations:
             y_STY = lora_shrink(x_TI, group, state.pool, state.tables, layer, work)
         outputs = torch.split(state.product(x_TI, *base), widths, dim=1)
         side.join()
-        lora_expand_add(outputs, group, state.pool, state.tables, layer, work, y_STY)
+        shared = state.lora.share(y_STY, outputs, group)
+        lora_expand_add(shared.outputs, group, state.pool, state.tables, layer, work, shared.y)
         return outputs
 
     def swiglu(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:

@@ -120,9 +120,26 @@ def padded(tensor: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
     return out
 
 
-def num_weights(base_model: BaseModel) -> int:
-    """Elements of all tensors of the model."""
-    return sum(math.prod(shape) for shape in base_model.tensor_shapes().values())
+def num_weights(base_model: BaseModel, partition: Partition) -> int:
+    """Elements of all tensors of a rank's part of the model."""
+    counter = _Counter()
+    load_weights(base_model, counter, partition)
+    return counter.num_elements
+
+
+class _Counter:
+    """Counts what is read; see `WeightReader`."""
+
+    def __init__(self) -> None:
+        self.num_elements = 0
+
+    def holds(self, name: str) -> bool:
+        return False
+
+    def read(self, name: str, *parts: Part) -> torch.Tensor:
+        shape = [part.width for part in parts]
+        self.num_elements += math.prod(shape)
+        return torch.empty(shape, device="meta")
 
 
 def load_weights(base_model: BaseModel, reader: WeightReader, partition: Partition) -> ModelWeights:
