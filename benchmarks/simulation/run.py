@@ -32,6 +32,7 @@ class Setting:
     weights: Mapping[str, float] = field(default_factory=dict)  # of tenants
     max_prefetch: int = 32
     slo: Slo = NO_OBJECTIVE
+    tenant_slos: Mapping[str, Slo] = field(default_factory=dict)  # of those who have their own
 
     def adapter_of(self, request: TraceRequest) -> SimulatedAdapter:
         """Each tenant has adapters of its own."""
@@ -91,7 +92,8 @@ class Simulation:
     def _arrive(self) -> None:
         index, request = self._num_arrived, self._trace[self._num_arrived]
         self._num_arrived += 1
-        record = Record(index, request, self._setting.slo)
+        slo = self._setting.tenant_slos.get(request.tenant, self._setting.slo)
+        record = Record(index, request, slo)
         self.router.arrive(record, self._setting.adapter_of(request))
         self._await_arrival()
 

@@ -53,6 +53,17 @@ def test_a_request_alone_takes_its_steps() -> None:
     assert record.output_tokens == 11
 
 
+def test_times_per_output_token_that_are_asked_for_are_kept_under_overload() -> None:
+    trace = make_trace(TraceSpec(requests=400, adapters=20, rate=80.0))
+    asked = replace(h200.fitted(), slo=Slo(ttft_s=1.0, tpot_s=0.013))
+    met = {}
+    for share in (0.9, 0.0):
+        options = PolicyOptions(tpot_share=share)
+        records = checked(Simulation(replace(asked, options=options), trace))
+        met[share] = sum(record.met_slo for record in records)
+    assert met[0.9] > 1.5 * met[0.0]
+
+
 def test_an_absent_adapter_is_fetched_and_loaded_before_the_first_step() -> None:
     limits = {"fetch_s": 0.5, "load_bytes_per_s": 64 << 20}
     trace = [TraceRequest(0.0, 0, 10, 1), TraceRequest(5.0, 0, 10, 1)]

@@ -3,7 +3,13 @@
 import pytest
 
 from lorry.router.actions import Abort, Submit
-from lorry.router.admission import EarlyAbort, SloraAbort
+from lorry.router.admission import (
+    LESS_KEPT_BACK,
+    MORE_KEPT_BACK,
+    MOST_KEPT_BACK,
+    EarlyAbort,
+    SloraAbort,
+)
 from lorry.router.dispatcher import Dispatcher
 from lorry.router.request import Request, RequestState
 from lorry.router.slo import Slo
@@ -104,6 +110,22 @@ def test_an_overload_lasts_as_long_as_a_request_may_wait() -> None:
     assert admission.is_overloaded(11.9)
     assert not admission.is_overloaded(12.0)
     assert not EarlyAbort(refuse=True).arrived(asked, 2.1, 0.0)
+
+
+def test_as_much_of_an_objective_is_kept_back_as_leaves_few_late() -> None:
+    policy = EarlyAbort()
+    asked = request(slo=Slo(ttft_s=1.0))
+    assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9)
+    for _ in range(3):
+        policy.began(asked, 1.01)
+    assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9 - 3 * MORE_KEPT_BACK)
+    for _ in range(1000):
+        policy.began(asked, 1.01)
+    assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9 - MOST_KEPT_BACK)
+    policy.began(request(), 60.0)  # has no objective
+    for _ in range(int(MOST_KEPT_BACK / LESS_KEPT_BACK) + 1):
+        policy.began(asked, 0.99)
+    assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9)
 
 
 def test_sloras_rule_knows_only_its_constants() -> None:

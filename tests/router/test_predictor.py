@@ -89,3 +89,50 @@ def test_a_worker_of_half_its_speed_is_known_within_ten_seconds(load: float) -> 
     halve()
     fleet.run(400.0)
     assert statistics.median(errors_after(fleet, 40.0)) < 0.2
+
+
+def test_a_queue_that_each_step_empties_says_nothing_of_the_pace() -> None:
+    predictor, busy = Predictor(), worker(status=MEASURED, submit_limit=1000)
+    now_s = 0.0
+    for _ in range(100):
+        pair = [request(num_prompt_tokens=4, arrival_s=now_s) for _ in range(2)]
+        for one in pair:
+            predictor.advance(busy, now_s)
+            one.seq, one.last_submit_s = busy.add(one), now_s
+        now_s += 0.025  # the step under way and their own
+        for one in pair:
+            predictor.begin(one, busy, now_s)
+            busy.remove(one)
+    assert predictor.pace(busy) == MEASURED.prefill_tokens_per_s
+
+
+def test_a_queue_that_steps_pass_over_tells_the_pace() -> None:
+    predictor, busy = Predictor(), worker(status=MEASURED, submit_limit=1000)
+    queued = [request(num_prompt_tokens=50) for _ in range(400)]
+    for one in queued:
+        one.seq = busy.add(one)
+    for number, one in enumerate(queued, 1):
+        predictor.begin(one, busy, 1.0 + 0.1 * number)
+        busy.remove(one)
+    assert predictor.pace(busy) == pytest.approx(500, rel=0.2)
+
+
+def test_a_queue_goes_no_faster_than_running_requests_leave_of_the_steps() -> None:
+    busy = worker(status=MEASURED, step_tokens=10)
+    for _ in range(8):
+        one = request()
+        one.seq = busy.add(one)
+        busy.begin(one)
+    assert Predictor().pace(busy) == pytest.approx(2 / 0.017)
+
+
+def test_tokens_that_come_slower_than_steps_last_tell_what_a_further_step_lasts() -> None:
+    predictor, busy = Predictor(), worker(status=MEASURED, submit_limit=1000)
+    first = request()
+    first.seq = busy.add(first)
+    predictor.begin(first, busy, 1.0)
+    busy.begin(first)
+    assert predictor.tpot_s(busy) == pytest.approx(0.011)
+    for _ in range(20):
+        predictor.draw(busy, 16, 16 * 0.02)
+    assert predictor.tpot_s(busy) == pytest.approx(0.022, rel=0.05)

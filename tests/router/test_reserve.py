@@ -173,6 +173,29 @@ def test_a_modest_tenant_is_not_passed_over_for_a_greedy_ones_adapters() -> None
     assert submitted(router) == {"modest": 1}
 
 
+def test_prompts_of_a_greedy_tenant_leave_others_half_of_the_next_step() -> None:
+    only = worker(max_running=100, step_tokens=100)
+    router = fair(only, fairness_step_share=0.5, fairness_quantum_tokens=1000)
+    send(router, "modest", 1, num_prompt_tokens=10)
+    send(router, "greedy", 100, num_prompt_tokens=10)
+    assert submitted(router) == {"modest": 1, "greedy": 4}
+    send(router, "modest", 3, num_prompt_tokens=10)
+    assert submitted(router) == {"modest": 3}
+
+
+def test_where_a_greedy_tenants_prompts_fill_the_queue_others_have_as_much_again() -> None:
+    status = WorkerStatus(prefill_tokens_per_s=1000.0)
+    only = worker(max_running=100, step_tokens=1000, status=status)
+    router = fair(  # room for 100 tokens
+        only, worker_backlog_s=0.1, fairness_step_share=0.5, fairness_quantum_tokens=1000
+    )
+    send(router, "modest", 1, num_prompt_tokens=10)
+    send(router, "greedy", 100, num_prompt_tokens=30)
+    assert submitted(router) == {"modest": 1, "greedy": 2}
+    send(router, "modest", 2, num_prompt_tokens=60)
+    assert submitted(router) == {"modest": 2}
+
+
 @pytest.mark.parametrize("share", [1.0, 1.5])
 def test_a_reserve_of_everything_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=f"fairness_reserve must be below 1, got {share}"):

@@ -19,6 +19,7 @@ class Abort:
 
     request: Request
     ttft_s: float  # that it would have, as predicted
+    tpot_s: float | None = None  # the same, if that is why
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,10 @@ SLORA_PREFILL_S = 0.5
 SLORA_SMOOTHING = 0.7
 SLORA_LOOK_S = 0.4
 
+# Shares of an objective: what one that is late adds to what is kept back, and what one in time
+# takes from it, so that one in forty is late where some are at all.
+MORE_KEPT_BACK, LESS_KEPT_BACK, MOST_KEPT_BACK = 0.04, 0.001, 0.5
+
 OVERLOAD_SHARE = 0.75  # of an arrival's time to first token that what waits takes in an overload
 
 
@@ -28,6 +32,10 @@ class Admission(Protocol):
 
     def planned(self, num_waiting: int, num_submitted: int, now_s: float) -> None:
         """So many wait after so many were sent."""
+        ...
+
+    def began(self, request: Request, ttft_s: float) -> None:
+        """A request has had its first token."""
         ...
 
     def is_overloaded(self, now_s: float) -> bool:
@@ -50,12 +58,18 @@ class AdmitAll:
     def planned(self, num_waiting: int, num_submitted: int, now_s: float) -> None:
         pass
 
+    def began(self, request: Request, ttft_s: float) -> None:
+        pass
+
     def is_overloaded(self, now_s: float) -> bool:
         return False
 
 
 class EarlyAbort(AdmitAll):
     """Whoever cannot have its first token in time any more is aborted.
+
+    Predictions err, so a share of each objective is kept back: as much as leaves few of those late
+    that are admitted. It grows with each that was, and shrinks with each that was not.
 
     It is an overload when all that are there would take an arrival's time, or nearly, and until
     that has not happened, and nobody was aborted, for as long as a request may wait. With `refuse`,
@@ -65,11 +79,20 @@ class EarlyAbort(AdmitAll):
 
     def __init__(self, *, refuse: bool = False) -> None:
         self._refuse = refuse
+        self._kept_back = 0.0
         self._overloaded_until_s = 0.0
 
     def latest_start_s(self, request: Request, service_s: float) -> float | None:
         ttft_s = request.slo.ttft_s
-        return None if ttft_s is None else request.arrival_s + ttft_s - service_s
+        if ttft_s is None:
+            return None
+        return request.arrival_s + (1.0 - self._kept_back) * ttft_s - service_s
+
+    def began(self, request: Request, ttft_s: float) -> None:
+        if request.slo.ttft_s is None:
+            return
+        change = MORE_KEPT_BACK if ttft_s > request.slo.ttft_s else -LESS_KEPT_BACK
+        self._kept_back = min(MOST_KEPT_BACK, max(0.0, self._kept_back + change))
 
     def arrived(self, request: Request, wait_s: float, now_s: float) -> bool:
         ttft_s = request.slo.ttft_s

@@ -115,21 +115,13 @@ class Backlog:
 
     def first_with(self, versions: Iterable[bytes]) -> Request | None:
         """Who is next of these versions' requests; those that were passed over go first."""
-        best, best_rank = None, None
-        line, tenant_rank = self._line, self._fairness.tenant_rank
         waiting = filter(self._queues_of.__contains__, versions)
         queues = chain.from_iterable(map(self._queues_of.__getitem__, waiting))
-        for queue in islice(queues, MAX_COMPARED):
-            if queue.tenant in self._held:
-                continue
+        compared = [q for q in islice(queues, MAX_COMPARED) if q.tenant not in self._held]
+        for queue in filter(self._passed_over.__contains__, compared):
             if waits := self._first_passed_over(queue):
                 return waits
-            if best_rank is not None and tenant_rank(queue.tenant) > best_rank[0]:
-                continue
-            rank = line.rank(queue)
-            if rank is not None and (best_rank is None or rank < best_rank):
-                best, best_rank = queue, rank
-        return None if best is None else line.first_of(best)
+        return self._line.first_among(compared)
 
     def set_aside(self, request: Request) -> None:
         """Have it skipped until `put_back`."""
@@ -189,8 +181,6 @@ class Backlog:
             del self._tokens[request.tenant]
 
     def _first_passed_over(self, queue: QueueKey) -> Request | None:
-        if queue not in self._passed_over:
-            return None
         return next((r for r in self._passed_over[queue] if not self._is_skipped(r)), None)
 
     def _forget_passing_over(self, request: Request) -> None:

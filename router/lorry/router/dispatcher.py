@@ -159,8 +159,12 @@ class Dispatcher:
         """A token was added to the output of a request at a worker; on the hot path."""
         if request.state is S.SUBMITTED:
             self._begin(request, now_s)
-        if len(request.output_ids) - request.num_charged >= CHARGE_TOKENS:
+        num_tokens = len(request.output_ids) - request.num_charged
+        if num_tokens >= CHARGE_TOKENS:
+            worker = self._workers[request.worker_name]
+            self._predictor.draw(worker, num_tokens, now_s - request.charged_s)
             self._charge_output(request)
+            request.charged_s = now_s
 
     def plan(self, now_s: float) -> list[Action]:
         """What to do now. All but an Abort is taken as done."""
@@ -212,8 +216,12 @@ class Dispatcher:
     def _begin(self, request: Request, now_s: float) -> None:
         worker = self._workers[request.worker_name]
         self._predictor.begin(request, worker, now_s)
+        if not request.num_charged:  # else it comes from a worker that was lost
+            self._policies.admission.began(request, now_s - request.arrival_s)
         worker.begin(request)
         request.move_to(S.STREAMING)
+        self._charge_output(request)
+        request.charged_s = now_s
 
     def _submit(self, send: Send, now_s: float) -> Submit:
         request, worker = send.request, send.worker
@@ -266,13 +274,22 @@ class Dispatcher:
 
 
 def slo_unattainable(abort: Abort) -> SloUnattainable:
-    asked_s = abort.request.slo.ttft_s
-    assert asked_s is not None, "aborted without an objective"
+    slo = abort.request.slo
+    if abort.tpot_s is not None:
+        assert slo.tpot_s is not None, "aborted for an objective that it has not"
+        return SloUnattainable(
+            f"a token would come every {abort.tpot_s:.4f} s, the request asks for {slo.tpot_s:g}",
+            retry_after_s=RETRY_AFTER_S,
+            predictedTpotS=f"{abort.tpot_s:.4f}",
+            askedTpotS=f"{slo.tpot_s:g}",
+        )
+    assert slo.ttft_s is not None, "aborted without an objective"
     return SloUnattainable(
-        f"the first token would come after {abort.ttft_s:.3f} s, the request asks for {asked_s:g}",
-        retry_after_s=max(RETRY_AFTER_S, abort.ttft_s - asked_s),
+        f"the first token would come after {abort.ttft_s:.3f} s, "
+        f"the request asks for {slo.ttft_s:g}",
+        retry_after_s=max(RETRY_AFTER_S, abort.ttft_s - slo.ttft_s),
         predictedTtftS=f"{abort.ttft_s:.3f}",
-        askedTtftS=f"{asked_s:g}",
+        askedTtftS=f"{slo.ttft_s:g}",
     )
 
 

@@ -1,6 +1,7 @@
 """The queued requests in the sequence of one order and one fairness."""
 
 import heapq
+from collections.abc import Iterable
 
 from lorry.router.fairness import Fairness, QueueKey
 from lorry.router.keyed_heap import KeyedHeap
@@ -67,13 +68,21 @@ class Line:
         first = self._first_of(queue)
         return None if first is None else first[1]
 
-    def rank(self, queue: QueueKey) -> tuple[float, int, Turn] | None:
-        """Where the queue's first request is in the line; None if it has none."""
-        first = self._first_of(queue)
-        if first is None:
-            return None
+    def first_among(self, queues: Iterable[QueueKey]) -> Request | None:
+        """Who is next of these queues' requests."""
         fairness = self._fairness
-        return fairness.tenant_rank(queue.tenant), fairness.queue_rank(queue), first[0]
+        by_rank: dict[float, list[QueueKey]] = {}
+        for queue in queues:
+            by_rank.setdefault(fairness.tenant_rank(queue.tenant), []).append(queue)
+        for rank in sorted(by_rank):
+            turns = [
+                (fairness.queue_rank(queue), *first)
+                for queue in by_rank[rank]
+                if (first := self._first_of(queue)) is not None
+            ]
+            if turns:
+                return min(turns)[2]
+        return None
 
     def touch(self, queue: QueueKey) -> None:
         """Its rank may have become less."""

@@ -1,5 +1,6 @@
 """Which worker a request goes to, and which take any."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 from zlib import crc32
@@ -56,11 +57,16 @@ class Pacing:
         self._backlog_s = backlog_s
 
     def has_room(self, worker: Worker) -> bool:
-        if not worker.has_room:
-            return False
-        if not self._backlog_s or len(worker.unstarted) < MIN_UNSTARTED:
-            return True
-        return worker.unstarted_tokens < self._predictor.pace(worker) * self._backlog_s
+        return self.has_room_in(worker, self.room_tokens(worker))
+
+    def has_room_in(self, worker: Worker, room_tokens: float) -> bool:
+        """Whether it would have if so many tokens of prompts might wait there."""
+        is_idle = len(worker.unstarted) < MIN_UNSTARTED
+        return worker.has_room and (is_idle or worker.unstarted_tokens < room_tokens)
+
+    def room_tokens(self, worker: Worker) -> float:
+        """Of prompts, that may wait at the worker."""
+        return self._predictor.pace(worker) * self._backlog_s if self._backlog_s else math.inf
 
 
 def _nearest(version: bytes, workers: list[Worker]) -> list[Worker]:

@@ -73,6 +73,9 @@ class Planner:
         late_s = now_s - request.arrival_s + service_s
         waits = self._backlog.order.waits_for_older
         request.predicted_ttft_s = late_s + (wait_s if waits else 0.0)
+        tpot_s = self._policies.tpot.out_of_reach_s(request, workers)
+        if tpot_s is not None:
+            return Abort(request, late_s, tpot_s)
         if wait_s and not self._policies.admission.arrived(request, wait_s + service_s, now_s):
             return Abort(request, late_s + wait_s)
         latest_s = self._latest_start_s(request, service_s)
@@ -98,7 +101,9 @@ class Planner:
                 latest_s = self._latest_start_s(request, service_s) or 0.0
                 # Beside an idle worker nobody could be sure that it is too late.
                 if latest_s <= now_s and all(worker.active for worker in workers):
-                    aborts.append(Abort(request, now_s - request.arrival_s + service_s))
+                    missed_s = self._policies.tpot.missed_s(request, workers)
+                    ttft_s = now_s - request.arrival_s + service_s
+                    aborts.append(Abort(request, ttft_s, missed_s))
                 else:
                     later.append((max(latest_s, now_s + RECHECK_S), number, request))
         for entry in later:
@@ -111,7 +116,9 @@ class Planner:
         backlog.overloaded = policies.admission.is_overloaded(now_s)
         if not len(backlog):
             return
-        open_workers = OpenWorkers(self._workers.values(), policies.pacing, policies.reserve)
+        open_workers = OpenWorkers(
+            self._workers.values(), policies.pacing, policies.reserve, policies.tpot
+        )
         num_aside = 0
         most_rank = math.inf  # of a tenant that may have its turn while others are held
         while open_workers and num_aside < MAX_SET_ASIDE:
@@ -170,6 +177,8 @@ class Planner:
         preferred = self._policies.placement.place(request, self.able(request)) or worker
         other = clustering.instead_of(request, worker, preferred, self._backlog)
         if other is None or self._is_greedier(other, request, worker):
+            return request
+        if not self._policies.tpot.keeps(other, worker):
             return request
         self._backlog.pass_over(request, now_s + clustering.max_wait_s)
         return other

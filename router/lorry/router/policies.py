@@ -2,7 +2,8 @@
 
 They compose: `fairness` says whose turn it is, `reserve` what is kept for the modest, `order` which
 of a tenant's requests goes, `placement` which worker gets it, `clustering` who of that worker's
-adapters goes first, and `admission` who need not wait any longer. Each can be switched off.
+adapters goes first, `tpot` which workers keep tokens coming in time, and `admission` who need not
+wait any longer. Each can be switched off.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from lorry.router.placement import Pacing, Placement, ResidencyPlacement
 from lorry.router.policy_options import OrderName, PolicyOptions
 from lorry.router.predictor import Predictor
 from lorry.router.reserve import NoReserve, Reserve, ShareReserve
+from lorry.router.tpot import TpotPolicy
 
 ORDERS: Mapping[OrderName, Callable[[], Order]] = {
     "arrival": ArrivalOrder,
@@ -34,6 +36,7 @@ class Policies:
     clustering: Clustering
     placement: Placement
     pacing: Pacing
+    tpot: TpotPolicy
     admission: Admission
     predictor: Predictor
 
@@ -51,6 +54,10 @@ def make_policies(
         clustering=_clustering(options),
         placement=ResidencyPlacement(imbalance=options.placement_imbalance),
         pacing=Pacing(predictor, backlog_s=options.worker_backlog_s),
+        tpot=TpotPolicy(
+            predictor,
+            share=options.tpot_share if options.admission == "early-abort" else 0.0,
+        ),
         admission=_admission(options),
         predictor=predictor,
     )

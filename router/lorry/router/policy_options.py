@@ -25,6 +25,11 @@ class PolicyOptions:
     """Whether requests are aborted that cannot have their first token in time any more, and by
     which rule: by what is predicted, or by S-LoRA's constants, to compare with."""
 
+    tpot_share: float = 0.9
+    """Share of a time per output token that a request asks for up to which its worker is filled;
+    the rest is left for what steps vary. 0, and with another admission than early-abort: such
+    objectives are counted, but decide nothing."""
+
     fairness: FairnessName = "adapters"
     """Whether the least served tenant is next, and the least served adapter of it."""
 
@@ -37,8 +42,8 @@ class PolicyOptions:
     share, while others are about; 0: nothing is."""
 
     fairness_step_share: float = 0.4
-    """Share of a worker's step that the prompts of such tenants may fill in its queue; they wait
-    here for more, so that others' prompts get into the next step."""
+    """Share of a worker's next step, of what running requests leave of it, from which on prompts of
+    such tenants wait here, so that others' get into that step."""
 
     cluster_adapters: int = 32
     """Adapters of one worker from which on requests of others are passed over while its own have
@@ -65,6 +70,9 @@ class PolicyOptions:
             "worker_backlog_s",
             "placement_imbalance",
             "fairness_reserve",
+            "tpot_share",
         )
+        if self.tpot_share > 1:
+            raise ValueError(f"tpot_share must not exceed 1, got {self.tpot_share}")
         if self.fairness_reserve >= 1:
             raise ValueError(f"fairness_reserve must be below 1, got {self.fairness_reserve}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from lorry.router.pace import Pace
 from lorry.router.request import Request
+from lorry.router.stretch import Stretch
 from lorry.router.worker import Worker
 from lorry.rpc.histogram import Histogram
 
@@ -19,6 +20,7 @@ PRIOR_TOKENS_PER_S = 20_000.0
 PRIOR_STEP_S = 0.01
 PRIOR_LOAD_BYTES_PER_S = 10e9  # from host memory to the GPU
 PRIOR_FETCH_BYTES_PER_S = 1e9  # from the adapter store to host memory
+PASSED_STEPS = 3.5  # after which one was passed over: two that were under way, and its own
 ERRORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)  # shares of the true time
 
 
@@ -30,45 +32,66 @@ class PredictionErrors:
     at_submit: Histogram = field(default_factory=lambda: Histogram(ERRORS))
 
 
+class Learned:
+    """Of one worker."""
+
+    def __init__(self, now_s: float) -> None:
+        self.pace = Pace(now_s)
+        self.stretch = Stretch()
+        self.begun_s = 0.0  # when a request began there last
+
+
 class Predictor:
     """Hears what happens at the workers; every method but `service_s` and those below changes
     only what it has learned."""
 
     def __init__(self) -> None:
         self.errors = PredictionErrors()
-        self._paces: dict[Worker, Pace] = {}
-        self._begun_s: dict[Worker, float] = {}  # when a request began there last
+        self._learned: dict[Worker, Learned] = {}
 
     def forget(self, worker: Worker) -> None:
-        self._paces.pop(worker, None)
-        self._begun_s.pop(worker, None)
+        self._learned.pop(worker, None)
 
-    def advance(self, worker: Worker, now_s: float) -> None:
+    def advance(self, worker: Worker, now_s: float) -> Learned:
         """To be called before what the worker has to do changes."""
-        pace = self._paces.get(worker)
-        if pace is None:
-            pace = self._paces[worker] = Pace(now_s)
-        pace.advance(now_s, contended=_contended(worker), tokens_per_s=_tokens_per_s(worker))
+        learned = self._learned.get(worker)
+        if learned is None:
+            learned = self._learned[worker] = Learned(now_s)
+        contended = self._is_contended(worker, now_s)
+        learned.pace.advance(now_s, contended=contended, tokens_per_s=_tokens_per_s(worker))
+        return learned
 
     def begin(self, request: Request, worker: Worker, now_s: float) -> None:
         """The request's first token has come; `worker` still counts it among the unstarted."""
-        self.advance(worker, now_s)
-        self._begun_s[worker] = now_s
-        if _contended(worker):
-            self._paces[worker].begin(worker.unstarted.get(request, 0))
+        learned = self.advance(worker, now_s)
+        learned.begun_s = now_s
+        learned.pace.begin(worker.unstarted.get(request, 0), now_s)
         _note(self.errors.at_arrival, request.predicted_ttft_s, now_s - request.arrival_s)
         _note(self.errors.at_submit, request.predicted_service_s, now_s - request.last_submit_s)
+
+    def draw(self, worker: Worker, num_tokens: int, seconds: float) -> None:
+        """A request that runs there has had so many tokens in that time."""
+        rows = max(1, len(worker.active) - len(worker.unstarted))
+        gap_s = seconds / num_tokens
+        stretch = self._learned[worker].stretch
+        stretch.note(gap_s, step_s(worker, rows), steps=num_tokens, rows=rows)
 
     def service_s(self, request: Request, worker: Worker, now_s: float) -> float:
         """From a submit now to the first token."""
         own_s = request.num_known_tokens / _tokens_per_s(worker)
-        return (
-            max(self._ahead_s(worker, now_s), load_s(request, worker)) + own_s + self.tpot_s(worker)
-        )
+        ready_s = max(self._ahead_s(worker, now_s), load_s(request, worker))
+        return ready_s + own_s + self.tpot_s(worker)
 
     def pace(self, worker: Worker) -> float:
-        """Prompt tokens per second of requests that it begins while others wait."""
-        return _tokens_per_s(worker) * self._share(worker)
+        """Prompt tokens per second of requests that it begins while others wait: as learned, and
+        no more than its steps have left."""
+        learned = self._learned.get(worker)
+        pace = _tokens_per_s(worker) * (1.0 if learned is None else learned.pace.share)
+        if not worker.step_tokens:
+            return pace
+        num_decoding = worker.usage.places - len(worker.unstarted)
+        left_tokens = max(1, worker.step_tokens - num_decoding)
+        return min(pace, left_tokens / self.tpot_s(worker))
 
     def wait_s(self, num_tokens: float, workers: Collection[Worker]) -> float:
         """Until the workers have begun requests of so many prompt tokens."""
@@ -76,21 +99,32 @@ class Predictor:
         return num_tokens / rate if rate else 0.0
 
     def tpot_s(self, worker: Worker) -> float:
-        """Of one more request."""
-        return step_s(worker, len(worker.active) + 1)
+        """Of all that run there, with one more request."""
+        return self._step_s(worker, len(worker.active) + 1)
 
     def _ahead_s(self, worker: Worker, now_s: float) -> float:
-        """Until those that have not begun have, else the rest of the step under way."""
+        """Until those that have not begun have, at least the rest of the step under way."""
+        rest_s = self._step_s(worker, len(worker.active)) / 2 if worker.active else 0.0
         if not worker.unstarted:
-            return step_s(worker, len(worker.active)) / 2 if worker.active else 0.0
+            return rest_s
         first, tokens = next(iter(worker.unstarted.items()))
-        pace = self.pace(worker)
-        since_s = max(first.last_submit_s, self._begun_s.get(worker, 0.0))
-        return worker.unstarted_tokens / pace - min(now_s - since_s, tokens / pace)
+        learned, pace = self._learned.get(worker), self.pace(worker)
+        begun_s = 0.0 if learned is None else learned.begun_s
+        since_s = max(first.last_submit_s, begun_s)
+        wait_s = worker.unstarted_tokens / pace - min(now_s - since_s, tokens / pace)
+        return max(rest_s, wait_s)
 
-    def _share(self, worker: Worker) -> float:
-        pace = self._paces.get(worker)
-        return 1.0 if pace is None else pace.share
+    def _step_s(self, worker: Worker, rows: int) -> float:
+        """From one token to the next of each of so many requests."""
+        learned = self._learned.get(worker)
+        return step_s(worker, rows) * (1.0 if learned is None else learned.stretch.factor)
+
+    def _is_contended(self, worker: Worker, now_s: float) -> bool:
+        """Whether some wait there that steps have passed over."""
+        if len(worker.unstarted) < 2:
+            return False
+        oldest = next(iter(worker.unstarted))
+        return now_s - oldest.last_submit_s > PASSED_STEPS * self.tpot_s(worker)
 
 
 def step_s(worker: Worker, rows: int) -> float:
@@ -103,6 +137,12 @@ def step_s(worker: Worker, rows: int) -> float:
         return points[min(index, len(points) - 1)][1]
     (low, low_s), (high, high_s) = points[index - 1], points[index]
     return low_s + (high_s - low_s) * (rows - low) / (high - low)
+
+
+def lone_step_s(worker: Worker) -> float:
+    """Of a step of one decode, which none is shorter than; 0: not measured yet."""
+    points = worker.status.step_s
+    return points[0][1] if points and points[0][0] == 1 else 0.0
 
 
 def load_s(request: Request, worker: Worker) -> float:
@@ -119,10 +159,6 @@ def load_s(request: Request, worker: Worker) -> float:
 
 def _tokens_per_s(worker: Worker) -> float:
     return worker.status.prefill_tokens_per_s or PRIOR_TOKENS_PER_S
-
-
-def _contended(worker: Worker) -> bool:
-    return len(worker.unstarted) > 1
 
 
 def _note(errors: Histogram, predicted_s: float | None, true_s: float) -> None:

@@ -15,8 +15,9 @@ class Reserve(Protocol):
 
     def arrived(self, tenant: str, now_s: float) -> None: ...
 
-    def is_tight(self, worker: Worker) -> bool:
-        """Whether the worker has only left what is kept."""
+    def is_tight(self, worker: Worker, room_tokens: float) -> bool:
+        """Whether the worker, where prompts of `room_tokens` may wait, has only left what is
+        kept."""
         ...
 
     def is_over(self, tenant: str, worker: Worker) -> bool:
@@ -33,7 +34,7 @@ class NoReserve:
     def arrived(self, tenant: str, now_s: float) -> None:
         pass
 
-    def is_tight(self, worker: Worker) -> bool:
+    def is_tight(self, worker: Worker, room_tokens: float) -> bool:
         return False
 
     def is_over(self, tenant: str, worker: Worker) -> bool:
@@ -45,10 +46,10 @@ class ShareReserve:
 
     Turns alone do not keep the first tokens of others from waiting: whose turn it is waits for a
     place until one of many requests ends, and behind the prompts that are at the worker. So such a
-    tenant fills a worker's places and pages up to `1 - kept` only, and has prompts of no more than
-    `step_share` of a step waiting there. What is kept serves nobody while those that it is for do
-    not come: nothing is, from a tenant that was alone for a while. Fair shares are by weight, among
-    the tenants that were seen lately.
+    tenant fills a worker's places and pages up to `1 - kept` only, and sends no more once prompts
+    wait there that fill `step_share` of what a step has left, or of their room there. What is kept
+    serves nobody while those that it is for do not come: nothing is, from a tenant that was alone
+    for a while. Fair shares are by weight, among the tenants that were seen lately.
     """
 
     def __init__(
@@ -75,11 +76,13 @@ class ShareReserve:
             del self._seen_s[oldest]
             self._seen_weight -= self._weight(oldest)
 
-    def is_tight(self, worker: Worker) -> bool:
+    def is_tight(self, worker: Worker, room_tokens: float) -> bool:
         if len(self._seen_s) < 2:
             return False
-        most_tokens = self._step_share * worker.step_tokens
-        return 0 < most_tokens <= worker.unstarted_tokens or self._scarce(worker) is not None
+        if worker.step_tokens:
+            room_tokens = min(room_tokens, worker.step_tokens - worker.usage.places)
+        is_queued = 0 < worker.unstarted_tokens >= self._step_share * room_tokens
+        return is_queued or self._scarce(worker) is not None
 
     def is_over(self, tenant: str, worker: Worker) -> bool:
         requests = worker.usage.requests

@@ -1,5 +1,6 @@
 """What the router knows of one attached worker."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ class Worker:
     unstarted: dict[Request, int] = field(default_factory=dict)  # their tokens; no output came yet
     unstarted_tokens: int = 0
     num_requests: Counter[bytes] = field(default_factory=Counter)  # of `active`, by version
+    num_tpots: Counter[float] = field(default_factory=Counter)  # of `active`, by what they ask for
+    tightest_tpot_s: float = math.inf  # the least of them
     gpu: set[bytes] = field(default_factory=set)  # versions usable by the next step
     host: set[bytes] = field(default_factory=set)  # versions in host memory
     prefetched: tuple[bytes, ...] = ()  # versions of the last Prefetch
@@ -93,6 +96,9 @@ class Worker:
         self.unstarted_tokens += request.num_known_tokens
         self.num_requests[request.version] += 1
         self.usage.add(request.tenant, request.num_charged_tokens)
+        if request.slo.tpot_s is not None:
+            self.num_tpots[request.slo.tpot_s] += 1
+            self.tightest_tpot_s = min(self.tightest_tpot_s, request.slo.tpot_s)
         return self.num_submitted
 
     def begin(self, request: Request) -> None:
@@ -109,6 +115,8 @@ class Worker:
         if not self.num_requests[request.version]:
             del self.num_requests[request.version]
         self.usage.remove(request.tenant, request.num_charged_tokens)
+        if request.slo.tpot_s is not None:
+            self._forget_tpot(request.slo.tpot_s)
 
     def will_hold(self, version: bytes) -> bool:
         """Whether the version is on the GPU, or on its way there for a request."""
@@ -127,6 +135,12 @@ class Worker:
                 known.clear()
             known.difference_update(removed)
             known.update(added)
+
+    def _forget_tpot(self, tpot_s: float) -> None:
+        self.num_tpots[tpot_s] -= 1
+        if not self.num_tpots[tpot_s]:
+            del self.num_tpots[tpot_s]
+            self.tightest_tpot_s = min(self.num_tpots, default=math.inf)
 
 
 def able(workers: Iterable[Worker], request: Request) -> list[Worker]:

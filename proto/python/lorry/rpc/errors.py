@@ -175,7 +175,8 @@ class TenantLimit(LorryError):
 
 
 class SloUnattainable(LorryError):
-    """The first token would come too late: metadata `predictedTtftS` and `askedTtftS`."""
+    """The first token would come too late (metadata `predictedTtftS` and `askedTtftS`), or the
+    others too slowly (`predictedTpotS` and `askedTpotS`)."""
 
     code, reason = Code.RESOURCE_EXHAUSTED, "SLO_UNATTAINABLE"
 
