@@ -146,6 +146,41 @@ def _load_plot(figure: Figure, metrics: dict[str, Any]) -> None:
     _label(right, "load, by capacity", "goodput, requests/s")
 
 
+def _tpot(metrics: dict[str, Any]) -> Iterator[str]:
+    yield (
+        "| load | all alike: attainment | of served | goodput, req/s | of two kinds: quick ones' "
+        "attainment | patient ones' | goodput of both, req/s |"
+    )
+    yield "|---:|---:|---:|---:|---:|---:|---:|"
+    for cell in metrics["cells"]:
+        both = [cell["alike"][name] for name in ("counted", "kept")]
+        kinds = [cell["mixed"][name] for name in ("counted", "kept")]
+        columns = [
+            _pair([found["attainment"] for found in both], 3),
+            _pair([found["attainment_of_served"] for found in both], 3),
+            _pair([found["goodput_req_per_s"] for found in both], 1),
+            _pair([found["quick"]["attainment"] for found in kinds], 3),
+            _pair([found["patient"]["attainment"] for found in kinds], 3),
+            _pair([sum(k["goodput_req_per_s"] for k in found.values()) for found in kinds], 1),
+        ]
+        yield f"| {cell['load']:g} | {' | '.join(columns)} |"
+    yield ""
+    yield "Objectives only counted / kept."
+
+
+def _tpot_plot(figure: Figure, metrics: dict[str, Any]) -> None:
+    left, right = figure.subplots(1, 2)
+    cells = metrics["cells"]
+    loads = [cell["load"] for cell in cells]
+    for name, style in (("counted", "--o"), ("kept", "-o")):
+        colour = COLOURS["lorry" if name == "kept" else "fcfs"]
+        for axes, metric in ((left, "attainment"), (right, "goodput_req_per_s")):
+            values = [cell["alike"][name][metric] for cell in cells]
+            axes.plot(loads, values, style, color=colour, label=f"objectives {name}")
+    _label(left, "load, by capacity", "attainment")
+    _label(right, "load, by capacity", "goodput, requests/s")
+
+
 def _clustering(metrics: dict[str, Any]) -> Iterator[str]:
     yield "| alpha | d | requests/s | attainment | satisfaction |"
     yield "|---:|---:|---:|---:|---:|"
@@ -225,6 +260,10 @@ def _label(axes: Axes, x: str, y: str) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def _pair(values: Sequence[float], digits: int) -> str:
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -236,6 +275,7 @@ def _interval(found: dict[str, float]) -> str:
 TITLES = {
     "slora": "S-LoRA's study of early abort",
     "load": "Load from half to three times the capacity",
+    "tpot": "Objectives for the time per output token",
     "clustering": "Adapters of a batch",
     "fairness": "Fairness",
     "placement": "Placement over eight workers",
@@ -244,9 +284,15 @@ TITLES = {
 TABLES = {
     "slora": _slora,
     "load": _load,
+    "tpot": _tpot,
     "clustering": _clustering,
     "fairness": _fairness,
     "placement": _placement,
     "scale": _scale,
 }
-PLOTS = {"slora": _slora_plot, "load": _load_plot, "clustering": _clustering_plot}
+PLOTS = {
+    "slora": _slora_plot,
+    "load": _load_plot,
+    "tpot": _tpot_plot,
+    "clustering": _clustering_plot,
+}
