@@ -21,7 +21,6 @@ from tests.support.kernel_cases import (
     DTYPES,
     MIXED_ADAPTERS,
     TOLERANCE,
-    Sequences,
     geometry,
     layout_of,
     relative_error,
@@ -29,7 +28,13 @@ from tests.support.kernel_cases import (
     store_sequences,
     widths_of,
 )
-from tests.support.kernel_checks import adapt, attend_splits, check_attention, check_lora
+from tests.support.kernel_checks import (
+    adapt,
+    attend_splits,
+    check_attention,
+    check_lora,
+    rows_of,
+)
 
 PRODUCT = ProductSetting(
     block_rows=16, block_outputs=32, block_inputs=32, num_warps=4, num_stages=1
@@ -87,14 +92,6 @@ def test_attention_in_half_precision_matches_the_reference(device, heads):
     query_heads, kv_heads = heads
     of_heads = layout(query_heads, kv_heads, torch.float16)
     check_attention(store_sequences([(170, 1), (21, 5)], of_heads, device), query_heads, SPLITS)
-
-
-def rows_of(sequences: Sequences, rows: slice) -> Sequences:
-    return replace(
-        sequences,
-        sequence_T=sequences.sequence_T[rows],
-        position_T=sequences.position_T[rows],
-    )
 
 
 @pytest.mark.parametrize("window", [None, 50])

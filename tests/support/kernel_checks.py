@@ -1,6 +1,7 @@
 """Run a kernel and its reference on one case and compare; for the interpreter and for a GPU."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -77,6 +78,15 @@ def attend_splits(
     plan_splits(*step, work)
     split_attention(q_TQD, sequences.pool, LAYER, sequences.block_table_SP, *step, work, out_TQD)
     return out_TQD
+
+
+def rows_of(sequences: Sequences, rows: slice) -> Sequences:
+    """A step of some of the rows."""
+    return replace(
+        sequences,
+        sequence_T=sequences.sequence_T[rows],
+        position_T=sequences.position_T[rows],
+    )
 
 
 def check_attention(
