@@ -44,23 +44,31 @@ def attention_kernel(
 ):
     """One program walks its share of the costs, unit by unit.
 
-    Only its first and its last unit can be cut; their partial results are merged at the end, so
-    that no unit waits for another's arrival.
+    Only its first and its last unit can be cut. Its part of the first is counted at once, when the
+    program before has long begun the unit and will end with it; what the program is the last to
+    count it merges at the end, so that no unit waits for another's merge.
     """
     program = tl.program_id(0)
     first_tile = tl.load(program_ptr + program * PROGRAM_FIELDS)
     first_unit = first_tile * KV_HEADS + tl.load(program_ptr + program * PROGRAM_FIELDS + 1)
     start = tl.load(program_ptr + program * PROGRAM_FIELDS + 2)
     left = tl.load(program_ptr + program * PROGRAM_FIELDS + 3)
+    share = tl.load(share_ptr)
 
     pair = tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, HEAD_DIM)
     unit = first_unit
     place = 0  # of a partial result: 0 the first unit's, 1 the others'
-    cuts = 0  # a bit for each place
+    merges = 0  # a bit for each place
+    is_cut = False  # the last unit
+    unit_start = 0
+    unit_blocks = 0
     while left > 0:
         kv_head = unit % KV_HEADS
-        first_row, rows, sequence, position, _, unit_blocks = _load_tile(tile_ptr, unit // KV_HEADS)
+        first_row, rows, sequence, position, cost_before, unit_blocks = _load_tile(
+            tile_ptr, unit // KV_HEADS
+        )
+        unit_start = cost_before + kv_head * (unit_blocks + UNIT_COST)
         stop = tl.minimum(unit_blocks + UNIT_COST, start + left)
         first_block = tl.maximum(start - UNIT_COST, 0)
         count = stop - UNIT_COST - first_block
@@ -103,20 +111,24 @@ def attention_kernel(
                 tl.store(partial_o_ptr + o_offset, acc, mask=is_row)
                 tl.store(partial_ml_ptr + 2 * slot * BLOCK_ROWS + pair, m)
                 tl.store(partial_ml_ptr + (2 * slot + 1) * BLOCK_ROWS + pair, total)
-                cuts += 1 << place
+                if place == 0:
+                    merges = _is_last(arrived_ptr, share, unit_start, unit_blocks, UNIT_COST)
+                else:
+                    is_cut = True
 
         left -= stop - start
         start = 0
         place = 1
         unit += 1
 
-    tl.debug_barrier()  # all threads' partials precede the arrivals
+    if is_cut:
+        merges += 2 * _is_last(arrived_ptr, share, unit_start, unit_blocks, UNIT_COST)
     for place in tl.static_range(2):
-        if (cuts >> place) % 2 == 1:
-            _arrive(
+        if (merges >> place) % 2 == 1:
+            _finish(
                 out_ptr,
                 tile_ptr,
-                tl.load(share_ptr),
+                share,
                 partial_o_ptr,
                 partial_ml_ptr,
                 arrived_ptr,
@@ -147,7 +159,23 @@ def _load_tile(tile_ptr, tile):
 
 
 @triton.jit
-def _arrive(
+def _sharers(share, unit_start, unit_blocks, UNIT_COST: tl.constexpr):
+    """The first and the last program that read blocks of a unit."""
+    first_block = unit_start + UNIT_COST
+    return first_block // share, (first_block + unit_blocks - 1) // share
+
+
+@triton.jit
+def _is_last(arrived_ptr, share, unit_start, unit_blocks, UNIT_COST: tl.constexpr):
+    """Count this program's part of a cut unit; 1 if all parts are there now, else 0."""
+    first, last = _sharers(share, unit_start, unit_blocks, UNIT_COST)
+    tl.debug_barrier()  # all threads' partials precede the arrival
+    arrived = tl.atomic_add(arrived_ptr + first, 1, sem="acq_rel")
+    return (arrived == last - first).to(tl.int32)
+
+
+@triton.jit
+def _finish(
     out_ptr,
     tile_ptr,
     share,
@@ -164,34 +192,31 @@ def _arrive(
     UNIT_COST: tl.constexpr,
     MERGE_STAGES: tl.constexpr,
 ):
-    """Count a program's part of a cut unit; the last to arrive merges all parts."""
+    """Merge all parts of a cut unit."""
     kv_head = unit % KV_HEADS
     first_row, rows, _, _, cost_before, unit_blocks = _load_tile(tile_ptr, unit // KV_HEADS)
     unit_start = cost_before + kv_head * (unit_blocks + UNIT_COST)
-    first = (unit_start + UNIT_COST) // share
-    last = (unit_start + UNIT_COST + unit_blocks - 1) // share
-    arrived = tl.atomic_add(arrived_ptr + first, 1, sem="acq_rel")
-    if arrived == last - first:
-        tl.store(arrived_ptr + first, 0)
-        pair = tl.arange(0, BLOCK_ROWS)
-        d = tl.arange(0, HEAD_DIM)
-        is_row = (pair // GROUP < rows)[:, None]
-        total, acc = _merge(
-            partial_o_ptr,
-            partial_ml_ptr,
-            is_row,
-            first,
-            last,
-            (first * share < unit_start).to(tl.int32),
-            HEAD_DIM,
-            BLOCK_ROWS,
-            MERGE_STAGES,
-        )
-        row = first_row.to(tl.int64) + pair // GROUP
-        head = kv_head * GROUP + pair % GROUP
-        out_offset = (row * stride_ot + head * stride_oh)[:, None] + d[None, :]
-        o = acc / total[:, None]
-        tl.store(out_ptr + out_offset, o.to(out_ptr.dtype.element_ty), mask=is_row)
+    first, last = _sharers(share, unit_start, unit_blocks, UNIT_COST)
+    tl.store(arrived_ptr + first, 0)
+    pair = tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, HEAD_DIM)
+    is_row = (pair // GROUP < rows)[:, None]
+    total, acc = _merge(
+        partial_o_ptr,
+        partial_ml_ptr,
+        is_row,
+        first,
+        last,
+        (first * share < unit_start).to(tl.int32),
+        HEAD_DIM,
+        BLOCK_ROWS,
+        MERGE_STAGES,
+    )
+    row = first_row.to(tl.int64) + pair // GROUP
+    head = kv_head * GROUP + pair % GROUP
+    out_offset = (row * stride_ot + head * stride_oh)[:, None] + d[None, :]
+    o = acc / total[:, None]
+    tl.store(out_ptr + out_offset, o.to(out_ptr.dtype.element_ty), mask=is_row)
 
 
 @triton.jit
