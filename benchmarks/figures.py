@@ -16,6 +16,7 @@ from benchmarks.figures_scheduling import DOCS, draw_scheduling, scheduling_text
 from benchmarks.figures_scheduling import TITLES as STUDIES
 from benchmarks.figures_store import (
     PLOT,
+    over_redis,
     plot_memory,
     store_flood_figures,
     store_fuzz_figures,
@@ -143,7 +144,8 @@ def main() -> None:
     draw_scheduling(studies())
     draw_plots(results)
     for row in results("store_scale"):
-        plot_memory(row, README.parent / PLOT)
+        if not over_redis(row):
+            plot_memory(row, README.parent / PLOT)
 
 
 if __name__ == "__main__":

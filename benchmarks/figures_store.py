@@ -16,8 +16,11 @@ def store_scale_figures(rows: list[Result]) -> Iterator[str]:
     for row in rows:
         metrics, config = row["metrics"], row["config"]
         zipf = metrics["zipf"]
+        backend, place, kept = "", "disk", "fetch_from_disk_ms"
+        if over_redis(row):
+            backend, place, kept = "over a Redis ", "the Redis", "fetch_from_redis_ms"
         yield (
-            f"- A store with {config['adapters']:,} adapters of ranks "
+            f"- A store {backend}with {config['adapters']:,} adapters of ranks "
             f"{', '.join(map(str, config['ranks']))} (tiny geometry): registers "
             f"{metrics['registered_per_s']:.0f} a second,"
         )
@@ -28,16 +31,20 @@ def store_scale_figures(rows: list[Result]) -> Iterator[str]:
             f"{_times(metrics['list_by_label_ms'])};"
         )
         yield (
-            f"  fetches from memory take {_times(metrics['fetch_from_memory_ms'])}, from disk "
-            f"{_times(metrics['fetch_from_disk_ms'])}. With memory for a tenth of the bytes, under "
-            "Zipf,"
+            f"  fetches from memory take {_times(metrics['fetch_from_memory_ms'])}, from {place} "
+            f"{_times(metrics[kept])}. With memory for a tenth of the bytes, under Zipf,"
         )
         yield (
             f"  {zipf['hit_rate']:.1%} are found in memory (simulated LRU "
-            f"{zipf['lru_hit_rate']:.1%}, Belady {zipf['belady_hit_rate']:.1%}; "
-            f"[plot]({PLOT.as_posix()})). Load average {config['load_average']:.0f}."
+            f"{zipf['lru_hit_rate']:.1%}, Belady {zipf['belady_hit_rate']:.1%}"
+            f"{'' if backend else f'; [plot]({PLOT.as_posix()})'}). Load average "
+            f"{config['load_average']:.0f}."
         )
         yield f"  {source(row)}."
+
+
+def over_redis(row: Result) -> bool:
+    return bool(row["config"].get("backend") == "redis")
 
 
 def store_fuzz_figures(rows: list[Result]) -> Iterator[str]:

@@ -42,10 +42,15 @@ class Place:
 
     directory: Path
     shm_dir: Path
+    redis_url: str | None = None  # None: adapters are kept in the directory
 
     @property
     def model(self) -> Path:
         return self.directory / "model"
+
+    @property
+    def backend(self) -> str:
+        return self.redis_url or (self.directory / "adapters").as_uri()
 
 
 @contextlib.asynccontextmanager
@@ -56,7 +61,7 @@ async def started(
     start_s = time.perf_counter()
     command = [sys.executable, "-m", "lorry.adapter_store", "--address", "127.0.0.1:0"]
     command += ["--model", str(place.model), "--shm-dir", str(place.shm_dir)]
-    command += ["--backend", (place.directory / "adapters").as_uri(), *options]
+    command += ["--backend", place.backend, *options]
     log_path = place.directory / "log"
     with log_path.open("w") as log:
         process = await asyncio.create_subprocess_exec(

@@ -25,10 +25,12 @@ from lorry.rpc.errors import (
     LorryError,
     PoolTooSmall,
 )
+from tests.support import reflected
 from tests.support.adjusted_draws import drawn_adjusted
 from tests.support.command import REPO
 from tests.support.models import Reference
 from tests.support.processes import DEMO_MODEL, Stack, ready
+from tests.support.reflected import grpcurl_calls
 
 ADAPTERS = ["reverse", "rot13", "double-letters"]
 EXPECTED: list[dict[str, Any]] = json.loads((REPO / "demo" / "expected.json").read_text())
@@ -177,6 +179,16 @@ async def test_streamed_tokens_have_logprobs_where_asked_for(stack: Stack) -> No
     reported = [token for chunk in chunks for token in chunk.logprobs]
     assert [token.token_id for token in reported] == token_ids
     assert all(-1 < token.logprob <= 0 and not token.top for token in reported)
+
+
+async def test_the_calls_of_the_docs_by_grpcurl_need_reflection_alone(stack: Stack) -> None:
+    generation, listing = grpcurl_calls((REPO / "docs" / "clients.md").read_text())
+    streamed = list(reflected.answers(stack.router.address, generation))
+    text = "".join(each["chunk"].get("text", "") for each in streamed if "chunk" in each)
+    assert text == "ananab"
+    assert streamed[-1]["completed"]["adapter"] == "tenants/default/adapters/reverse"
+    [listed] = reflected.answers(stack.store.address, listing)
+    assert {each["name"].rpartition("/")[2] for each in listed["adapters"]} >= set(ADAPTERS)
 
 
 async def test_unknown_adapter_is_not_found(stack: Stack) -> None:
