@@ -6,7 +6,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 PARTS="wheels kernel-tests engine-tests tp-tests rates latency llama-3-8b llama-3-8b-mixed llama-2-7b llama-2-7b-mixed"
-PARTS="$PARTS live cold-tiers ablation ablation-launches merged packed peft paper-7b paper-13b"
+PARTS="$PARTS live cold-tiers ablation ablation-invariant ablation-launches merged packed peft paper-7b paper-13b"
 PACKAGES="cffi crc32c cryptography cyclopts docstring_parser execnet googleapis-common-protos
 	grpcio-health-checking grpcio-reflection grpcio-status msgspec prometheus_client pytest-xdist redis
 	rich-rst"
@@ -89,6 +89,8 @@ rates)
 latency)
 	bench step --model llama-3-8b
 	bench step --model llama-2-7b --ranks 16
+	bench step --model llama-3-8b --batch 1 --context 4096 --adapters 0 1 --ranks 16 \
+		--max-context-tokens 8192
 	bench cold --model llama-3-8b --seconds 60
 	bench start
 	;;
@@ -104,6 +106,9 @@ cold-tiers) # two starts, and 43 adapters of 80 MiB onto the disk and into a Red
 # Times below are of an H200, a minute of start left out, as the simulator and the rates have them.
 ablation) # five variants, three runs of 13 s
 	bench ablation --variants "split pool" "padded ranks" "no prefetch" "no overlap"
+	;;
+ablation-invariant) # a second capture of all steps, and six runs of 7 to 15 s
+	bench ablation --requests 250 --pool-gib 12 --variants batch-invariant
 	;;
 ablation-launches) # two runs: 9 s, about 20 s without graphs, at most 100 s of padded products
 	bench ablation --requests 250 --pool-gib 12 --runs 2 --variants "no graphs" "padded products"

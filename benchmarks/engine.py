@@ -23,7 +23,7 @@ from benchmarks.card import find_card
 from benchmarks.driver import Driver
 from benchmarks.random_images import TARGETS, RandomImages, image_directory
 from benchmarks.results_file import RESULTS, write_result
-from benchmarks.roofline import MODELS, ideal_seconds
+from benchmarks.roofline import ideal_model, ideal_seconds
 from benchmarks.trace_run import TraceRun
 from lorry.client.bench.trace import TraceRequest, TraceSpec, make_trace
 from lorry.worker.engine import Engine
@@ -67,11 +67,10 @@ def _ideal(
 ) -> dict[str, float]:
     """The yardstick, where the card's rates are known by now."""
     card = find_card(device_name(arguments.device), (RESULTS, arguments.directory))
-    if card is None or arguments.model not in MODELS:
+    model = ideal_model(card, arguments.model)
+    if card is None or model is None:
         return {}
-    seconds = ideal_seconds(
-        card, MODELS[arguments.model], trace, arguments.ranks, pool_bytes=size_gib * GIB
-    )
+    seconds = ideal_seconds(card, model, trace, arguments.ranks, pool_bytes=size_gib * GIB)
     return {"ideal_req_per_s": len(trace) / seconds}
 
 

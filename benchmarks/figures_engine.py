@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from benchmarks.card import find_card
 from benchmarks.figures_text import Result, command
-from benchmarks.roofline import GIB, MODELS, ideal_seconds
+from benchmarks.roofline import GIB, ideal_model, ideal_seconds
 from lorry.client.bench.trace import TraceSpec, make_trace
 
 OFFLINE = (
@@ -49,7 +49,8 @@ def _table(rows: list[Result]) -> Iterator[str]:
 def ideal_req_per_s(row: Result) -> float | None:
     """Of the row's trace by the yardstick as it is now, which later measurements refine."""
     config, card = row["config"], find_card(row["device"])
-    if card is None or config["model"] not in MODELS:
+    model = ideal_model(card, config["model"])
+    if card is None or model is None:
         return None
     spec = TraceSpec(
         requests=config["requests"],
@@ -58,7 +59,7 @@ def ideal_req_per_s(row: Result) -> float | None:
         seed=config["trace_seed"],
     )
     trace = make_trace(spec)
-    model, pool_bytes = MODELS[config["model"]], config["pool_gib"] * GIB
+    pool_bytes = config["pool_gib"] * GIB
     return len(trace) / ideal_seconds(card, model, trace, config["ranks"], pool_bytes=pool_bytes)
 
 

@@ -32,14 +32,16 @@ def _cells(row: Result) -> Iterator[str]:
     )
     yield ""
     yield (
-        "| adapters | rate, req/s | cv | alpha | throughput, req/s | latency, s | first token, s "
+        "| adapters | rate, req/s | cv | alpha | throughput, req/s | ideal, req/s "
+        "| latency, s | first token, s "
         "| attainment | loads | evictions |"
     )
-    yield "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    yield "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     for cell in row["metrics"]["cells"]:
+        ideal = f"{cell['ideal_req_per_s']:.2f}" if "ideal_req_per_s" in cell else "-"
         yield (
             f"| {cell['adapters']} | {cell['rate']:g} | {cell['cv']:g} | {cell['alpha']:g} "
-            f"| {cell['req_per_s']:.2f} | {cell['latency_s']['mean']:.2f} "
+            f"| {cell['req_per_s']:.2f} | {ideal} | {cell['latency_s']['mean']:.2f} "
             f"| {cell['ttft_s']['mean']:.2f} | {cell['attainment']:.3f} "
             f"| {cell['adapter_loads']} | {cell['adapter_evictions']} |"
         )

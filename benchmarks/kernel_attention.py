@@ -41,6 +41,7 @@ CASES = (
     AttentionCase("7B B64 ctx1024", "llama-2-7b", (1024,) * 64),
     AttentionCase("7B B128 ctx256", "llama-2-7b", (256,) * 128),
     AttentionCase("8B B64 ctx512", "llama-3-8b", (512,) * 64),
+    AttentionCase("8B B64 ctx1024", "llama-3-8b", (1024,) * 64),
     AttentionCase("8B B1 ctx4096", "llama-3-8b", (4096,)),
     AttentionCase("8B B16 ctx1000", "llama-3-8b", (1000,) * 16),
     AttentionCase("8B B16 ctx8192", "llama-3-8b", (8192,) * 16),

@@ -105,7 +105,10 @@ def _body_weights(base_model: BaseModel) -> int:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__)
     result.add_argument(
-        "--model", nargs="+", default=["llama-2-7b", "llama-3-8b"], help="of benchmarks/models"
+        "--model",
+        nargs="+",
+        default=["llama-2-7b", "llama-3-8b", "llama-2-13b"],
+        help="of benchmarks/models",
     )
     result.add_argument("--rows", type=int, nargs="+", help="of the body")
     result.add_argument("--split", action="store_true", help="measure each product apart too")

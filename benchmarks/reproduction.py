@@ -18,19 +18,22 @@ import argparse
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.building import build, device_name, engine_parser, model_of, pool_gib
+from benchmarks.building import GIB, build, device_name, engine_parser, model_of, pool_gib
+from benchmarks.card import Card, find_card
 from benchmarks.driver import Driver
 from benchmarks.engine import distinct_prompts
 from benchmarks.random_images import RandomImages, image_directory
-from benchmarks.results_file import write_result
+from benchmarks.results_file import RESULTS, write_result
+from benchmarks.roofline import ideal_model, ideal_seconds
 from benchmarks.simulation.slora_recorded import recorded_trace
 from benchmarks.trace_run import TraceRun
+from lorry.client.bench.trace import TraceRequest
 from lorry.kernels.page_layout import PageLayout
 from lorry.worker.engine import Engine
 
@@ -118,10 +121,12 @@ def measure(engine: Engine, layout: PageLayout, run: "PaperRun", cell: Cell) -> 
         served = TraceRun(engine, images, trace, first=time.time_ns(), at_arrivals=True)
         metrics = served.run(prompts, engine.scheduler.limits.max_context_tokens)
         Driver(engine, images, []).evict_all()
+    ideal = _ideal(run, trace, pool_gib(engine, layout))
     delays = served.first_token_delays_s / SLO_TTFT_S
     return (
         cell._asdict()
         | {name: metrics[name] for name in KEPT}
+        | ideal
         | {
             "attainment": float((delays < 1).mean()),
             "satisfaction": float(np.clip(1 - delays**2, 0, None).mean()),
@@ -129,9 +134,23 @@ def measure(engine: Engine, layout: PageLayout, run: "PaperRun", cell: Cell) -> 
     )
 
 
+def _ideal(run: "PaperRun", trace: Sequence[TraceRequest], size_gib: float) -> dict[str, float]:
+    """Throughput of the ideal engine at the same arrivals, where the card's rates are known."""
+    model = ideal_model(run.card, run.model)
+    if run.card is None or model is None:
+        return {}
+    pool_bytes = size_gib * GIB
+    seconds = ideal_seconds(
+        run.card, model, trace, run.ranks, pool_bytes=pool_bytes, at_arrivals=True
+    )
+    return {"ideal_req_per_s": len(trace) / seconds}
+
+
 class PaperRun(NamedTuple):
     """What the cells of a setting share."""
 
+    model: str
+    card: Card | None
     ranks: tuple[int, ...]
     seconds: float
     vocabulary: int
@@ -141,7 +160,8 @@ def measure_setting(engine: Engine, name: str, arguments: argparse.Namespace) ->
     """Measure a setting's cells; what was measured is written after each."""
     base_model, layout = model_of(arguments)
     setting, cells = SETTINGS[name], list[dict[str, Any]]()
-    run = PaperRun(setting.ranks, arguments.seconds, base_model.vocab_size)
+    card = find_card(device_name(arguments.device), (RESULTS, arguments.directory))
+    run = PaperRun(arguments.model, card, setting.ranks, arguments.seconds, base_model.vocab_size)
     for cell in itertools.islice(setting.cells(), arguments.cells):
         found = measure(engine, layout, run, cell)
         cells.append(found)

@@ -12,6 +12,8 @@ are left out.
 
 import argparse
 import json
+import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,8 +48,14 @@ MODELS = {
     for model in (
         IdealModel(name="llama-2-7b", layers=32, hidden=4096, kv_width=4096),
         IdealModel(name="llama-3-8b", layers=32, hidden=4096, kv_width=1024),
+        IdealModel(name="llama-2-13b", layers=40, hidden=5120, kv_width=5120),
     )
 }
+
+
+def ideal_model(card: Card | None, name: str) -> IdealModel | None:
+    """The model, if the products that its steps take have been measured on the card."""
+    return MODELS.get(name) if card is not None and name in card.products else None
 
 
 @dataclass(slots=True)
@@ -67,24 +75,53 @@ def ideal_seconds(
     pool_bytes: float,
     step_tokens: int = 8192,
     max_running: int = 512,
+    at_arrivals: bool = False,
 ) -> float:
-    """Seconds from the first step to the end of the last request; arrivals are ignored."""
-    products = card.products[model.name]
-    waiting = list(reversed(trace))
-    running: list[_Running] = []
-    total_ms = 0.0
-    while waiting or running:
+    """Seconds from the first step to the end of the last request.
+
+    All requests are there at once, or with `at_arrivals` each from its time on.
+    """
+    engine = _IdealEngine(card, model, ranks, pool_bytes, step_tokens, max_running)
+    waiting = deque(trace)
+    while waiting or engine.running:
+        if at_arrivals and not engine.running:
+            engine.now_ms = max(engine.now_ms, waiting[0].arrival_s * 1e3)
+        engine.step(waiting, engine.now_ms / 1e3 if at_arrivals else math.inf)
+    return engine.now_ms / 1e3
+
+
+class _IdealEngine:
+    def __init__(
+        self,
+        card: Card,
+        model: IdealModel,
+        ranks: Sequence[int],
+        pool_bytes: float,
+        step_tokens: int,
+        max_running: int,
+    ) -> None:
+        self._card, self._model, self._ranks = card, model, ranks
+        self._pool_bytes = pool_bytes
+        self._step_tokens, self._max_running = step_tokens, max_running
+        self.running: list[_Running] = []
+        self.now_ms = 0.0
+
+    def step(self, waiting: deque[TraceRequest], arrived_s: float) -> None:
+        """Admit what has arrived by then and has room, and compute a token of every request."""
+        running = self.running
         adapters = {r.adapter for r in running} - {NO_ADAPTER}
-        adapter_bytes = sum(_adapter_bytes(model, adapter, ranks) for adapter in adapters)
+        adapter_bytes = sum(map(self._adapter_bytes, adapters))
         reserved = sum(r.reserved for r in running)
         tokens, cached = len(running), sum(r.cached for r in running)
-        while waiting and tokens < step_tokens and len(running) < max_running:
-            request = waiting[-1]
+        while waiting and tokens < self._step_tokens and len(running) < self._max_running:
+            request = waiting[0]
             length = request.prompt_tokens + request.output_tokens
-            needed = (reserved + length) * model.kv_bytes + adapter_bytes
-            if needed > pool_bytes or request.prompt_tokens > step_tokens - tokens:
+            needed = (reserved + length) * self._model.kv_bytes + adapter_bytes
+            has_room = needed <= self._pool_bytes
+            has_room &= request.prompt_tokens <= self._step_tokens - tokens
+            if not has_room or request.arrival_s > arrived_s:
                 break
-            waiting.pop()
+            waiting.popleft()
             running.append(
                 _Running(request.prompt_tokens, request.output_tokens, request.adapter, length)
             )
@@ -92,19 +129,19 @@ def ideal_seconds(
             tokens += request.prompt_tokens
             if request.adapter not in adapters | {NO_ADAPTER}:
                 adapters.add(request.adapter)
-                adapter_bytes += _adapter_bytes(model, request.adapter, ranks)
-        read_bytes = cached * model.kv_bytes + adapter_bytes
-        total_ms += products.ms(tokens, len(running))
-        total_ms += read_bytes / card.bytes_per_s * 1e3
-        for one in running:
+                adapter_bytes += self._adapter_bytes(request.adapter)
+        self._compute(tokens, cached * self._model.kv_bytes + adapter_bytes)
+
+    def _compute(self, tokens: int, read_bytes: int) -> None:
+        self.now_ms += self._card.products[self._model.name].ms(tokens, len(self.running))
+        self.now_ms += read_bytes / self._card.bytes_per_s * 1e3
+        for one in self.running:
             one.cached += 1
             one.left -= 1
-        running = [one for one in running if one.left > 0]
-    return total_ms / 1e3
+        self.running = [one for one in self.running if one.left > 0]
 
-
-def _adapter_bytes(model: IdealModel, adapter: int, ranks: Sequence[int]) -> int:
-    return model.adapter_bytes_per_rank * ranks[adapter % len(ranks)]
+    def _adapter_bytes(self, adapter: int) -> int:
+        return self._model.adapter_bytes_per_rank * self._ranks[adapter % len(self._ranks)]
 
 
 def main() -> None:
@@ -118,16 +155,18 @@ def main() -> None:
     parser.add_argument("--pool-gib", type=float, default=108.0)
     arguments = parser.parse_args()
     card = find_card(arguments.device)
-    if card is None:
-        parser.error(f"no results of products and kernels on {arguments.device}: run them there")
+    model = ideal_model(card, arguments.model)
+    if card is None or model is None:
+        parser.error(
+            f"no results of products of {arguments.model} and of kernels on {arguments.device}: "
+            "run them there"
+        )
     spec = TraceSpec(
         requests=arguments.requests, adapters=arguments.adapters, alpha=arguments.alpha
     )
     trace = make_trace(spec)
     pool_bytes = arguments.pool_gib * GIB
-    seconds = ideal_seconds(
-        card, MODELS[arguments.model], trace, arguments.ranks, pool_bytes=pool_bytes
-    )
+    seconds = ideal_seconds(card, model, trace, arguments.ranks, pool_bytes=pool_bytes)
     print(json.dumps(vars(arguments) | {"ideal_req_per_s": round(len(trace) / seconds, 2)}))
 
 

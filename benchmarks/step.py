@@ -27,7 +27,7 @@ from benchmarks.driver import Driver, greedy
 from benchmarks.launches import launches_of
 from benchmarks.random_images import TARGETS, RandomImages, image_directory
 from benchmarks.results_file import RESULTS, write_result
-from benchmarks.roofline import MODELS
+from benchmarks.roofline import IdealModel, ideal_model
 from lorry.worker import messages as m
 from lorry.worker.engine import Engine
 
@@ -96,12 +96,11 @@ def _timed_step(driver: Driver) -> float:
     return time.perf_counter() - started_s
 
 
-def ideal_ms(card: Card, model: str, case: Case, context: int) -> float:
+def ideal_ms(card: Card, model: IdealModel, case: Case, context: int) -> float:
     """The ideal engine's step: products, KV and adapter bytes at the card's best rates."""
-    ideal = MODELS[model]
-    read = case.batch * context * ideal.kv_bytes
-    read += case.adapters * case.rank * ideal.adapter_bytes_per_rank
-    return card.products[model].ms(case.batch, case.batch) + read / card.bytes_per_s * 1e3
+    read = case.batch * context * model.kv_bytes
+    read += case.adapters * case.rank * model.adapter_bytes_per_rank
+    return card.products[model.name].ms(case.batch, case.batch) + read / card.bytes_per_s * 1e3
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
@@ -150,9 +149,10 @@ def _is_profiled(case: Case, arguments: argparse.Namespace) -> bool:
 
 def _ideal(arguments: argparse.Namespace, case: Case, measured: dict[str, Any]) -> dict[str, float]:
     card = find_card(device_name(arguments.device), (RESULTS, arguments.directory))
-    if card is None or arguments.model not in MODELS:
+    model = ideal_model(card, arguments.model)
+    if card is None or model is None:
         return {}
-    ideal = ideal_ms(card, arguments.model, case, measured["mean_context"])
+    ideal = ideal_ms(card, model, case, measured["mean_context"])
     return {"ideal_ms": ideal, "times_ideal": measured["step_ms"] / ideal}
 
 
@@ -176,7 +176,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
-    arguments = parser().parse_args()
+    options = parser()
+    arguments = options.parse_args()
+    tokens = PROMPT_TOKENS + max(arguments.context) + 2 * MEASURED_STEPS
+    if tokens > arguments.max_context_tokens:
+        options.error(
+            f"--context {max(arguments.context)} needs --max-context-tokens {tokens}, "
+            f"got {arguments.max_context_tokens}"
+        )
     base_model, layout = model_of(arguments)
     engine, _ = build(arguments, base_model, layout)
     fill_pool(engine)

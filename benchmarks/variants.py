@@ -17,6 +17,7 @@ from lorry.worker.pool import PagePool
 from lorry.worker.prefix_cache import PrefixCache
 from lorry.worker.residency import Adapter, AdapterState, Residency
 from lorry.worker.room import Room
+from lorry.worker.step_graphs import StepGraphs
 
 Variant = Callable[[Engine], AbstractContextManager[None]]
 
@@ -25,6 +26,7 @@ SPLIT_POOL = "split pool"
 PADDED_RANKS = "padded ranks"
 NO_GRAPHS = "no graphs"
 PADDED_PRODUCTS = "padded products"
+BATCH_INVARIANT = "batch-invariant"
 
 
 def variants_on(device: str, adapter_share: float) -> dict[str, Variant]:
@@ -40,7 +42,11 @@ def variants_on(device: str, adapter_share: float) -> dict[str, Variant]:
         PADDED_PRODUCTS: with_padded_products,
     }
     if device == "cuda":
-        variants |= {"no overlap": without_overlap, NO_GRAPHS: without_graphs}
+        variants |= {
+            "no overlap": without_overlap,
+            NO_GRAPHS: without_graphs,
+            BATCH_INVARIANT: BatchInvariantSteps(),
+        }
     return variants
 
 
@@ -63,6 +69,21 @@ def without_graphs(engine: Engine) -> Iterator[None]:
     graphs = engine.runner.graphs
     with patch.object(graphs, "replay", graphs.launch):
         yield
+
+
+class BatchInvariantSteps:
+    """The steps of `--batch-invariant`, over the engine's memory; captured at the first use."""
+
+    def __init__(self) -> None:
+        self._graphs: StepGraphs | None = None
+
+    @contextlib.contextmanager
+    def __call__(self, engine: Engine) -> Iterator[None]:
+        runner = engine.runner
+        assert isinstance(runner, CudaRunner)
+        self._graphs = self._graphs or runner.captured(batch_invariant=True)
+        with patch.object(runner, "graphs", self._graphs):
+            yield
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ def test_settings_and_baselines_are_told_as_far_as_they_are_measured() -> None:
         lambda benchmark: [source | {"config": model | paper, "metrics": metrics[benchmark]}]
     )
     assert NOTHING not in text
-    assert "| 200 | 24 | 1 | 0.1 | 20.00 | 1.50 | 1.50 | 0.750 | 3 | 2 |" in text
+    assert "| 200 | 24 | 1 | 0.1 | 20.00 | - | 1.50 | 1.50 | 0.750 | 3 | 2 |" in text
     assert "| 5 | do not fit | - | 9.0 (8.0 to 10.0) | 108.0 |" in text
     assert "| mixed | 0.100 | 43 | 12 | 120 |" in text
 

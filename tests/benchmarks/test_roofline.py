@@ -1,10 +1,11 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from benchmarks.card import Card, find_card
-from benchmarks.roofline import MODELS, ideal_seconds
+from benchmarks.roofline import MODELS, ideal_model, ideal_seconds
 from lorry.client.bench.trace import TraceSpec, make_trace
 
 
@@ -14,7 +15,7 @@ def h200() -> Card:
     return card
 
 
-@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize("model", sorted(MODELS.keys() & h200().products))
 def test_ideal_products_grow_with_the_rows(model: str) -> None:
     products = h200().products[model]
     times = [products.ms(rows, rows) for rows in (64, 128, 320, 512, 640, 4096)]
@@ -30,6 +31,18 @@ def test_ideal_engine_pays_for_each_distinct_adapter_and_for_a_small_pool() -> N
     growing = [seconds(0, 16), seconds(1, 16), seconds(100, 16), seconds(100, 64)]
     assert growing == sorted(growing)
     assert seconds(0, 16) < seconds(100, 64) < seconds(100, 64, pool_gib=6)
+
+
+def test_an_ideal_engine_that_waits_for_requests_ends_after_the_last_has_come() -> None:
+    trace = make_trace(TraceSpec(requests=50, adapters=5, rate=2.0))
+    run = partial(ideal_seconds, h200(), MODELS["llama-3-8b"], trace, [16], pool_bytes=1 << 36)
+    assert run() < trace[-1].arrival_s < run(at_arrivals=True) < trace[-1].arrival_s + run()
+
+
+def test_a_model_has_an_ideal_where_its_products_were_measured() -> None:
+    assert ideal_model(h200(), "llama-3-8b") is MODELS["llama-3-8b"]
+    assert ideal_model(h200(), "another") is None
+    assert ideal_model(None, "llama-3-8b") is None
 
 
 def test_a_card_is_known_by_its_own_last_products_and_copies(tmp_path: Path) -> None:
