@@ -2,10 +2,13 @@
 
 import asyncio
 import logging
+from functools import partial
 
 from lorry.rpc.command import extra, run_service
 
 with extra("adapter-store"):
+    from prometheus_client import CollectorRegistry
+
     from lorry.adapter_store.backend import Backend
     from lorry.adapter_store.config import Config
     from lorry.adapter_store.hub import Hub
@@ -17,7 +20,7 @@ with extra("adapter-store"):
     from lorry.rpc.metrics import TableCollector, registry_of
     from lorry.rpc.metrics_server import serving_metrics
     from lorry.rpc.server import serving, stop_requested
-from lorry.rpc.base_model import read_base_model
+from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.channel import MIB
 from lorry.rpc.heap import keep_freed_memory
 
@@ -35,36 +38,36 @@ def hub_of(config: Config, store: Store) -> Hub:
     )
 
 
-async def serve(config: Config) -> None:
-    """Serve until SIGINT or SIGTERM, then drain."""
-    base_model = read_base_model(config.model)
-    dtype = config.finite_in(base_model)
-    backend = config.backend_url
-    calls = CallCounts()
-    tls = config.server_tls()
-    settings = Settings(
+def settings_of(config: Config, base_model: BaseModel) -> Settings:
+    return Settings(
         geometry=base_model.geometry,
-        dtype=dtype,
+        dtype=config.finite_in(base_model),
         limits=config.limits,
         shm_dir=config.shm_dir,
         ram_bytes=config.ram_bytes,
         builder_processes=config.builders,
-        memory_dir=config.memory_dir or backend.directory,
+        memory_dir=config.memory_dir or config.backend_url.directory,
     )
 
-    def open_backend() -> Backend:
-        return backend.open(model_digest=base_model.digest, geometry=base_model.geometry)
 
+def open_backend(config: Config, base_model: BaseModel) -> Backend:
+    return config.backend_url.open(model_digest=base_model.digest, geometry=base_model.geometry)
+
+
+def registry(store: Store, calls: CallCounts) -> CollectorRegistry:
+    return registry_of(
+        TableCollector(METRICS, store), TableCollector(call_metrics("lorry_store"), calls)
+    )
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGINT or SIGTERM, then drain."""
+    base_model = read_base_model(config.model)
+    settings, calls, tls = settings_of(config, base_model), CallCounts(), config.server_tls()
     async with (
-        opened(open_backend, settings) as store,
+        opened(partial(open_backend, config, base_model), settings) as store,
         importing(store, config.import_dir, delete=config.import_delete) as imports,
-        serving_metrics(
-            config.scraped_address,
-            registry_of(
-                TableCollector(METRICS, store), TableCollector(call_metrics("lorry_store"), calls)
-            ),
-            tls,
-        ),
+        serving_metrics(config.scraped_address, registry(store, calls), tls),
         serving(
             lambda server: register(
                 server, store, base_model, imports=imports, hub=hub_of(config, store)
@@ -81,7 +84,8 @@ async def serve(config: Config) -> None:
     ):
         server.announce("adapter_store")
         store.follower.when_reachable_changes(lambda well: server.set_health("backend", well))
-        log.info("%s adapters, values finite in %s", store.catalogue.num_adapters, dtype.value)
+        adapters, dtype = store.catalogue.num_adapters, settings.dtype.value
+        log.info("%s adapters, values finite in %s", adapters, dtype)
         await server.set_ready(True)
         await stop_requested()
         await server.start_draining()
