@@ -95,6 +95,8 @@ def _build_runner(
     device = _open_device(config, rank)
     layout = config.page_layout(base_model, rank)
     pool_pages = _pool_pages(config, base_model, layout, limits)
+    if layout.tp_size > 1:
+        pool_pages = _least(pool_pages, device, collectives)
     vocabulary = _vocabulary(base_model, layout, collectives)
     with logged(log, "loaded the weights"):
         reader = _weight_reader(config, base_model, device)
@@ -137,6 +139,11 @@ def _open_device(config: EngineConfig, rank: int) -> torch.device:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _least(pool_pages: int, device: torch.device, collectives: Collectives) -> int:
+    """Of all ranks: another rank's GPU may have less room."""
+    return int(collectives.all_gather(torch.tensor(pool_pages, device=device)).min())
 
 
 def _device_vocabulary(

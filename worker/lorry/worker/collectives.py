@@ -46,13 +46,19 @@ class Group:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
-        self._backend.allreduce([x], self._reducing).wait()
+        _wait(self._backend.allreduce([x], self._reducing))
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(self._size * x.numel())
-        self._backend._allgather_base(out, x.flatten(), self._gathering).wait()
+        _wait(self._backend._allgather_base(out, x.flatten(), self._gathering))
         return out.view(self._size, *x.shape)
+
+
+def _wait(work: Any) -> None:
+    """Where a backend has not done so in the call."""
+    if work is not None:
+        work.wait()
 
 
 def join_by_gloo(store: Store, *, rank: int, size: int) -> Group:
