@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.results_file import RESULTS
-from lorry.kernels.page_layout import PageLayout
+from lorry.kernels.page_layout import PageLayout, TpStrategy
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.service_config import DTYPES
-from lorry.worker.building import build_engine
+from lorry.worker.building import Ranks, build_engine
 from lorry.worker.config import MEMORY_FRACTION, EngineConfig
 from lorry.worker.engine import Engine
 
@@ -44,7 +44,18 @@ def build(
     memory_fraction: float = MEMORY_FRACTION,
 ) -> tuple[Engine, EngineConfig]:
     """`memory_fraction` of a GPU is in use afterwards, where no size of the pool is asked for."""
-    config = EngineConfig(
+    config = engine_config(arguments, base_model, layout, memory_fraction=memory_fraction)
+    return built(config, base_model), config
+
+
+def engine_config(
+    arguments: argparse.Namespace,
+    base_model: BaseModel,
+    layout: PageLayout,
+    *,
+    memory_fraction: float = MEMORY_FRACTION,
+) -> EngineConfig:
+    return EngineConfig(
         model=base_model.directory,
         load_format="dummy",
         device=arguments.device,
@@ -56,12 +67,17 @@ def build(
         max_rank=max(64, *arguments.ranks),
         max_context_tokens=arguments.max_context_tokens,
         prefix_cache=arguments.prefix_cache,
+        tensor_parallel=layout.tp_size,
+        lora_strategy="slora" if layout.tp_strategy is TpStrategy.SLORA else "replicated",
     )
+
+
+def built(config: EngineConfig, base_model: BaseModel, ranks: Ranks | None = None) -> Engine:
     torch.manual_seed(WEIGHTS_SEED)
     started_s = time.perf_counter()
-    engine = build_engine(config, base_model)
+    engine = build_engine(config, base_model, ranks)
     print(f"engine built in {time.perf_counter() - started_s:.1f} s", flush=True)
-    return engine, config
+    return engine
 
 
 def _pool_pages(pool_gib: float | None, layout: PageLayout) -> int | None:

@@ -7,6 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 PARTS="wheels kernel-tests engine-tests tp-tests rates latency llama-3-8b llama-3-8b-mixed llama-2-7b llama-2-7b-mixed"
 PARTS="$PARTS live cold-tiers ablation ablation-invariant ablation-launches merged packed peft paper-7b paper-13b"
+PARTS="$PARTS tp-rates tp-bench tp-bench-30b tp-bench-70b"
 PACKAGES="cffi crc32c cryptography cyclopts docstring_parser execnet googleapis-common-protos
 	grpcio-health-checking grpcio-reflection grpcio-status msgspec prometheus_client pytest-xdist redis
 	rich-rst"
@@ -80,6 +81,21 @@ engine-tests)
 	;;
 tp-tests) # on two GPUs; a rank that fails or hangs leaves both ranks' tracebacks
 	tests tests/gpu/test_tensor_parallel.py --capture=no --exitfirst -o faulthandler_timeout=90
+	;;
+tp-rates) bench collectives ;; # on two GPUs: 40 s
+tp-bench) # on two GPUs: four engines of about 60 s, compilation left out
+	for lora in replicated slora silent; do bench tensor_parallel --lora $lora --limit-s 120; done
+	bench tensor_parallel --tensor-parallel 1 --limit-s 120
+	;;
+tp-bench-30b) # on two GPUs of 78 GiB; one of them has no room for its 65 GB and a pool
+	for lora in replicated slora silent; do
+		bench tensor_parallel --model llama-30b --max-context-tokens 2048 --requests 100 --lora $lora
+	done
+	;;
+tp-bench-70b) # on two H200: 141 GB of weights do not fit into two GPUs of 78 GiB
+	for lora in replicated slora silent; do
+		bench tensor_parallel --model llama-3-70b --ranks 16 --requests 100 --lora $lora
+	done
 	;;
 rates)
 	bench products

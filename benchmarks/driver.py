@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from benchmarks.random_images import RandomImages
 from lorry.worker import messages as m
-from lorry.worker.cuda_runner import CudaRunner
 from lorry.worker.engine import Engine
 
 
@@ -47,13 +46,11 @@ class Driver:
 
     @property
     def replays(self) -> int:
-        runner = self.engine.runner
-        return runner.graphs.replays if isinstance(runner, CudaRunner) else 0
+        return self.engine.runner.counts.graph_replays
 
     @property
     def padded_rows(self) -> int:
-        runner = self.engine.runner
-        return runner.padded_rows if isinstance(runner, CudaRunner) else 0
+        return self.engine.runner.counts.padded_rows
 
     def evict_all(self) -> None:
         """Forget every adapter, so that they are loaded again."""

@@ -7,7 +7,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def launches_of(step: Callable[[], object], steps: int) -> dict[str, float]:
-    """Per step: kernels and copies that ran, what the host launched, and the GPU's busy time."""
+    """Per step: kernels and copies that ran, what the host launched, and the GPU's busy time.
+
+    That of collectives, waits for other ranks included, is told apart.
+    """
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
@@ -17,6 +20,7 @@ def launches_of(step: Callable[[], object], steps: int) -> dict[str, float]:
     on_device = [event for event in events if event.device_type.name == "CUDA"]
     copies = [event for event in on_device if event.name.startswith(("Memcpy", "Memset"))]
     calls = [event.name for event in events if event.device_type.name == "CPU"]
+    collectives = [event for event in on_device if "nccl" in event.name.lower()]
     busy_us = _covered((e.time_range.start, e.time_range.end) for e in on_device)
     return {
         "kernels": (len(on_device) - len(copies)) / steps,
@@ -24,6 +28,8 @@ def launches_of(step: Callable[[], object], steps: int) -> dict[str, float]:
         "graph_launches": sum(name.startswith("cudaGraphLaunch") for name in calls) / steps,
         "eager_launches": sum("LaunchKernel" in name for name in calls) / steps,
         "busy_ms": busy_us / steps / 1e3,
+        "collectives": len(collectives) / steps,
+        "collectives_ms": sum(e.time_range.elapsed_us() for e in collectives) / steps / 1e3,
     }
 
 

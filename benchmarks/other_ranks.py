@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lorry.worker.building import Ranks
 from lorry.worker.config import EngineConfig
@@ -28,8 +28,10 @@ FAILED = 70  # exit code
 
 
 @contextlib.contextmanager
-def other_ranks(config: EngineConfig) -> Iterator[Ranks | None]:
-    """All ranks but the first run while the block does; None if there are none."""
+def other_ranks(
+    config: EngineConfig, command: Sequence[str] = RANK_COMMAND
+) -> Iterator[Ranks | None]:
+    """All ranks but the first, run by `command`, while the block runs; None if there are none."""
     size = config.tensor_parallel
     if size == 1:
         yield None
@@ -39,7 +41,7 @@ def other_ranks(config: EngineConfig) -> Iterator[Ranks | None]:
         listening = socket.create_server(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         for rank, ring in enumerate(rings, 1):
-            stack.enter_context(_rank_process(config, rank, ring, port))
+            stack.enter_context(_rank_process(config, rank, ring, port, command))
         collectives = meet(port, config.device, rank=0, size=size, listening_fd=listening.detach())
         links = [RingLink(ring) for ring in rings]
         stack.callback(tell, links, EndRank())
@@ -47,11 +49,13 @@ def other_ranks(config: EngineConfig) -> Iterator[Ranks | None]:
 
 
 @contextlib.contextmanager
-def _rank_process(config: EngineConfig, rank: int, ring: Ring, port: int) -> Iterator[None]:
+def _rank_process(
+    config: EngineConfig, rank: int, ring: Ring, port: int, command: Sequence[str]
+) -> Iterator[None]:
     vital_fd, reason_fd = os.eventfd(0, os.EFD_NONBLOCK), os.dup(sys.stderr.fileno())
     arguments = RankArguments(config, rank, ring.handle, vital_fd, reason_fd, port, os.getpid())
     process = subprocess.Popen(
-        [*RANK_COMMAND, *arguments.to_argv()],
+        [*command, *arguments.to_argv()],
         stdin=subprocess.DEVNULL,
         pass_fds=arguments.descriptors,
     )

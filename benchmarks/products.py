@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from benchmarks.building import CONFIGS, device_name
 from benchmarks.results_file import RESULTS, write_result
 from benchmarks.timing import interleaved_ms, replayable
-from lorry.kernels.page_layout import PageLayout
+from lorry.kernels.page_layout import ModelGeometry, PageLayout
 from lorry.kernels.partition import Partition
 from lorry.kernels.pool_view import TORCH_DTYPES
 from lorry.rpc.base_model import BaseModel, read_base_model
@@ -46,7 +46,7 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, dict[int, fl
     dtype = TORCH_DTYPES[DTYPES[arguments.dtype]]
     layout = PageLayout(geometry=base_model.geometry, dtype=DTYPES[arguments.dtype])
     weights = load_weights(base_model, RandomWeights(dtype, device), Partition(layout))
-    body = _Body(weights, base_model, max(arguments.rows))
+    body = Body(weights, base_model.geometry, max(arguments.rows))
     launches: dict[tuple[str, int], Callable[[], object]] = {}
     for rows in arguments.rows:
         launches["body_ms", rows] = partial(body.run, rows, PRODUCTS)
@@ -61,12 +61,12 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, dict[int, fl
     return found
 
 
-class _Body:
+class Body:
     """The products of all layers, on inputs of up to `most` rows that are random numbers."""
 
-    def __init__(self, weights: ModelWeights, base_model: BaseModel, most: int) -> None:
+    def __init__(self, weights: ModelWeights, geometry: ModelGeometry, most: int) -> None:
         self._layers = weights.layers
-        like, geometry = weights.head, base_model.geometry
+        like = weights.head
         self.x_TH = _random(most, geometry.hidden, like)
         mixed_TQ = _random(most, geometry.heads * geometry.head_dim, like)
         product_TI = _random(most, geometry.intermediate, like)

@@ -19,7 +19,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 class RandomImages:
     """Page images of random normal weights: windows of one file, each at an offset of its own.
 
-    With `apart`, each is a file of its own, as the store keeps them.
+    With `apart`, each is a file of its own, as the store keeps them. All tensor-parallel ranks have
+    the same one.
     """
 
     def __init__(
@@ -50,11 +51,14 @@ class RandomImages:
 
     def image(self, adapter: int) -> m.ImageReady:
         rank, layout = self._ranks[adapter], self._layout
+        file = m.ImageFile(
+            str(self._path(adapter)), 0 if self._apart else adapter * layout.slice_bytes
+        )
         offsets = layout.offsets(self._targets, rank)
         return m.ImageReady(
             version=self.version(adapter),
-            path=str(self._path(adapter)),
-            offset=0 if self._apart else adapter * layout.slice_bytes,
+            path=file.path,
+            offset=file.offset,
             image_bytes=self._bytes(rank),
             pages=layout.pages(self._targets, rank),
             rank=rank,
@@ -62,6 +66,7 @@ class RandomImages:
                 m.ImageModule(name, offset.a, offset.b, [2.0] * layout.geometry.layers)
                 for name, offset in offsets.items()
             ],
+            other_ranks=[file] * (layout.tp_size - 1),
         )
 
     @staticmethod

@@ -66,7 +66,8 @@ def replayable(
         launch()  # allocates what libraries keep outside the graph
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        # Threads of collectives look at events at any time, which would end a stricter capture.
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             launch()
         replays[key] = graph.replay
     return replays

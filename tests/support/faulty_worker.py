@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.command import run_service
+from lorry.worker import ranks
 from lorry.worker.config import Config
 from lorry.worker.engine_channel import EngineArguments, EngineChannel
 from lorry.worker.process import run
@@ -42,9 +43,17 @@ def illegal_access(arguments: EngineArguments, channel: EngineChannel) -> None:
     serve(engine, channel)
 
 
+def none(arguments: EngineArguments, channel: EngineChannel) -> None:
+    """But the other tensor-parallel ranks have theirs."""
+    from lorry.worker import engine_process
+
+    engine_process.run(arguments, channel)
+
+
 FAULTS: Mapping[str, Callable[[EngineArguments, EngineChannel], None]] = {
     "defect": defect,
     "illegal-access": illegal_access,
+    "none": none,
 }
 
 if __name__ == "__main__":
@@ -54,6 +63,7 @@ if __name__ == "__main__":
         sys.argv.remove(ENGINE)
         engine_process.main(FAULTS[os.environ[FAULT]])
     else:
+        ranks.RANK_COMMAND = (sys.executable, "-m", "tests.support.faulty_rank")
         command = (sys.executable, "-m", "tests.support.faulty_worker", ENGINE)
         run_service(
             Config,

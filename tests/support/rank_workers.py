@@ -14,9 +14,13 @@ from tests.support.worker_process import WorkerProcess, worker_process
 
 @contextlib.asynccontextmanager
 async def attached_worker(
-    model: Path, *options: str, module: str = "lorry.worker", timeout_s: float = 60.0
+    model: Path,
+    *options: str,
+    module: str = "lorry.worker",
+    timeout_s: float = 60.0,
+    **environment: str,
 ) -> AsyncIterator[tuple[WorkerProcess, AttachedRouter]]:
-    with worker_process(model, *options, module=module) as worker:
+    with worker_process(model, *options, module=module, **environment) as worker:
         await ready(worker.address, timeout_s=timeout_s)
         async with (
             grpc.aio.insecure_channel(worker.address) as channel,

@@ -50,26 +50,29 @@ async def test_two_processes_serve_an_adapter_and_end_on_sigterm(
     assert not any(rank.is_running() for rank in ranks)
 
 
-@pytest.mark.parametrize(
-    ("sent", "reason"),
-    [
-        (signal.SIGKILL, r"tensor-parallel rank 1 ended with exit code -9 \(Killed"),
-        (
-            signal.SIGSTOP,
-            r"tensor-parallel rank 1 \(process \d+\) has been silent for \S+ s; it is stopped",
-        ),
-    ],
-)
-async def test_a_lost_rank_ends_the_worker_and_is_named(
-    model: Path, sent: signal.Signals, reason: str
-) -> None:
+async def test_a_stopped_rank_ends_the_worker_and_is_named(model: Path) -> None:
     async with attached_worker(model, *OPTIONS) as (worker, router):
         ranks = ranks_of(worker)
         await router.submit([5, 6, 7], max_tokens=1000)
         await router.until(lambda: bool(router.last_status.running))
-        ranks[1].send_signal(sent)
+        ranks[1].send_signal(signal.SIGSTOP)
         assert isinstance(await router.until_ended(), WorkerLost)
         assert await asyncio.to_thread(worker.wait) == 1
         log = "".join(worker.log)
+    reason = r"tensor-parallel rank 1 \(process \d+\) has been silent for \S+ s; it is stopped"
     assert re.search(rf"ERROR \S+: {reason}", log), log
     assert not any(rank.is_running() for rank in ranks)
+
+
+async def test_the_front_says_why_a_rank_failed(model: Path) -> None:
+    module = "tests.support.faulty_worker"
+    async with attached_worker(model, *OPTIONS, module=module, FAULTY_WORKER="none") as (
+        worker,
+        router,
+    ):
+        await router.submit([5, 6, 7], max_tokens=10)
+        assert isinstance(await router.until_ended(), WorkerLost)
+        assert await asyncio.to_thread(worker.wait) == 1
+        log = "".join(worker.log)
+    reason = "tensor-parallel rank 1 failed: the GPU is out of memory; lower memory_fraction"
+    assert re.search(rf"ERROR \S+: {reason}", log), log

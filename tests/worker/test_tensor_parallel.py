@@ -67,7 +67,7 @@ def check_ranks(
     return ranks
 
 
-@pytest.mark.parametrize(("size", "strategy"), [(2, "replicated"), (2, "slora"), (4, "slora")])
+@pytest.mark.parametrize(("size", "strategy"), [(2, "replicated"), (4, "slora")])
 def test_adapters_of_any_rank_and_targets_with_evictions(
     model: Path, adapters: list[Path | None], tmp_path: Path, size: int, strategy: str
 ) -> None:
