@@ -254,6 +254,7 @@ def _draw(
         HAS_THRESHOLD=threshold_T is not None,
         BLOCK_V=BLOCK_V,
         num_warps=4,
+        enable_fp_fusion=False,  # a row is rounded alike with and without threshold, in any dtype
     )
     _best_kernel[(num_rows,)](
         best_score,
