@@ -92,6 +92,26 @@ def test_prefetched_adapter_needs_no_wait(model: Path, adapter: Path, tmp_path: 
     assert harness.finished[number].adapter_load_s == 0.0
 
 
+def test_an_engine_tells_when_it_waits_for_nothing_but_loads(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    harness = EngineHarness(model, tmp_path)
+    harness.step()
+    assert not harness.engine.awaits_only_loads
+    harness.submit([5, 6, 7], adapter, max_tokens=2)
+    waits = []
+    while not harness.finished:
+        harness.step()
+        waits.append(harness.engine.awaits_only_loads)
+    assert waits.count(True) == 1
+    harness.submit([5, 6, 7], max_tokens=20)
+    harness.step()
+    harness.submit([5, 6, 7], adapter, max_tokens=2)
+    for _ in range(4):
+        harness.step()
+        assert not harness.engine.awaits_only_loads
+
+
 def test_pin_answers_once_resident_and_keeps_the_adapter(
     model: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ class Engine:
         self._events: list[m.Event] = []
         self._fetched: dict[bytes, str] = {}  # source of images that were not loaded yet
         self._loads_under_way = 0
+        self._computed = False  # by the last step
         self._last_read_s = 0.0
         self._handlers: dict[type[m.Message], Callable[..., None]] = {
             m.Submit: self._submit,
@@ -77,9 +78,15 @@ class Engine:
         self._loads_under_way += len(plan.loads)
         self._answer_pins()
         self._launch(plan.batch)
+        self._computed = plan.batch is not None
         if changes := self.scheduler.residency.take_changes():
             self._events.append(changes)
         return bool(plan.batch or self._loads_under_way or self._in_flight)
+
+    @property
+    def awaits_only_loads(self) -> bool:
+        """Whether nothing is computed and adapters are on their way to the device."""
+        return self._loads_under_way > 0 and not self._in_flight and not self._computed
 
     def take_events(self) -> list[m.Event]:
         """What happened since the last call, in order."""

@@ -22,6 +22,9 @@ from lorry.worker.ring import Ring
 from lorry.worker.vital_sign import beating
 
 HEARTBEAT_S = 1.0
+LOAD_WAIT_S = (
+    0.001  # between looks; to look all the time would keep the copying thread from running
+)
 IDLE_WAIT_S = 0.1  # bounds how late a deadline is noticed when there is nothing to compute
 
 log = logging.getLogger("lorry.worker.engine_process")  # __name__ is __main__ here
@@ -32,7 +35,8 @@ def serve(engine: Engine, channel: EngineChannel) -> None:
     next_heartbeat_s = time.monotonic()
     busy = True
     while True:
-        commands = channel.receive(0.0 if busy else IDLE_WAIT_S)
+        wait_s = LOAD_WAIT_S if engine.awaits_only_loads else 0.0
+        commands = channel.receive(wait_s if busy else IDLE_WAIT_S)
         if any(isinstance(command, Stop) for command in commands):
             return
         engine.handle(commands)
