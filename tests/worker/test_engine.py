@@ -99,7 +99,7 @@ def test_an_engine_tells_when_it_waits_for_nothing_but_loads(
     harness.step()
     assert not harness.engine.awaits_only_loads
     harness.submit([5, 6, 7], adapter, max_tokens=2)
-    waits = []
+    waits = list[bool]()
     while not harness.finished:
         harness.step()
         waits.append(harness.engine.awaits_only_loads)
