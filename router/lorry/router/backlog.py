@@ -9,7 +9,7 @@ from lorry.router.line import Line
 from lorry.router.order import Order
 from lorry.router.request import Request
 
-MAX_COMPARED = 16  # queues, for the first of some versions
+MAX_COMPARED = 8  # queues, for the first of some versions
 
 
 class Backlog:

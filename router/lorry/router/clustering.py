@@ -1,5 +1,6 @@
 """Which adapters share a batch: those that are there already, while many wait."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from lorry.router.backlog import Backlog
@@ -12,12 +13,12 @@ class Clustering(Protocol):
     max_wait_s: float  # that a request is passed over at most
 
     def instead_of(
-        self, request: Request, worker: Worker, preferred: Worker, backlog: Backlog
+        self, request: Request, worker: Worker, preferred: Callable[[], Worker], backlog: Backlog
     ) -> Request | None:
         """Who goes to the worker before `request`, whose turn it is; None: nobody.
 
-        The worker runs no request of its adapter. `preferred` is where it would go if all workers
-        had room.
+        The worker runs no request of its adapter. `preferred` tells where it would go if all
+        workers had room.
         """
         ...
 
@@ -26,7 +27,7 @@ class NoClustering:
     max_wait_s = 0.0
 
     def instead_of(
-        self, request: Request, worker: Worker, preferred: Worker, backlog: Backlog
+        self, request: Request, worker: Worker, preferred: Callable[[], Worker], backlog: Backlog
     ) -> Request | None:
         return None
 
@@ -45,11 +46,11 @@ class AdapterClustering:
         self._max_adapters = max_adapters
 
     def instead_of(
-        self, request: Request, worker: Worker, preferred: Worker, backlog: Backlog
+        self, request: Request, worker: Worker, preferred: Callable[[], Worker], backlog: Backlog
     ) -> Request | None:
         version, running = request.version, worker.num_requests
         is_full = len(running) - (b"" in running) >= self._max_adapters
-        if not is_full and distance(version, worker) <= distance(version, preferred):
+        if not is_full and distance(version, worker) <= distance(version, preferred()):
             return None
         other = backlog.first_with(filter(None, running))
         return other if other is not None and worker.can_serve(other) else None

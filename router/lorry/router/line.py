@@ -8,7 +8,7 @@ from lorry.router.keyed_heap import KeyedHeap
 from lorry.router.order import Order
 from lorry.router.request import Request
 
-Turn = tuple[float, int]  # a request's key in its order, and its number
+Turn = tuple[float, int, Request]  # a request's key in its order, its number, and itself
 SPARE_ENTRIES = 16
 
 
@@ -20,7 +20,7 @@ class Line:
         self.order = order
         self._fairness = fairness
         self._turns: dict[Request, Turn] = {}
-        self._queues: dict[QueueKey, list[tuple[Turn, Request]]] = {}  # heaps
+        self._queues: dict[QueueKey, list[Turn]] = {}  # heaps
         self._num_requests: dict[QueueKey, int] = {}
         self._tenants: dict[str, KeyedHeap[QueueKey]] = {}
         self._first = KeyedHeap[str](self._tenant_key)
@@ -31,8 +31,8 @@ class Line:
 
     def add(self, request: Request) -> None:
         queue = request.queue
-        turn = self._turns[request] = (self.order.key(request), request.number)
-        heapq.heappush(self._queues.setdefault(queue, []), (turn, request))
+        turn = self._turns[request] = (self.order.key(request), request.number, request)
+        heapq.heappush(self._queues.setdefault(queue, []), turn)
         self._num_requests[queue] = self._num_requests.get(queue, 0) + 1
         self.touch(queue)
 
@@ -46,7 +46,7 @@ class Line:
             del self._num_requests[queue], self._queues[queue]
         elif len(self._queues[queue]) > 2 * left + SPARE_ENTRIES:
             turns = self._turns
-            self._queues[queue] = [e for e in self._queues[queue] if turns.get(e[1]) == e[0]]
+            self._queues[queue] = [t for t in self._queues[queue] if turns.get(t[2]) is t]
             heapq.heapify(self._queues[queue])
 
     def hold(self, tenant: str) -> None:
@@ -66,7 +66,7 @@ class Line:
 
     def first_of(self, queue: QueueKey) -> Request | None:
         first = self._first_of(queue)
-        return None if first is None else first[1]
+        return None if first is None else first[2]
 
     def first_among(self, queues: Iterable[QueueKey]) -> Request | None:
         """Who is next of these queues' requests."""
@@ -76,12 +76,12 @@ class Line:
             by_rank.setdefault(fairness.tenant_rank(queue.tenant), []).append(queue)
         for rank in sorted(by_rank):
             turns = [
-                (fairness.queue_rank(queue), *first)
+                (fairness.queue_rank(queue), first)
                 for queue in by_rank[rank]
                 if (first := self._first_of(queue)) is not None
             ]
             if turns:
-                return min(turns)[2]
+                return min(turns)[1][2]
         return None
 
     def touch(self, queue: QueueKey) -> None:
@@ -92,21 +92,21 @@ class Line:
         heap.touch(queue)
         self._first.touch(queue.tenant)
 
-    def _first_of(self, queue: QueueKey) -> tuple[Turn, Request] | None:
-        """The entry of the queue's first request, without those that have left before it."""
-        entries = self._queues.get(queue)
-        if entries is None:
+    def _first_of(self, queue: QueueKey) -> Turn | None:
+        """The turn of the queue's first request, without those that have left before it."""
+        queued = self._queues.get(queue)
+        if queued is None:
             return None
         turns = self._turns
-        while turns.get(entries[0][1]) != entries[0][0]:
-            heapq.heappop(entries)
-        return entries[0]
+        while turns.get(queued[0][2]) is not queued[0]:
+            heapq.heappop(queued)
+        return queued[0]
 
-    def _queue_key(self, queue: QueueKey) -> tuple[int, Turn] | None:
+    def _queue_key(self, queue: QueueKey) -> tuple[int, float, int] | None:
         first = self._first_of(queue)
-        return None if first is None else (self._fairness.queue_rank(queue), first[0])
+        return None if first is None else (self._fairness.queue_rank(queue), *first[:2])
 
-    def _tenant_key(self, tenant: str) -> tuple[float, Turn] | None:
+    def _tenant_key(self, tenant: str) -> tuple[float, float, int] | None:
         queue = None if tenant in self._held else self._tenants[tenant].first()
         first = None if queue is None else self._first_of(queue)
-        return None if first is None else (self._fairness.tenant_rank(tenant), first[0])
+        return None if first is None else (self._fairness.tenant_rank(tenant), *first[:2])

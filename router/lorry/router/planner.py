@@ -174,7 +174,10 @@ class Planner:
             return request
         if self._backlog.is_overdue(request, now_s) or self._is_pressed(request, now_s):
             return request
-        preferred = self._policies.placement.place(request, self.able(request)) or worker
+
+        def preferred() -> Worker:
+            return self._policies.placement.place(request, self.able(request)) or worker
+
         other = clustering.instead_of(request, worker, preferred, self._backlog)
         if other is None or self._is_greedier(other, request, worker):
             return request
