@@ -54,7 +54,9 @@ def test_an_adapter_that_is_absent_takes_its_load_beside_the_queue() -> None:
     assert seconds == pytest.approx([0.11, 0.05 + 0.11, 0.05 + fetch_s + 0.11])
 
 
-@pytest.mark.parametrize(("rows", "seconds"), [(1, 0.01), (4, 0.013), (8, 0.017), (99, 0.017)])
+@pytest.mark.parametrize(
+    ("rows", "seconds"), [(1, 0.01), (4, 0.013), (8, 0.017), (99, 0.017 + 0.091)]
+)
 def test_steps_lie_on_the_line_between_what_was_measured(rows: int, seconds: float) -> None:
     assert step_s(worker(status=MEASURED), rows) == pytest.approx(seconds)
 
@@ -123,7 +125,7 @@ def test_a_queue_goes_no_faster_than_running_requests_leave_of_the_steps() -> No
         one = request()
         one.seq = busy.add(one)
         busy.begin(one)
-    assert Predictor().pace(busy) == pytest.approx(2 / 0.017)
+    assert Predictor().pace(busy) == pytest.approx(2 / 0.018)
 
 
 def test_tokens_that_come_slower_than_steps_last_tell_what_a_further_step_lasts() -> None:
@@ -133,6 +135,22 @@ def test_tokens_that_come_slower_than_steps_last_tell_what_a_further_step_lasts(
     predictor.begin(first, busy, 1.0)
     busy.begin(first)
     assert predictor.tpot_s(busy) == pytest.approx(0.011)
-    for _ in range(20):
-        predictor.draw(busy, 16, 16 * 0.02)
+    for number in range(100):
+        first.output_ids.append(1)
+        predictor.draw(first, 1.0 + number * 0.02)
     assert predictor.tpot_s(busy) == pytest.approx(0.022, rel=0.05)
+
+
+def test_another_request_tells_of_the_steps_once_the_one_that_did_is_gone() -> None:
+    predictor, busy = Predictor(), worker(status=MEASURED)
+    first, second = request(), request()
+    for one in (first, second):
+        one.seq = busy.add(one)
+        predictor.begin(one, busy, 1.0)
+        busy.begin(one)
+    assert list(predictor.pilots) == [first]
+    busy.remove(first)
+    predictor.leave(first)
+    assert list(predictor.pilots) == [second]
+    predictor.forget(busy)
+    assert not predictor.pilots

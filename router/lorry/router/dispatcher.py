@@ -159,12 +159,10 @@ class Dispatcher:
         """A token was added to the output of a request at a worker; on the hot path."""
         if request.state is S.SUBMITTED:
             self._begin(request, now_s)
-        num_tokens = len(request.output_ids) - request.num_charged
-        if num_tokens >= CHARGE_TOKENS:
-            worker = self._workers[request.worker_name]
-            self._predictor.draw(worker, num_tokens, now_s - request.charged_s)
+        elif request in self._predictor.pilots:
+            self._predictor.draw(request, now_s)
+        if len(request.output_ids) - request.num_charged >= CHARGE_TOKENS:
             self._charge_output(request)
-            request.charged_s = now_s
 
     def plan(self, now_s: float) -> list[Action]:
         """What to do now. All but an Abort is taken as done."""
@@ -216,12 +214,10 @@ class Dispatcher:
     def _begin(self, request: Request, now_s: float) -> None:
         worker = self._workers[request.worker_name]
         self._predictor.begin(request, worker, now_s)
-        if not request.num_charged:  # else it comes from a worker that was lost
+        if len(request.output_ids) == 1:  # else it had others from a worker that was lost
             self._policies.admission.began(request, now_s - request.arrival_s)
         worker.begin(request)
         request.move_to(S.STREAMING)
-        self._charge_output(request)
-        request.charged_s = now_s
 
     def _submit(self, send: Send, now_s: float) -> Submit:
         request, worker = send.request, send.worker
@@ -248,6 +244,7 @@ class Dispatcher:
         worker = self._workers.get(request.worker_name)
         if worker is not None:
             worker.remove(request)
+            self._predictor.leave(request)
         request.worker_name, request.seq = "", 0
 
     def _why_unable(

@@ -47,10 +47,13 @@ class Predictor:
 
     def __init__(self) -> None:
         self.errors = PredictionErrors()
+        self.pilots: dict[Request, Worker] = {}  # whose tokens are told by `draw`
         self._learned: dict[Worker, Learned] = {}
 
     def forget(self, worker: Worker) -> None:
-        self._learned.pop(worker, None)
+        learned = self._learned.pop(worker, None)
+        if learned is not None and learned.stretch.pilot is not None:
+            del self.pilots[learned.stretch.pilot]
 
     def advance(self, worker: Worker, now_s: float) -> Learned:
         """To be called before what the worker has to do changes."""
@@ -69,12 +72,22 @@ class Predictor:
         _note(self.errors.at_arrival, request.predicted_ttft_s, now_s - request.arrival_s)
         _note(self.errors.at_submit, request.predicted_service_s, now_s - request.last_submit_s)
 
-    def draw(self, worker: Worker, num_tokens: int, seconds: float) -> None:
-        """A request that runs there has had so many tokens in that time."""
+        if learned.stretch.pilot is None:
+            self._follow(request, worker)
+
+    def draw(self, pilot: Request, now_s: float) -> None:
+        """A pilot has had a token after its first, or some."""
+        worker = self.pilots[pilot]
         rows = max(1, len(worker.active) - len(worker.unstarted))
-        gap_s = seconds / num_tokens
-        stretch = self._learned[worker].stretch
-        stretch.note(gap_s, step_s(worker, rows), steps=num_tokens, rows=rows)
+        self._learned[worker].stretch.draw(step_s(worker, rows), now_s)
+
+    def leave(self, request: Request) -> None:
+        """The request is no more at its worker, which knows it no longer; another is the pilot if
+        it was."""
+        worker = self.pilots.pop(request, None)
+        if worker is not None:
+            begun = (each for each in worker.active.values() if each not in worker.unstarted)
+            self._follow(next(begun, None), worker)
 
     def service_s(self, request: Request, worker: Worker, now_s: float) -> float:
         """From a submit now to the first token."""
@@ -102,6 +115,11 @@ class Predictor:
         """Of all that run there, with one more request."""
         return self._step_s(worker, len(worker.active) + 1)
 
+    def _follow(self, pilot: Request | None, worker: Worker) -> None:
+        self._learned[worker].stretch.follow(pilot)
+        if pilot is not None:
+            self.pilots[pilot] = worker
+
     def _ahead_s(self, worker: Worker, now_s: float) -> float:
         """Until those that have not begun have, at least the rest of the step under way."""
         rest_s = self._step_s(worker, len(worker.active)) / 2 if worker.active else 0.0
@@ -128,14 +146,18 @@ class Predictor:
 
 
 def step_s(worker: Worker, rows: int) -> float:
-    """Of a step of so many decodes: on the line through the measured points beside it."""
+    """Of a step of so many decodes: on the line through the measured points beside it; each row
+    beyond them adds what a prompt token does."""
     points = worker.status.step_s
     if not points:
         return PRIOR_STEP_S
     index = bisect_left(points, (rows, 0.0))
-    if index in (0, len(points)):
-        return points[min(index, len(points) - 1)][1]
-    (low, low_s), (high, high_s) = points[index - 1], points[index]
+    if index == 0:
+        return points[0][1]
+    low, low_s = points[index - 1]
+    if index == len(points):
+        return low_s + (rows - low) / _tokens_per_s(worker)
+    high, high_s = points[index]
     return low_s + (high_s - low_s) * (rows - low) / (high - low)
 
 

@@ -74,7 +74,6 @@ class Request:
     seq: int = 0
     num_losses: int = 0
     num_charged: int = 0  # output tokens that are counted as service, and in the worker's memory
-    charged_s: float = 0.0  # when the last of them came
     last_submit_s: float = 0.0
     predicted_ttft_s: float | None = None  # when it was queued first
     predicted_service_s: float | None = None  # from the last submit to the next token

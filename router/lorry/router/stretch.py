@@ -1,21 +1,35 @@
 """How fast a worker's tokens follow each other, beside how long it says that its steps take."""
 
-MEMORY_STEPS = 64.0  # what lies longer back counts less than a third
+import math
+
+from lorry.router.request import Request
+
+MEMORY_STEPS = 16.0  # what lies longer back counts less than a third
 
 
 class Stretch:
     """By how much the tokens of running requests take longer than steps of decodes alone.
 
-    Prompts share the steps, and what a worker measured of steps with many rows may be old.
+    Prompts share the steps, others the machine, and what a worker measured may be old. One running
+    request, the pilot, tells of all: each step draws a token of each.
     """
 
     def __init__(self) -> None:
         self.factor = 1.0
-        self._num_noted = 0
+        self.pilot: Request | None = None
+        self._drawn_s: float | None = None  # when its last token came, once it is followed
+        self._num_drawn = 0
 
-    def note(self, gap_s: float, step_s: float, *, steps: int, rows: int) -> None:
-        """One of `rows` requests has had a token every `gap_s` over so many steps; others tell of
-        the same steps."""
-        self._num_noted += 1
-        weight = max(1.0 / self._num_noted, steps / (MEMORY_STEPS * rows))
-        self.factor += min(1.0, weight) * (gap_s / step_s - self.factor)
+    def follow(self, pilot: Request | None) -> None:
+        self.pilot, self._drawn_s = pilot, None
+
+    def draw(self, step_s: float, now_s: float) -> None:
+        """The pilot has drawn tokens, in steps that should take `step_s` each."""
+        assert self.pilot is not None
+        num_drawn = len(self.pilot.output_ids)
+        if self._drawn_s is not None:
+            num_steps = num_drawn - self._num_drawn
+            left = math.exp(-num_steps / MEMORY_STEPS)
+            gap_s = (now_s - self._drawn_s) / num_steps
+            self.factor = left * self.factor + (1.0 - left) * gap_s / step_s
+        self._drawn_s, self._num_drawn = now_s, num_drawn
