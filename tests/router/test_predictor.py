@@ -135,7 +135,7 @@ def test_tokens_that_come_slower_than_steps_last_tell_what_a_further_step_lasts(
     predictor.begin(first, busy, 1.0)
     busy.begin(first)
     assert predictor.tpot_s(busy) == pytest.approx(0.011)
-    for number in range(100):
+    for number in range(300):
         first.output_ids.append(1)
         predictor.draw(first, 1.0 + number * 0.02)
     assert predictor.tpot_s(busy) == pytest.approx(0.022, rel=0.05)
@@ -154,3 +154,15 @@ def test_another_request_tells_of_the_steps_once_the_one_that_did_is_gone() -> N
     assert list(predictor.pilots) == [second]
     predictor.forget(busy)
     assert not predictor.pilots
+
+
+def test_one_long_gap_between_two_tokens_is_soon_forgotten() -> None:
+    predictor, busy = Predictor(), worker(status=MEASURED)
+    first = request()
+    first.seq = busy.add(first)
+    predictor.begin(first, busy, 1.0)
+    busy.begin(first)
+    for now_s in (1.0, 1.01, 60.0, *(60.0 + 0.01 * number for number in range(1, 300))):
+        first.output_ids.append(1)
+        predictor.draw(first, now_s)
+    assert predictor.tpot_s(busy) == pytest.approx(0.011, rel=0.01)

@@ -33,7 +33,7 @@ class PredictionErrors:
 
 
 class Learned:
-    """Of one worker."""
+    """What its requests tell of one worker."""
 
     def __init__(self, now_s: float) -> None:
         self.pace = Pace(now_s)
@@ -71,7 +71,6 @@ class Predictor:
         learned.pace.begin(worker.unstarted.get(request, 0), now_s)
         _note(self.errors.at_arrival, request.predicted_ttft_s, now_s - request.arrival_s)
         _note(self.errors.at_submit, request.predicted_service_s, now_s - request.last_submit_s)
-
         if learned.stretch.pilot is None:
             self._follow(request, worker)
 

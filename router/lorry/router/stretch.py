@@ -4,7 +4,8 @@ import math
 
 from lorry.router.request import Request
 
-MEMORY_STEPS = 16.0  # what lies longer back counts less than a third
+MEMORY_STEPS = 64.0  # what lies longer back counts less than a third
+MOST = 10.0  # that one token counts, so that a pilot that was preempted tells little
 
 
 class Stretch:
@@ -27,9 +28,9 @@ class Stretch:
         """The pilot has drawn tokens, in steps that should take `step_s` each."""
         assert self.pilot is not None
         num_drawn = len(self.pilot.output_ids)
-        if self._drawn_s is not None:
-            num_steps = num_drawn - self._num_drawn
+        num_steps = num_drawn - self._num_drawn
+        if self._drawn_s is not None and num_steps:
             left = math.exp(-num_steps / MEMORY_STEPS)
             gap_s = (now_s - self._drawn_s) / num_steps
-            self.factor = left * self.factor + (1.0 - left) * gap_s / step_s
+            self.factor = left * self.factor + (1.0 - left) * min(MOST, gap_s / step_s)
         self._drawn_s, self._num_drawn = now_s, num_drawn
