@@ -12,19 +12,19 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.baselines.common import baseline_parser, baseline_trace, write_cases
 from benchmarks.baselines.merging import MergedWeights, kept_weights
-from benchmarks.building import build, device_name, engine_parser, model_of, pool_gib
+from benchmarks.building import build, model_of, pool_gib
 from benchmarks.driver import Driver
 from benchmarks.engine import distinct_prompts
 from benchmarks.random_images import RandomImages, image_directory
-from benchmarks.results_file import spread, write_result
+from benchmarks.results_file import spread
 from benchmarks.trace_run import TraceRun
-from lorry.client.bench.trace import NO_ADAPTER, TraceRequest, TraceSpec, make_trace
+from lorry.client.bench.trace import NO_ADAPTER, TraceRequest
 from lorry.worker.engine import Engine
 
 Tokens = list[list[int]]
@@ -97,9 +97,7 @@ def measure(
 ) -> dict[str, Any]:
     """Both ways in turns."""
     base_model, layout = model_of(arguments)
-    trace = make_trace(
-        TraceSpec(requests=arguments.requests, adapters=adapters, alpha=arguments.alpha)
-    )
+    trace = baseline_trace(arguments, adapters)
     found: dict[str, list[float]] = {"merged": [], "on_the_fly": [], "merging_s": []}
     with image_directory() as directory:
         images = RandomImages(directory, layout, arguments.ranks, adapters)
@@ -122,12 +120,7 @@ def measure(
 
 
 def parser() -> argparse.ArgumentParser:
-    result = engine_parser(__doc__)
-    result.add_argument("--requests", type=int, default=500)
-    result.add_argument("--adapters", type=int, nargs="+", default=[1, 2, 5], help="numbers of")
-    result.add_argument("--alpha", type=float, default=0.0, help="0 is uniform, 1 is Zipf")
-    result.add_argument("--runs", type=int, default=3)
-    return result
+    return baseline_parser(__doc__, "adapters")
 
 
 def main() -> None:
@@ -140,17 +133,7 @@ def main() -> None:
     for adapters in arguments.adapters:
         cases.append(measure(engine, merged, adapters, arguments))
         print(cases[-1], flush=True)
-    names = ("model", "ranks", "requests", "alpha", "dtype")
-    write_result(
-        f"baseline-merged-{Path(arguments.model).name}",
-        benchmark="baselines.merged",
-        device=device_name(arguments.device),
-        config={name: getattr(arguments, name) for name in names}
-        | {"pool_gib": round(pool_gib(engine, layout), 2)},
-        metrics={"cases": cases},
-        directory=arguments.directory,
-        commit=arguments.commit,
-    )
+    write_cases("merged", arguments, cases, pool_gib=round(pool_gib(engine, layout), 2))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.building import build, device_name, engine_parser, model_of, pool_gib
+from benchmarks.baselines.common import baseline_parser, baseline_trace, write_cases
+from benchmarks.building import build, model_of, pool_gib
 from benchmarks.driver import Driver
 from benchmarks.engine import distinct_prompts
 from benchmarks.random_images import RandomImages, image_directory
-from benchmarks.results_file import spread, write_result
+from benchmarks.results_file import spread
 from benchmarks.trace_run import TraceRun
-from lorry.client.bench.trace import NO_ADAPTER, TraceRequest, TraceSpec, make_trace
+from lorry.client.bench.trace import NO_ADAPTER, TraceRequest
 from lorry.worker.config import MEMORY_FRACTION
 from lorry.worker.device_memory import PoolDoesNotFit
 from lorry.worker.engine import Engine
@@ -86,9 +86,7 @@ def packed_loads(
 def measure(arguments: argparse.Namespace, copies: int, *, packed: bool) -> dict[str, Any]:
     """Requests a second of so many copies, or of one engine with as many adapters."""
     _, layout = model_of(arguments)
-    trace = make_trace(
-        TraceSpec(requests=arguments.requests, adapters=copies, alpha=arguments.alpha)
-    )
+    trace = baseline_trace(arguments, copies)
     try:
         engines = build_copies(arguments, copies if packed else 1)
     except PoolDoesNotFit as error:
@@ -123,12 +121,7 @@ def rates(
 
 
 def parser() -> argparse.ArgumentParser:
-    result = engine_parser(__doc__)
-    result.add_argument("--requests", type=int, default=500)
-    result.add_argument("--copies", type=int, nargs="+", default=[1, 2, 5], help="numbers of")
-    result.add_argument("--alpha", type=float, default=0.0, help="0 is uniform, 1 is Zipf")
-    result.add_argument("--runs", type=int, default=3)
-    return result
+    return baseline_parser(__doc__, "copies")
 
 
 def main() -> None:
@@ -146,16 +139,7 @@ def main() -> None:
                 case[name] = run.result()
             print(case, flush=True)
             cases.append(case)
-    names = ("model", "ranks", "requests", "alpha", "dtype")
-    write_result(
-        f"baseline-packed-{Path(arguments.model).name}",
-        benchmark="baselines.packed",
-        device=device_name(arguments.device),
-        config={name: getattr(arguments, name) for name in names},
-        metrics={"cases": cases},
-        directory=arguments.directory,
-        commit=arguments.commit,
-    )
+    write_cases("packed", arguments, cases)
 
 
 if __name__ == "__main__":
