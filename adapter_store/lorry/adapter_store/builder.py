@@ -71,10 +71,13 @@ OPERATIONS: Mapping[str, Callable[[Request, ModelGeometry], Any]] = {
 
 
 def map_file(path: Path, *, writable: bool = False) -> memoryview:
-    """A file's bytes; unmapped with the last view of them."""
+    """A file's bytes; unmapped with the last view of them. What is only read is read ahead."""
     with path.open("r+b" if writable else "rb") as file:
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        return memoryview(mmap.mmap(file.fileno(), 0, access=access))
+        mapped = mmap.mmap(file.fileno(), 0, access=access)
+    if not writable:
+        mapped.madvise(mmap.MADV_WILLNEED)  # all of it, while its beginning is worked on
+    return memoryview(mapped)
 
 
 def answer(request: Request, geometry: ModelGeometry) -> dict[str, Any]:
