@@ -149,6 +149,13 @@ class EngineHarness:
                     self.logprobs[number].append(row)
 
 
+class ImageHarness(EngineHarness):
+    """Has the images of adapters, for ranks whose engine does not run, and no engine."""
+
+    def build(self, config: EngineConfig, base_model: BaseModel) -> Any:
+        return None
+
+
 def _modules(header: Any) -> Iterator[m.ImageModule]:
     for module in header.modules:
         yield m.ImageModule(*(getattr(module, field) for field in module.__slots__))

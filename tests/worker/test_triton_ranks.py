@@ -1,7 +1,7 @@
 """Tensor-parallel ranks on the Triton kernels compute and draw what one rank does."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -9,9 +9,7 @@ import torch
 
 from lorry.kernels.partition import Partition
 from lorry.kernels.pool_view import allocate_pool
-from lorry.rpc.base_model import BaseModel
 from lorry.worker.adapter_memory import DirectAdapterMemory
-from lorry.worker.config import EngineConfig
 from lorry.worker.device_vocabulary import SplitDeviceVocabulary
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.lora_sharing import lora_sharing
@@ -27,7 +25,7 @@ from lorry.worker.torch_runner import TorchRunner
 from lorry.worker.triton_operations import TritonOperations, allocate_device_state
 from lorry.worker.vocabulary import SplitVocabulary
 from lorry.worker.weights import CheckpointReader, load_weights
-from tests.support.engines import EngineHarness
+from tests.support.engines import EngineHarness, ImageHarness
 from tests.support.models import make_adapter, make_model
 from tests.support.turns import TurnCollectives, Turns
 
@@ -45,13 +43,6 @@ class RecordedStep(NamedTuple):
     block_table_RP: torch.Tensor
     hidden_TH: torch.Tensor
     token_N: list[int]
-
-
-class RankImages(EngineHarness):
-    """The images of adapters for ranks whose engine does not run."""
-
-    def build(self, config: EngineConfig, base_model: BaseModel) -> Any:
-        return None
 
 
 def record(harness: EngineHarness) -> list[RecordedStep]:
@@ -83,7 +74,7 @@ class Rank:
     """One rank's part of the model, pool and adapters, on the interpreter."""
 
     def __init__(
-        self, images: RankImages, adapters: dict[int, bytes], rank: int, talk: TurnCollectives
+        self, images: ImageHarness, adapters: dict[int, bytes], rank: int, talk: TurnCollectives
     ) -> None:
         self._base_model = base_model = images._base_model
         layout = images.config.page_layout(base_model, rank)
@@ -169,7 +160,7 @@ def test_steps_of_ranks_have_the_hidden_states_and_tokens_of_one(
         for adapter in alone.engine.scheduler.residency
         if adapter.slot is not None
     }
-    images = RankImages(
+    images = ImageHarness(
         model, tmp_path, tensor_parallel=size, lora_strategy=strategy, max_rank=MAX_RANK
     )
     for adapter in made.values():

@@ -135,7 +135,9 @@ def _open_device(config: EngineConfig, rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if config.tensor_parallel > count:
-        raise NoSuchGpu(f"tensor_parallel {config.tensor_parallel} needs as many GPUs, got {count}")
+        raise NoSuchGpu(
+            f"tensor_parallel {config.tensor_parallel} needs as many GPUs, and here are {count}"
+        )
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     return device

@@ -75,4 +75,5 @@ def join_by_nccl(store: Store, *, rank: int, size: int) -> Group:
     nccl: Any = getattr(_distributed_c10d, "ProcessGroupNCCL")  # noqa: B009  # not in CPU builds
     options = nccl.Options()
     options._timeout = timedelta(seconds=TIMEOUT_S)
+    options.group_name, options.global_ranks_in_group = "ranks", list(range(size))
     return Group(nccl(store, rank, size, options), size)
