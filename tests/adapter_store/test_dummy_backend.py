@@ -71,6 +71,8 @@ def test_nothing_can_be_changed_and_nothing_else_is_there(backend: DummyBackend)
     [
         ("dummy:0", "1 to 1000000 adapters, got 0"),
         ("dummy:5?ranks=0", r"ranks must be in \[1, 256\], got \(0,\)"),
+        ("dummy:5?ranks=8,many", "ranks must be whole numbers, got '8,many'"),
+        ("dummy:5?ranks", "ranks must be whole numbers, got ''"),
         ("dummy:5?modules=q_proj,mlp", "modules must be of q_proj.*got .*mlp"),
         ("dummy:5?rank=8", "ranks and modules, not rank"),
         ("dummy:many", "backend must be file:///DIRECTORY, redis.* or dummy:COUNT"),

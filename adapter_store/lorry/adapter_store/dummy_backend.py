@@ -57,13 +57,16 @@ class DummyAdapters:
     @classmethod
     def parse(cls, url: SplitResult) -> "DummyAdapters":
         """Raises ValueError naming what is wrong."""
-        query = parse_qs(url.query, strict_parsing=bool(url.query))
+        query = parse_qs(url.query, keep_blank_values=True)
         fields = {name: tuple(values[-1].split(",")) for name, values in query.items()}
         if unknown := fields.keys() - {"ranks", "modules"}:
             raise ValueError(f"dummy: has ranks and modules, not {', '.join(sorted(unknown))}")
+        ranks = fields.get("ranks", ("16",))
+        if not all(rank.isdecimal() for rank in ranks):
+            raise ValueError(f"dummy: ranks must be whole numbers, got {','.join(ranks)!r}")
         return cls(
             count=int(url.path),
-            ranks=tuple(map(int, fields.get("ranks", ("16",)))),
+            ranks=tuple(map(int, ranks)),
             modules=fields.get("modules", tuple(MODULES)),
         )
 
