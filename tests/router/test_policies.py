@@ -4,6 +4,7 @@ import pytest
 
 from lorry.router.actions import Abort, Submit
 from lorry.router.admission import (
+    KEPT_BACK_MEMORY_S,
     LESS_KEPT_BACK,
     MORE_KEPT_BACK,
     MOST_KEPT_BACK,
@@ -125,6 +126,16 @@ def test_as_much_of_an_objective_is_kept_back_as_leaves_few_late() -> None:
     policy.began(request(), 60.0)  # has no objective
     for _ in range(int(MOST_KEPT_BACK / LESS_KEPT_BACK) + 1):
         policy.began(asked, 0.99)
+    assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9)
+
+
+def test_what_is_kept_back_is_forgotten_also_if_nobody_is_admitted() -> None:
+    policy, asked = EarlyAbort(), request(slo=Slo(ttft_s=1.0))
+    policy.planned(0, 0, 1000.0)
+    policy.began(asked, 1.01)
+    policy.planned(0, 0, 1000.0)
+    assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9 - MORE_KEPT_BACK)
+    policy.planned(0, 0, 1000.0 + 20 * KEPT_BACK_MEMORY_S)
     assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9)
 
 

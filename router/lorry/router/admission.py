@@ -1,5 +1,6 @@
 """Which requests are aborted because their objective is out of reach, and what is an overload."""
 
+import math
 from typing import Protocol
 
 from lorry.router.request import Request
@@ -14,6 +15,8 @@ SLORA_LOOK_S = 0.4
 # Shares of an objective: what one that is late adds to what is kept back, and what one in time
 # takes from it, so that one in forty is late where some are at all.
 MORE_KEPT_BACK, LESS_KEPT_BACK, MOST_KEPT_BACK = 0.04, 0.001, 0.5
+# It is forgotten with time, too, as those that are aborted for it never show that they need not be.
+KEPT_BACK_MEMORY_S = 30.0
 
 OVERLOAD_SHARE = 0.75  # of an arrival's time to first token that what waits takes in an overload
 
@@ -80,6 +83,7 @@ class EarlyAbort(AdmitAll):
     def __init__(self, *, refuse: bool = False) -> None:
         self._refuse = refuse
         self._kept_back = 0.0
+        self._planned_s = 0.0
         self._overloaded_until_s = 0.0
 
     def latest_start_s(self, request: Request, service_s: float) -> float | None:
@@ -93,6 +97,11 @@ class EarlyAbort(AdmitAll):
             return
         change = MORE_KEPT_BACK if ttft_s > request.slo.ttft_s else -LESS_KEPT_BACK
         self._kept_back = min(MOST_KEPT_BACK, max(0.0, self._kept_back + change))
+
+    def planned(self, num_waiting: int, num_submitted: int, now_s: float) -> None:
+        if self._kept_back:
+            self._kept_back *= math.exp((self._planned_s - now_s) / KEPT_BACK_MEMORY_S)
+        self._planned_s = now_s
 
     def arrived(self, request: Request, wait_s: float, now_s: float) -> bool:
         ttft_s = request.slo.ttft_s
