@@ -1,5 +1,9 @@
 """What a batch-invariant engine answers is the same to the bit, whatever it computes beside it."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +16,17 @@ from tests.support.engines import EngineHarness
 from tests.support.interpreted_engine import interpreted_engine, invariant_operations
 from tests.support.models import make_adapter, make_model
 
-MAX_TOKENS = 3
+MAX_TOKENS = 2
 REQUESTS: list[dict[str, Any]] = [
     {"prompt": list(range(3, 23)), "adapter": "mixed", "temperature": 0.9, "seed": 7},
     {"prompt": list(range(50, 61)), "adapter": None, "temperature": 0.0},
     {"prompt": [9], "adapter": "attention", "temperature": 0.0},
 ]
+
+KERNELS = {
+    *("_product_kernel", "_shrink_kernel", "_expand_kernel", "_split_kernel", "_merge_kernel"),
+    *("_rms_norm_kernel", "_rope_write_kv_kernel", "_swiglu_kernel"),
+}
 
 
 class Answer(NamedTuple):
@@ -67,11 +76,21 @@ def test_answers_do_not_depend_on_the_crowd_the_chunks_or_a_new_start(world: Wor
     request, answer = REQUESTS[0], crowd[0]
     assert world.answers([request]) == [answer]
     assert world.answers(REQUESTS, step_tokens=9, max_running=4) == crowd
-    sent = answer.tokens[:2]
+    sent = answer.tokens[:1]
     resumed = request | {"prompt": request["prompt"] + sent, "generated_tokens": len(sent)}
     (rest,) = world.answers([resumed])
-    assert (rest.tokens, rest.logprobs) == (answer.tokens[2:], answer.logprobs[2:])
+    assert (rest.tokens, rest.logprobs) == (answer.tokens[1:], answer.logprobs[1:])
     assert rest.prompt_logprobs[: len(answer.prompt_logprobs)] == answer.prompt_logprobs
+
+
+def test_steps_of_any_number_of_rows_run_the_same_machine_code() -> None:
+    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-m", "tests.support.same_kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    code_of_one, *others = json.loads(done.stdout).values()
+    assert {name for name, _ in code_of_one} == KERNELS
+    assert others == [code_of_one] * len(others)
 
 
 @pytest.mark.parametrize(
