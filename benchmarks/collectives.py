@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 from benchmarks.building import CONFIGS, device_name
 from benchmarks.products import PRODUCTS, Body
 from benchmarks.results_file import RESULTS, write_result
-from benchmarks.timing import interleaved_ms, replayable
+from benchmarks.timing import copy_bytes_per_s, interleaved_ms, replayable
 from lorry.kernels.page_layout import Dtype, PageLayout, TpStrategy
 from lorry.kernels.partition import Partition
 from lorry.rpc.base_model import read_base_model
@@ -89,6 +89,11 @@ def _one_shot_sum(size: int, device: torch.device) -> Callable[[], object]:
     return call
 
 
+def measure_copy(device: torch.device) -> float:
+    """Bytes per second of a large copy, read and written."""
+    return copy_bytes_per_s(torch.empty(8 << 30, dtype=torch.uint8, device=device))
+
+
 def measure_products(model: str, size: int, device: torch.device) -> dict[str, dict[int, float]]:
     """Median milliseconds of a rank's body and head, by their rows."""
     base_model = read_base_model(CONFIGS / model)
@@ -145,6 +150,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tensor-parallel", type=int, default=2, help="GPUs")
     parser.add_argument("--model", nargs="+", default=MODELS)
+    parser.add_argument(
+        "--ways", type=int, nargs="+", default=[1, 2, 4, 8], help="shares of the products"
+    )
     parser.add_argument("--rank", type=int, default=0, help="of a process that this one starts")
     parser.add_argument("--port", type=int, help="where the ranks meet")
     parser.add_argument("--limit-s", type=int, default=100, help="then say where it hangs, and end")
@@ -161,15 +169,24 @@ def main() -> None:
     for name, times in sums.items():
         print(name, "  ".join(f"{nbytes >> 10} KiB {us}" for nbytes, us in times.items()))
     device = torch.device("cuda", 0)
-    products = {model: measure_products(model, size, device) for model in arguments.model}
-    for model, parts in products.items():
-        print(model, parts["body_ms"], flush=True)
+    copied = measure_copy(device)
+    products = {
+        ways: {model: measure_products(model, ways, device) for model in arguments.model}
+        for ways in arguments.ways
+    }
+    for ways, models in products.items():
+        for model, parts in models.items():
+            print(f"{model} over {ways}", parts["body_ms"], flush=True)
     write_result(
         f"collectives-{size}",
         benchmark="collectives",
         device=device_name("cuda"),
         config={"tensor_parallel": size, "calls": CALLS, "layers_measured": LAYERS},
-        metrics={"sums": sums, "products": products},
+        metrics={
+            "sums": sums,
+            "products": products,
+            "copy_bytes_per_s": copied,
+        },
         directory=arguments.directory,
         commit=arguments.commit,
     )

@@ -82,7 +82,7 @@ engine-tests)
 tp-tests) # on two GPUs; a rank that fails or hangs leaves both ranks' tracebacks
 	tests tests/gpu/test_tensor_parallel.py --capture=no --exitfirst -o faulthandler_timeout=90
 	;;
-tp-rates) bench collectives ;; # on two GPUs: 40 s
+tp-rates) bench collectives ;; # on two GPUs: 60 s
 tp-bench) # on two GPUs: four engines of about 60 s, compilation left out
 	for lora in replicated slora silent; do bench tensor_parallel --lora $lora --limit-s 120; done
 	bench tensor_parallel --tensor-parallel 1 --limit-s 120

@@ -33,7 +33,7 @@ class RandomImages:
         targets: Sequence[str] = TARGETS,
         apart: bool = False,
     ) -> None:
-        self._directory, self._layout, self._targets = directory, layout, targets
+        self._directory, self.layout, self._targets = directory, layout, targets
         self._ranks = [ranks[adapter % len(ranks)] for adapter in range(adapters)]
         self._apart = apart
         sizes = [self._bytes(rank) for rank in self._ranks]
@@ -50,7 +50,7 @@ class RandomImages:
         return hashlib.sha256(f"adapter {adapter}".encode()).digest()
 
     def image(self, adapter: int) -> m.ImageReady:
-        rank, layout = self._ranks[adapter], self._layout
+        rank, layout = self._ranks[adapter], self.layout
         file = m.ImageFile(
             str(self._path(adapter)), 0 if self._apart else adapter * layout.slice_bytes
         )
@@ -77,7 +77,7 @@ class RandomImages:
         return self._directory / (f"image-{adapter}" if self._apart else "images")
 
     def _bytes(self, rank: int) -> int:
-        return self.image_bytes(self._layout, rank, self._targets)
+        return self.image_bytes(self.layout, rank, self._targets)
 
 
 def _random_bytes(num_bytes: int) -> memoryview:

@@ -16,13 +16,24 @@ import time
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from benchmarks.building import CONFIGS, built, device_name, engine_config, engine_parser, pool_gib
+from benchmarks.building import (
+    CONFIGS,
+    GIB,
+    built,
+    device_name,
+    engine_config,
+    engine_parser,
+    pool_gib,
+)
+from benchmarks.card import Card
 from benchmarks.driver import Driver
 from benchmarks.engine import distinct_prompts
 from benchmarks.launches import launches_of
 from benchmarks.other_ranks import other_ranks
 from benchmarks.random_images import TARGETS, RandomImages, image_directory
-from benchmarks.results_file import write_result
+from benchmarks.rank_ideal import RankModel, find_collectives, rank_card, rank_model
+from benchmarks.results_file import RESULTS, write_result
+from benchmarks.roofline import ideal_seconds
 from benchmarks.silent_rank import SILENT_COMMAND, silenced
 from benchmarks.step import PROFILED_STEPS, Case, decoding, measure
 from benchmarks.trace_run import TraceRun
@@ -59,9 +70,30 @@ def steps(arguments: argparse.Namespace, engine: Engine, images: RandomImages) -
             case = Case(arguments.context, batch, adapters, max(arguments.ranks))
             with decoding(engine, images, case) as driver:
                 row = {"batch": batch, "adapters": adapters} | measure(driver)
+            row |= ideal_step(arguments, case, row["mean_context"])
             found.append(row)
             _print(row)
     return found
+
+
+def ideal_card(arguments: argparse.Namespace) -> tuple[Card, RankModel] | None:
+    """What the ideal engine reckons with, where the GPUs' sums and products are known by now."""
+    device, directories = device_name(arguments.device), (RESULTS, arguments.directory)
+    measured = find_collectives(device, directories)
+    model = rank_model(read_base_model(CONFIGS / arguments.model), arguments.tensor_parallel)
+    card = None if measured is None else rank_card(measured, model)
+    return None if card is None else (card, model)
+
+
+def ideal_step(arguments: argparse.Namespace, case: Case, context: int) -> dict[str, float]:
+    found = ideal_card(arguments)
+    if found is None:
+        return {}
+    card, model = found
+    ranks = [arguments.ranks[n % len(arguments.ranks)] for n in range(case.adapters)]
+    read = case.batch * context * model.kv_bytes + sum(ranks) * model.adapter_bytes_per_rank
+    ideal = card.products[model.name].ms(case.batch, case.batch) + read / card.bytes_per_s * 1e3
+    return {"ideal_ms": ideal}
 
 
 def profiled(arguments: argparse.Namespace, engine: Engine, images: RandomImages) -> list[Any]:
@@ -89,6 +121,10 @@ def trace(
     Driver(engine, images, []).evict_all()
     names = ("req_per_s", "out_tok_per_s", "steps", "adapter_loads", "preemptions", "ttft_s")
     metrics = {"adapters": adapters} | {name: metrics[name] for name in names}
+    if found := ideal_card(arguments):
+        pool_bytes = pool_gib(engine, images.layout) * GIB
+        seconds = ideal_seconds(*found, requests, arguments.ranks, pool_bytes=pool_bytes)
+        metrics["ideal_req_per_s"] = len(requests) / seconds
     print(f"trace with {adapters} adapters: {metrics['req_per_s']:.2f} req/s", flush=True)
     return metrics
 
