@@ -11,6 +11,7 @@ from benchmarks.figures_gpu import cold_figures, copies_figures, start_figures, 
 from benchmarks.figures_live import cold_tiers_figures, live_figures
 from benchmarks.figures_performance import performance_text
 from benchmarks.figures_plots import draw_plots, drawings
+from benchmarks.figures_ranks import ranks_text
 from benchmarks.figures_reproduction import reproduction_text
 from benchmarks.figures_scheduling import DOCS, draw_scheduling, scheduling_text
 from benchmarks.figures_scheduling import TITLES as STUDIES
@@ -27,7 +28,7 @@ from benchmarks.results_file import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 SCHEDULING, PERFORMANCE = DOCS / "scheduling.md", DOCS / "performance.md"
-REPRODUCTION = DOCS / "reproduction.md"
+REPRODUCTION, RANKS = DOCS / "reproduction.md", DOCS / "tensor-parallelism.md"
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->"
 
 
@@ -141,6 +142,7 @@ def main() -> None:
     replace_figures(SCHEDULING, scheduling_text(studies()))
     replace_figures(PERFORMANCE, performance_text(results))
     replace_figures(REPRODUCTION, reproduction_text(results))
+    replace_figures(RANKS, ranks_text(results))
     draw_scheduling(studies())
     draw_plots(results)
     for row in results("store_scale"):

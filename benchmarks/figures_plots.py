@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.figures_engine import ideal_req_per_s
+from benchmarks.figures_ranks import rank_panels
 from benchmarks.figures_text import Result
 from benchmarks.recorded import VLLM, vllm_runs
 
@@ -31,6 +32,9 @@ def drawings(results: Callable[[str], list[Result]]) -> dict[str, list[tuple[str
             for row in engine
             if "pool_pages" in row["metrics"] and row["config"]["adapters"] > 1
         ][-3:],
+        "tensor-parallel.png": [
+            (title, _bars(bars)) for title, bars in rank_panels(results("tensor_parallel"))
+        ],
         "ablation.png": [(_title(row), _ablation(row)) for row in results("ablation")],
     }
     return {name: panels for name, panels in found.items() if panels}
@@ -166,6 +170,17 @@ def _memory(row: Result) -> Drawing:
         axes.stackplot(split["time_s"], layers, labels=list(USES), colors=list(USES.values()))
         axes.set(xlabel="s", ylabel="GiB of the pool")
         axes.legend(frameon=False, fontsize=8, loc="lower center", ncols=len(USES))
+
+    return draw
+
+
+def _bars(bars: Sequence[tuple[str, float]]) -> Drawing:
+    def draw(axes: Axes) -> None:
+        names, rates = zip(*bars, strict=True)
+        colours = [IDEAL if name.endswith("base only") else OURS for name in names]
+        axes.barh(names, rates, color=colours)
+        axes.invert_yaxis()
+        axes.set(xlabel="requests/s", ylabel="GPUs, LoRA")
 
     return draw
 

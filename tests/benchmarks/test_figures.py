@@ -6,6 +6,7 @@ from benchmarks.figures import (
     BEGIN,
     END,
     PERFORMANCE,
+    RANKS,
     README,
     REPRODUCTION,
     SCHEDULING,
@@ -16,6 +17,7 @@ from benchmarks.figures import (
 from benchmarks.figures_engine import engine_figures
 from benchmarks.figures_performance import performance_text
 from benchmarks.figures_plots import DOCS, draw_plots, drawings
+from benchmarks.figures_ranks import ranks_text
 from benchmarks.figures_reproduction import NOTHING, reproduction_text
 from benchmarks.figures_scheduling import scheduling_text
 
@@ -42,6 +44,44 @@ def test_the_page_of_performance_holds_what_the_results_say() -> None:
 def test_the_page_of_the_reproduction_holds_what_the_results_say() -> None:
     text = REPRODUCTION.read_text()
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == reproduction_text(results)
+
+
+def test_the_page_of_several_gpus_holds_what_the_results_say() -> None:
+    text = RANKS.read_text()
+    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == ranks_text(results)
+
+
+def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
+    def result(size: int, lora: str | None, rate: float) -> dict[str, Any]:
+        step = {"batch": 16, "step_ms": 7.0}
+        return {
+            "device": "a GPU",
+            "date": "2026-01-02",
+            "command": "it",
+            "config": {
+                "model": "llama-2-13b",
+                "tensor_parallel": size,
+                "lora": lora,
+                "ranks": [8, 16],
+                "context": 512,
+            },
+            "metrics": {
+                "steps": [step | {"adapters": 0}, step | {"adapters": 16, "ideal_ms": 6.0}],
+                "traces": [{"req_per_s": 20.0}, {"req_per_s": rate, "ideal_req_per_s": 25.0}],
+                "launches": [{"batch": 16, "adapters": 16, "collectives_ms": 1.25}],
+            },
+        }
+
+    ranks = [result(2, "slora", 17.0), result(1, None, 9.0), result(2, "replicated", 19.0)]
+    sums = {"nccl_us": {"4096": 9.0, "8192": 10.0}, "one_shot_us": {"4096": 5.0}}
+    collectives = ranks[0] | {"metrics": {"sums": sums}}
+    found = {"tensor_parallel": ranks, "collectives": [collectives]}
+    text = ranks_text(lambda benchmark: found.get(benchmark, []))
+    assert "| 2 | replicated | 16 | 7.00 | 7.00 | 6.00 | 1.25 | 20.00 | 19.00 | 25.00 |" in text
+    assert "| 8,192 | 10.00 | - |" in text
+    assert text.index("| 1 | one GPU") < text.index("| 2 | replicated") < text.index("| 2 | S-LoRA")
+    plots = draw_plots(lambda benchmark: found.get(benchmark, []), tmp_path)
+    assert plots == ["tensor-parallel.png"]
 
 
 def test_settings_and_baselines_are_told_as_far_as_they_are_measured() -> None:
@@ -103,7 +143,7 @@ def test_each_kind_of_result_has_its_plot(tmp_path: Path) -> None:
             {"device": "a GPU", "config": config, "metrics": {"mixed": {"req_per_s": 0.1}}}
         ],
     }
-    names = draw_plots(lambda benchmark: found[benchmark], tmp_path)
+    names = draw_plots(lambda benchmark: found.get(benchmark, []), tmp_path)
     kinds = ("throughput", "rank-mix", "step-floor", "memory-split", "ablation")
     assert set(names) == {f"{kind}.png" for kind in kinds}
     assert set(names) == {path.name for path in tmp_path.iterdir()}
