@@ -3,6 +3,7 @@
 Run as a module without TRITON_INTERPRET, whose kernels cannot be compiled.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,7 +33,7 @@ from lorry.kernels.lora import AdapterTables
 from lorry.kernels.lora_expand import lora_expand_add
 from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
 from lorry.kernels.lora_shrink import lora_shrink
-from lorry.kernels.page_layout import GROUPS, MODULES
+from lorry.kernels.page_layout import GROUPS, MAX_RANK, MODULES, TpStrategy
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import allocate_pool
 from tests.support.kernel_cases import LAYERS, layout_of
@@ -96,8 +97,13 @@ def multiply(dtype: torch.dtype, outputs: int, *, has_bias: bool = False) -> Non
     invariant_product(x_TI, weight_OI, bias_O, product_setting(dtype, outputs))
 
 
-def adapt(dtype: torch.dtype, setting: LoraSetting, rows: int, group: int) -> None:
+def adapt(
+    dtype: torch.dtype, setting: LoraSetting, rows: int, group: int, *, is_shared: bool = False
+) -> None:
+    """With rows of A dealt out over two tensor-parallel ranks where `is_shared`."""
     layout = layout_of("llama-3-8b", dtype)
+    if is_shared:
+        layout = dataclasses.replace(layout, tp_size=2, tp_strategy=TpStrategy.SLORA)
     pool = allocate_pool(64, layout, DEVICE)
     tables = AdapterTables(
         empty(64, 640),
@@ -108,10 +114,12 @@ def adapt(dtype: torch.dtype, setting: LoraSetting, rows: int, group: int) -> No
     )
     work = allocate_lora_work(setting, layout, max_rows=rows, device=DEVICE)
     plan_lora(empty(rows), tables, work)
-    shapes = [layout.geometry.module_shape(module) for module in GROUPS[group]]
+    shapes = [layout.local_geometry.module_shape(module) for module in GROUPS[group]]
     x_TI = empty(rows, shapes[0][0], dtype=dtype)
     outputs = [empty(rows, output, dtype=dtype) for _, output in shapes]
     y_STY = lora_shrink(x_TI, group, pool, tables, 1, work)
+    if is_shared:
+        y_STY = empty(layout.tp_size, rows, 3 * MAX_RANK // 2, dtype=FP32)
     lora_expand_add(outputs, group, pool, tables, 1, work, y_STY)
 
 
@@ -135,6 +143,7 @@ def draw(dtype: torch.dtype) -> None:
     logits, long = empty(64, 128256, dtype=dtype), empty(64, dtype=torch.int64)
     number, whole = empty(64, dtype=FP32), empty(64)
     sampling.sample(logits, number, long, whole, long)
+    sampling.best(logits, number, long, whole, first_id=64128)
     ranked = logprobs.rank(logits, whole)
     threshold = truncation.truncate(logits, number, whole, number, number)
     sampling.sample(logits, number, long, whole, long, threshold)
@@ -170,6 +179,9 @@ def shipped() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype in (BF16, FP32):
         invariant = partial(adapt, dtype, invariant_lora_setting(dtype), MAX_ROWS, 0)
         yield f"lora in one form {dtype}", invariant
+    for rows in (64, MAX_ROWS):
+        shared = partial(adapt, BF16, lora_setting(BF16, rows), rows, 0, is_shared=True)
+        yield f"lora of two ranks, {rows} rows", shared
     yield "lora float32", partial(adapt, FP32, lora_setting(FP32, 64), 64, 0)
     yield "rows", rows_of_8b
     for dtype in (BF16, FP16, FP32):
