@@ -15,11 +15,11 @@ from lorry.worker.config import EngineConfig
 from lorry.worker.cuda_runner import CudaRunner
 from lorry.worker.device_memory import (
     GpuMemory,
-    NoSuchGpu,
     StepLimits,
     check_pool_pages,
     default_pool_pages,
     memory_needs,
+    open_device,
 )
 from lorry.worker.device_vocabulary import (
     DeviceVocabulary,
@@ -92,7 +92,7 @@ def _build_runner(
     collectives: Collectives,
 ) -> RankRunner:
     torch.set_num_threads(config.threads)
-    device = _open_device(config, rank)
+    device = open_device(config.device, rank, config.tensor_parallel)
     layout = config.page_layout(base_model, rank)
     pool_pages = _pool_pages(config, base_model, layout, limits)
     if layout.tp_size > 1:
@@ -127,20 +127,6 @@ def _build_runner(
             max_context_tokens=limits.max_context_tokens,
             batch_invariant=config.batch_invariant,
         )
-
-
-def _open_device(config: EngineConfig, rank: int) -> torch.device:
-    """The rank's own; raises NoSuchGpu."""
-    if config.device == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if config.tensor_parallel > count:
-        raise NoSuchGpu(
-            f"tensor_parallel {config.tensor_parallel} needs as many GPUs, and here are {count}"
-        )
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def _least(pool_pages: int, device: torch.device, collectives: Collectives) -> int:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from lorry.kernels.invariant_attention import partials_bytes
 from lorry.kernels.launch_settings import split_setting
 from lorry.kernels.page_layout import PageLayout
@@ -34,6 +36,18 @@ class PoolDoesNotFit(ValueError):
 
 class NoSuchGpu(ValueError):
     """The machine has fewer GPUs than there are tensor-parallel ranks."""
+
+
+def open_device(device: str, rank: int, size: int) -> torch.device:
+    """The device of one of `size` tensor-parallel ranks; raises NoSuchGpu."""
+    if device == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if size > count:
+        raise NoSuchGpu(f"tensor_parallel {size} needs as many GPUs, and here are {count}")
+    own = torch.device("cuda", rank)
+    torch.cuda.set_device(own)
+    return own
 
 
 @dataclass(frozen=True, slots=True)

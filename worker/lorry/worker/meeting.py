@@ -10,6 +10,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from lorry.worker.collectives import Group, join_by_gloo, join_by_nccl
 from lorry.worker.config import Device
+from lorry.worker.device_memory import open_device
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 120.0  # until all ranks are there
@@ -20,8 +21,9 @@ def meet(
 ) -> Group:
     """The group of all ranks; the first one takes over the listening socket.
 
-    Raises RuntimeError if the others do not come in time.
+    Raises RuntimeError if the others do not come in time, and NoSuchGpu.
     """
+    open_device(device, rank, size)
     store = TCPStore(
         HOST,
         port,
