@@ -75,7 +75,7 @@ def test_answers_do_not_depend_on_the_crowd_the_chunks_or_a_new_start(world: Wor
     assert [len(answer.logprobs) for answer in crowd] == [MAX_TOKENS] * len(REQUESTS)
     request, answer = REQUESTS[0], crowd[0]
     assert world.answers([request]) == [answer]
-    assert world.answers(REQUESTS, step_tokens=9, max_running=4) == crowd
+    assert world.answers(REQUESTS, step_tokens=13, max_running=4) == crowd
     sent = answer.tokens[:1]
     resumed = request | {"prompt": request["prompt"] + sent, "generated_tokens": len(sent)}
     (rest,) = world.answers([resumed])
