@@ -39,6 +39,7 @@ class AttentionSetting:
     merge_stages: int
     num_warps: int
     num_stages: int
+    registers: int | None = None  # of a thread at most, so that all programs run at once
 
 
 @dataclass(frozen=True, slots=True)

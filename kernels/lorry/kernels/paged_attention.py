@@ -110,4 +110,5 @@ def paged_attention(
         PRECISION="ieee" if q_TQD.dtype == torch.float32 else "tf32",
         num_warps=setting.num_warps,
         num_stages=setting.num_stages,
+        maxnreg=setting.registers,
     )
