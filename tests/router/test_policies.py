@@ -118,21 +118,21 @@ def test_as_much_of_an_objective_is_kept_back_as_leaves_few_late() -> None:
     asked = request(slo=Slo(ttft_s=1.0))
     assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9)
     for _ in range(3):
-        policy.began(asked, 1.01)
+        policy.began(asked, 0.91)
     assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9 - 3 * MORE_KEPT_BACK)
     for _ in range(1000):
-        policy.began(asked, 1.01)
+        policy.began(asked, 0.91)
     assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9 - MOST_KEPT_BACK)
     policy.began(request(), 60.0)  # has no objective
     for _ in range(int(MOST_KEPT_BACK / LESS_KEPT_BACK) + 1):
-        policy.began(asked, 0.99)
+        policy.began(asked, 0.89)
     assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9)
 
 
 def test_what_is_kept_back_is_forgotten_also_if_nobody_is_admitted() -> None:
     policy, asked = EarlyAbort(), request(slo=Slo(ttft_s=1.0))
     policy.planned(0, 0, 1000.0)
-    policy.began(asked, 1.01)
+    policy.began(asked, 0.91)
     policy.planned(0, 0, 1000.0)
     assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9 - MORE_KEPT_BACK)
     policy.planned(0, 0, 1000.0 + 20 * KEPT_BACK_MEMORY_S)

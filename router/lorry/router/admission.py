@@ -15,7 +15,10 @@ SLORA_LOOK_S = 0.4
 # Shares of an objective: what one that is late adds to what is kept back, and what one in time
 # takes from it, so that one in forty is late where some are at all.
 MORE_KEPT_BACK, LESS_KEPT_BACK, MOST_KEPT_BACK = 0.04, 0.001, 0.5
-# It is forgotten with time, too, as those that are aborted for it never show that they need not be.
+# A first token counts as late here from this share of the objective on: its way to the client, and
+# the request's from there, take their time, too.
+LATE = 0.9
+# What is kept back is forgotten with time, too, as those that are aborted for it never show that they need not be.
 KEPT_BACK_MEMORY_S = 30.0
 
 OVERLOAD_SHARE = 0.75  # of an arrival's time to first token that what waits takes in an overload
@@ -95,7 +98,7 @@ class EarlyAbort(AdmitAll):
     def began(self, request: Request, ttft_s: float) -> None:
         if request.slo.ttft_s is None:
             return
-        change = MORE_KEPT_BACK if ttft_s > request.slo.ttft_s else -LESS_KEPT_BACK
+        change = MORE_KEPT_BACK if ttft_s > LATE * request.slo.ttft_s else -LESS_KEPT_BACK
         self._kept_back = min(MOST_KEPT_BACK, max(0.0, self._kept_back + change))
 
     def planned(self, num_waiting: int, num_submitted: int, now_s: float) -> None:
