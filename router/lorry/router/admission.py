@@ -18,7 +18,8 @@ MORE_KEPT_BACK, LESS_KEPT_BACK, MOST_KEPT_BACK = 0.04, 0.001, 0.5
 # A first token counts as late here from this share of the objective on: its way to the client, and
 # the request's from there, take their time, too.
 LATE = 0.9
-# What is kept back is forgotten with time, too, as those that are aborted for it never show that they need not be.
+# What is kept back is forgotten with time, too, as those that are aborted for it never show that
+# they need not be.
 KEPT_BACK_MEMORY_S = 30.0
 
 OVERLOAD_SHARE = 0.75  # of an arrival's time to first token that what waits takes in an overload
