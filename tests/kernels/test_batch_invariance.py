@@ -7,15 +7,15 @@ import torch
 from torch.nn.functional import linear
 
 from lorry.kernels import lora_plan
-from lorry.kernels.invariant_attention import (
+from lorry.kernels.invariant_product import ProductSetting, invariant_product
+from lorry.kernels.lora_plan import allocate_lora_work, plan_lora
+from lorry.kernels.page_layout import GROUPS, PageLayout
+from lorry.kernels.split_plan import (
     SplitSetting,
     allocate_partials,
     allocate_split_work,
     plan_splits,
 )
-from lorry.kernels.invariant_product import ProductSetting, invariant_product
-from lorry.kernels.lora_plan import allocate_lora_work, plan_lora
-from lorry.kernels.page_layout import GROUPS, PageLayout
 from tests.kernels.test_lora import SETTING as LORA_SETTING
 from tests.support.kernel_cases import (
     DTYPES,

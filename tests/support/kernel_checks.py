@@ -7,13 +7,7 @@ from functools import partial
 import torch
 
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
-from lorry.kernels.invariant_attention import (
-    SplitSetting,
-    allocate_partials,
-    allocate_split_work,
-    plan_splits,
-    split_attention,
-)
+from lorry.kernels.invariant_attention import split_attention
 from lorry.kernels.lora import AdapterTables, lora_reference
 from lorry.kernels.lora_expand import lora_expand_add
 from lorry.kernels.lora_plan import LoraSetting, LoraWork, allocate_lora_work, plan_lora
@@ -22,6 +16,12 @@ from lorry.kernels.page_layout import GROUPS, PageLayout
 from lorry.kernels.paged_attention import paged_attention, paged_attention_reference
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.kernels.rope import QkNorm, cos_sin_table, rope_write_kv, rope_write_kv_reference
+from lorry.kernels.split_plan import (
+    SplitSetting,
+    allocate_partials,
+    allocate_split_work,
+    plan_splits,
+)
 from tests.support.kernel_cases import (
     LAYER,
     TOLERANCE,

@@ -13,12 +13,7 @@ import torch
 
 from lorry.kernels import activation, adjustments, logprobs, norm, rope, sampling, truncation
 from lorry.kernels.attention_plan import AttentionSetting, allocate_attention_work, plan_attention
-from lorry.kernels.invariant_attention import (
-    allocate_partials,
-    allocate_split_work,
-    plan_splits,
-    split_attention,
-)
+from lorry.kernels.invariant_attention import split_attention
 from lorry.kernels.invariant_product import invariant_product
 from lorry.kernels.launch_settings import (
     LORA,
@@ -36,6 +31,7 @@ from lorry.kernels.lora_shrink import lora_shrink
 from lorry.kernels.page_layout import GROUPS, MAX_RANK, MODULES, TpStrategy
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import allocate_pool
+from lorry.kernels.split_plan import allocate_partials, allocate_split_work, plan_splits
 from tests.support.kernel_cases import LAYERS, layout_of
 from tests.support.sm90 import compiling
 

@@ -7,9 +7,8 @@ S = sequences, P = pages of a sequence. A pair is a row and a query head of the 
 import triton
 import triton.language as tl
 
+from lorry.kernels.attention_block import NOTHING_SEEN, attend_block, merge_part
 from lorry.kernels.attention_plan import PROGRAM_FIELDS, TILE_FIELDS, first_block_of
-
-NOTHING_SEEN = tl.constexpr(-1e30)  # a finite maximum: the difference of two infinities is NaN
 
 
 @triton.jit
@@ -268,56 +267,6 @@ def _attend(
 
 
 @triton.jit
-def attend_block(
-    q,
-    m,
-    total,
-    acc,
-    block,
-    pool_ptr,
-    block_table_ptr,
-    position,
-    num_tokens,
-    page_stride,
-    scale_log2,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Maximum, sum and weighted values with those of one more block."""
-    d = tl.arange(0, HEAD_DIM)
-    token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    is_cached = token < num_tokens  # beyond lie stale bytes, which may be anything
-    page = tl.load(block_table_ptr + token // PAGE_TOKENS, mask=is_cached, other=0)
-    offset = page.to(tl.int64) * page_stride + token % PAGE_TOKENS * HEAD_DIM
-    k_ptr = pool_ptr + offset[:, None] + d[None, :]
-    k = tl.load(k_ptr, mask=is_cached[:, None], other=0.0)
-    v_ptr = k_ptr + KV_HEADS * PAGE_TOKENS * HEAD_DIM
-    v = tl.load(v_ptr, mask=is_cached[:, None], other=0.0)
-
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    is_seen = _is_seen(token[None, :], position[:, None], WINDOW)
-    score = tl.where(is_seen, score, -float("inf"))
-    new_m = tl.maximum(m, tl.max(score, 1))
-    weight = tl.exp2(score - new_m[:, None])
-    keep = tl.exp2(m - new_m)
-    total = total * keep + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
-    return new_m, total, acc
-
-
-@triton.jit
-def _is_seen(token, position, WINDOW: tl.constexpr):
-    """Whether a row at `position` attends to `token`, which is one comparison in a window, too."""
-    if WINDOW:
-        return (position - token).to(tl.uint32) < WINDOW
-    return token <= position
-
-
-@triton.jit
 def _merge(
     partial_o_ptr,
     partial_ml_ptr,
@@ -341,10 +290,5 @@ def _merge(
         part_total = tl.load(partial_ml_ptr + (2 * slot + 1) * BLOCK_ROWS + pair)
         o_offset = (slot * BLOCK_ROWS + pair)[:, None] * HEAD_DIM + d[None, :]
         part_o = tl.load(partial_o_ptr + o_offset, mask=is_row, other=0.0)
-        new_m = tl.maximum(m, part_m)
-        weight = tl.exp2(part_m - new_m)
-        keep = tl.exp2(m - new_m)
-        total = total * keep + weight * part_total
-        acc = acc * keep[:, None] + weight[:, None] * part_o
-        m = new_m
+        m, total, acc = merge_part(m, total, acc, part_m, part_total, part_o)
     return total, acc

@@ -10,9 +10,9 @@ import torch
 import triton
 
 from lorry.kernels.attention_plan import AttentionSetting
-from lorry.kernels.invariant_attention import SplitSetting
 from lorry.kernels.invariant_product import ProductSetting
 from lorry.kernels.lora_plan import LoraSetting
+from lorry.kernels.split_plan import SplitSetting
 
 # 95 % of copy bandwidth at 1 GiB of KV with 4 programs a multiprocessor and blocks of 32 tokens in
 # 5 stages; with 3 stages, which leaves one buffer, 60 %.

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lorry.kernels.invariant_attention import partials_bytes
 from lorry.kernels.launch_settings import split_setting
 from lorry.kernels.page_layout import PageLayout
 from lorry.kernels.partition import Partition
 from lorry.kernels.pool_view import TORCH_DTYPES
+from lorry.kernels.split_plan import partials_bytes
 from lorry.rpc.base_model import BaseModel
 from lorry.worker.adapter_tables import slot_bytes
 from lorry.worker.buckets import bucket_sizes

@@ -16,16 +16,11 @@ from lorry.kernels.attention_plan import (
     allocate_attention_work,
     plan_attention,
 )
-from lorry.kernels.invariant_attention import (
-    SplitWork,
-    allocate_partials,
-    allocate_split_work,
-    plan_splits,
-    split_attention,
-)
+from lorry.kernels.invariant_attention import split_attention
 from lorry.kernels.launch_settings import decode_setting, prefill_setting, split_setting
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
+from lorry.kernels.split_plan import SplitWork, allocate_partials, allocate_split_work, plan_splits
 from lorry.worker.side_stream import SideStream
 
 
