@@ -10,7 +10,7 @@ import torch
 from lorry.kernels.partition import Partition
 from lorry.kernels.pool_view import allocate_pool
 from lorry.worker.adapter_memory import DirectAdapterMemory
-from lorry.worker.device_vocabulary import SplitDeviceVocabulary
+from lorry.worker.device_vocabulary import Noise, SplitDeviceVocabulary
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.lora_sharing import lora_sharing
 from lorry.worker.model import Decoder
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 KV_PAGES = 100
 MAX_RANK = 32
 STEPS = 3
-DRAWS = ("temperature", "seed", "output_position")
+NOISE = ("temperature", "seed", "output_position")
 
 
 class RecordedStep(NamedTuple):
@@ -102,14 +102,14 @@ class Rank:
     def check(self, step: RecordedStep) -> None:
         x_TH = self._model.forward(step.arrays["token_id"], self._operations(step))
         torch.testing.assert_close(x_TH, step.hidden_TH, rtol=1e-3, atol=1e-3)
-        temperature, seed, position = (step.arrays[name] for name in DRAWS)
+        noise = Noise(*(step.arrays[name] for name in NOISE))
         logits_NV = self._model.logits(x_TH[step.arrays["sample_row"]])
         token_N = torch.empty(len(logits_NV), dtype=torch.int64)
-        self._vocabulary.draw(logits_NV, temperature, seed, position, token_N)
+        self._vocabulary.draw(logits_NV, noise, token_N)
         assert token_N.tolist() == step.token_N
         whole_NV = self._vocabulary.whole(logits_NV)
         assert whole_NV.shape[1] == self._base_model.vocab_size
-        is_greedy = temperature == 0
+        is_greedy = noise.temperature_N == 0
         assert whole_NV.argmax(dim=1)[is_greedy].tolist() == token_N[is_greedy].tolist()
 
     def _operations(self, step: RecordedStep) -> TritonOperations:

@@ -94,9 +94,8 @@ def _build_runner(
     torch.set_num_threads(config.threads)
     device = open_device(config.device, rank, config.tensor_parallel)
     layout = config.page_layout(base_model, rank)
-    pool_pages = _pool_pages(config, base_model, layout, limits)
-    if layout.tp_size > 1:
-        pool_pages = _least(pool_pages, device, collectives)
+    own_pages = _pool_pages(config, base_model, layout, limits)
+    pool_pages = _least(own_pages, device, collectives)
     vocabulary = _vocabulary(base_model, layout, collectives)
     with logged(log, "loaded the weights"):
         reader = _weight_reader(config, base_model, device)

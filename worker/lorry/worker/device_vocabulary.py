@@ -8,7 +8,7 @@ Shape suffixes: N = rows that sample, V = ids, those of one rank where the vocab
 K = ranks.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -17,19 +17,20 @@ from lorry.kernels.sampling import best, sample
 from lorry.worker.collectives import Collectives
 
 
+class Noise(NamedTuple):
+    """What the noise follows from that each row's draw adds to its logits."""
+
+    temperature_N: torch.Tensor
+    seed_N: torch.Tensor
+    output_position_N: torch.Tensor
+
+
 class DeviceVocabulary(Protocol):
     def whole(self, logits_NV: torch.Tensor) -> torch.Tensor:
         """Logits of all ids."""
         ...
 
-    def draw(
-        self,
-        logits_NV: torch.Tensor,
-        temperature_N: torch.Tensor,
-        seed_N: torch.Tensor,
-        output_position_N: torch.Tensor,
-        token_N: torch.Tensor,
-    ) -> None:
+    def draw(self, logits_NV: torch.Tensor, noise: Noise, token_N: torch.Tensor) -> None:
         """Draw from the model's own logits into `token_N`."""
         ...
 
@@ -40,15 +41,8 @@ class WholeDeviceVocabulary:
     def whole(self, logits_NV: torch.Tensor) -> torch.Tensor:
         return logits_NV
 
-    def draw(
-        self,
-        logits_NV: torch.Tensor,
-        temperature_N: torch.Tensor,
-        seed_N: torch.Tensor,
-        output_position_N: torch.Tensor,
-        token_N: torch.Tensor,
-    ) -> None:
-        sample(logits_NV, temperature_N, seed_N, output_position_N, token_N)
+    def draw(self, logits_NV: torch.Tensor, noise: Noise, token_N: torch.Tensor) -> None:
+        sample(logits_NV, *noise, token_N)
 
 
 class SplitDeviceVocabulary:
@@ -62,18 +56,11 @@ class SplitDeviceVocabulary:
         logits_KNV = self._collectives.all_gather(logits_NV)
         return logits_KNV.transpose(0, 1).flatten(1)[:, : self._part.whole]
 
-    def draw(
-        self,
-        logits_NV: torch.Tensor,
-        temperature_N: torch.Tensor,
-        seed_N: torch.Tensor,
-        output_position_N: torch.Tensor,
-        token_N: torch.Tensor,
-    ) -> None:
+    def draw(self, logits_NV: torch.Tensor, noise: Noise, token_N: torch.Tensor) -> None:
         """Of equal scores the smallest id wins."""
         part = self._part
         own_NV = logits_NV[:, : part.length]  # without the padding
-        score_N, id_N = best(own_NV, temperature_N, seed_N, output_position_N, first_id=part.start)
+        score_N, id_N = best(own_NV, *noise, first_id=part.start)
         # Float64 holds both exactly.
         pair_N2 = torch.stack([score_N.double(), id_N.double()], dim=1)
         score_KN, id_KN = self._collectives.all_gather(pair_N2).unbind(2)

@@ -22,9 +22,7 @@ from lorry.worker.ring import Ring
 from lorry.worker.vital_sign import beating
 
 HEARTBEAT_S = 1.0
-LOAD_WAIT_S = (
-    0.001  # between looks; to look all the time would keep the copying thread from running
-)
+LOAD_WAIT_S = 0.001  # between looks at loads, whose thread could not run beside a busy loop
 IDLE_WAIT_S = 0.1  # bounds how late a deadline is noticed when there is nothing to compute
 
 log = logging.getLogger("lorry.worker.engine_process")  # __name__ is __main__ here

@@ -14,7 +14,7 @@ from lorry.kernels.adjustments import adjust, count_drawn
 from lorry.kernels.logprobs import packed_logprobs, rank, unpacked, write_logprobs
 from lorry.kernels.sampling import sample
 from lorry.kernels.truncation import truncate
-from lorry.worker.device_vocabulary import DeviceVocabulary
+from lorry.worker.device_vocabulary import DeviceVocabulary, Noise
 from lorry.worker.sequence_adjustments import SequenceAdjustments
 from lorry.worker.step_arrays import HeadKind
 
@@ -53,7 +53,7 @@ class StepHead:
         token_N = self.token_N[:samples]
         logits_NV = self._model.logits(self._hidden_TH[buffers["sample_row"]])
         if kind is HeadKind.PLAIN:
-            self._vocabulary.draw(logits_NV, *_draws(buffers), token_N)
+            self._vocabulary.draw(logits_NV, _noise(buffers), token_N)
         else:
             logits_NV = self._vocabulary.whole(logits_NV)
             self._draw_any(logits_NV, kind, buffers, token_N)
@@ -80,7 +80,7 @@ class StepHead:
     ) -> None:
         parameters = (buffers[name] for name in ("temperature", "top_k", "top_p", "min_p"))
         threshold_N = truncate(logits_NV, *parameters)
-        sample(logits_NV, *_draws(buffers), token_N, threshold_N)
+        sample(logits_NV, *_noise(buffers), token_N, threshold_N)
 
     def _report(
         self, logits_NV: torch.Tensor, num_top_N: torch.Tensor, token_N: torch.Tensor
@@ -90,6 +90,5 @@ class StepHead:
         write_logprobs(logits_NV, rank(logits_NV, num_top_N), token_N, num_top_N, out)
 
 
-def _draws(buffers: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Temperature, seed and output position of each sample."""
-    return buffers["temperature"], buffers["seed"], buffers["output_position"]
+def _noise(buffers: Mapping[str, torch.Tensor]) -> Noise:
+    return Noise(buffers["temperature"], buffers["seed"], buffers["output_position"])

@@ -10,7 +10,7 @@ from lorry.kernels.activation import swiglu
 from lorry.kernels.launch_settings import LORA, invariant_lora_setting, lora_setting
 from lorry.kernels.lora import AdapterTables
 from lorry.kernels.lora_expand import lora_expand_add
-from lorry.kernels.lora_plan import LoraSetting, LoraWork, allocate_lora_work, plan_lora
+from lorry.kernels.lora_plan import LoraWork, allocate_lora_work, plan_lora
 from lorry.kernels.lora_shrink import lora_shrink
 from lorry.kernels.norm import add_rms_norm, rms_norm
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
@@ -70,37 +70,26 @@ def allocate_device_state(
     cached, windows = CachedSequences(pool, block_table_RP), options.windows
     dtype, device = TORCH_DTYPES[pool.layout.dtype], pool.slices.device
     side = SideStream(device)
-
-    def state(
-        attention: Mapping[int | None, StepAttention],
-        lora_settings: Mapping[int, LoraSetting],
-        product: Product,
-    ) -> DeviceState:
-        return DeviceState(
-            pool=pool,
-            tables=tables,
-            cos_sin_L2D=cos_sin_L2D,
-            options=options,
-            attention=attention,
-            lora=lora,
-            lora_works=[
-                allocate_lora_work(setting, pool.layout, max_rows=rows, device=device)
-                for rows, setting in lora_settings.items()
-            ],
-            side=side,
-            product=product,
-        )
-
     if batch_invariant:
         attention = invariant_attention(cached, windows, max_rows=max_rows)
-        return state(attention, {max_rows: invariant_lora_setting(dtype)}, invariant_linear)
-    return state(
-        balanced_attention(cached, windows, side, max_rows=max_rows),
-        {
-            rows: lora_setting(dtype, rows)
-            for rows in sorted({min(limit, max_rows) for limit in LORA})
-        },
-        linear,
+        lora_settings = {max_rows: invariant_lora_setting(dtype)}
+    else:
+        attention = balanced_attention(cached, windows, side, max_rows=max_rows)
+        limits = sorted({min(limit, max_rows) for limit in LORA})
+        lora_settings = {rows: lora_setting(dtype, rows) for rows in limits}
+    return DeviceState(
+        pool=pool,
+        tables=tables,
+        cos_sin_L2D=cos_sin_L2D,
+        options=options,
+        attention=attention,
+        lora=lora,
+        lora_works=[
+            allocate_lora_work(setting, pool.layout, max_rows=rows, device=device)
+            for rows, setting in lora_settings.items()
+        ],
+        side=side,
+        product=invariant_linear if batch_invariant else linear,
     )
 
 
