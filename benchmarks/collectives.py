@@ -15,10 +15,11 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,47 +147,51 @@ def run_all(size: int) -> dict[str, dict[int, float]]:
             other.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tensor-parallel", type=int, default=2, help="GPUs")
-    parser.add_argument("--model", nargs="+", default=MODELS)
-    parser.add_argument(
+def measure(models: Sequence[str], ways: Sequence[int], size: int) -> dict[str, Any]:
+    """Sums over `size` GPUs, then one GPU's shares of the models' products."""
+    sums = run_all(size) if size > 1 else {}
+    for name, times in sums.items():
+        print(name, "  ".join(f"{nbytes >> 10} KiB {us}" for nbytes, us in times.items()))
+    device = torch.device("cuda", 0)
+    copied = measure_copy(device)
+    products: dict[int, dict[str, Any]] = {}
+    for share in ways:
+        products[share] = {model: measure_products(model, share, device) for model in models}
+        for model, parts in products[share].items():
+            print(f"{model} over {share}", parts["body_ms"], flush=True)
+    return {"sums": sums, "products": products, "copy_bytes_per_s": copied}
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--tensor-parallel", type=int, default=2, help="GPUs")
+    result.add_argument("--model", nargs="+", default=MODELS)
+    result.add_argument(
         "--ways", type=int, nargs="+", default=[1, 2, 4, 8], help="shares of the products"
     )
-    parser.add_argument("--rank", type=int, default=0, help="of a process that this one starts")
-    parser.add_argument("--port", type=int, help="where the ranks meet")
-    parser.add_argument("--limit-s", type=int, default=100, help="then say where it hangs, and end")
-    parser.add_argument("--directory", type=Path, default=RESULTS, help="for the result file")
-    parser.add_argument("--commit", help="where the tree came without its history")
-    arguments = parser.parse_args()
+    result.add_argument("--rank", type=int, default=0, help="of a process that this one starts")
+    result.add_argument("--port", type=int, help="where the ranks meet")
+    result.add_argument("--limit-s", type=int, default=100, help="then say where it hangs, and end")
+    result.add_argument("--directory", type=Path, default=RESULTS, help="for the result file")
+    result.add_argument("--commit", help="where the tree came without its history")
+    return result
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     faulthandler.dump_traceback_later(arguments.limit_s, exit=True)
     size = arguments.tensor_parallel
     if arguments.rank:
         run_rank(arguments.rank, size, arguments.port)
         torch.cuda.synchronize()
         os._exit(0)  # graphs of collectives would delay an orderly end
-    sums = run_all(size) if size > 1 else {}
-    for name, times in sums.items():
-        print(name, "  ".join(f"{nbytes >> 10} KiB {us}" for nbytes, us in times.items()))
-    device = torch.device("cuda", 0)
-    copied = measure_copy(device)
-    products = {
-        ways: {model: measure_products(model, ways, device) for model in arguments.model}
-        for ways in arguments.ways
-    }
-    for ways, models in products.items():
-        for model, parts in models.items():
-            print(f"{model} over {ways}", parts["body_ms"], flush=True)
+    metrics = measure(arguments.model, arguments.ways, size)
     write_result(
         f"collectives-{size}",
         benchmark="collectives",
         device=device_name("cuda"),
         config={"tensor_parallel": size, "calls": CALLS, "layers_measured": LAYERS},
-        metrics={
-            "sums": sums,
-            "products": products,
-            "copy_bytes_per_s": copied,
-        },
+        metrics=metrics,
         directory=arguments.directory,
         commit=arguments.commit,
     )
