@@ -26,8 +26,8 @@ NUMPY_DTYPES: Mapping[Dtype, np.dtype[Any]] = {
     Dtype.FP16: np.dtype(np.float16),
     Dtype.FP32: np.dtype(np.float32),
 }
-# An image of 80 MiB takes 90 ms of one CPU: copies and the first touch of the image's memory, none
-# of which holds Python's lock.
+# Most of the time goes into copies and the first touch of the image's memory, which hold no lock of
+# Python's.
 THREADS = min(4, os.cpu_count() or 1)
 
 
