@@ -162,7 +162,8 @@ class EngineClient:
     def _lose(self, reason: str) -> None:
         if not self._lost.done():
             self._lost.set_result(EngineLost(reason))
-            self._ranks.failure = self._ranks.failure or reason  # nobody tells the others to end
+            # Nobody tells the other ranks to end any more, so they are not waited for.
+            self._ranks.failure = self._ranks.failure or reason
 
     async def _reap(self, process: asyncio.subprocess.Process, handle: Handler) -> None:
         exit_code = await process.wait()
