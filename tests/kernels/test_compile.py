@@ -27,6 +27,7 @@ def test_every_kernel_of_the_engine_is_compiled(kernels):
     assert {kernel["kernel"] for kernel in kernels} == {
         "attention_kernel",
         "_best_kernel",
+        "_draw_best_kernel",
         "_edit_kernel",
         "_expand_kernel",
         "_logprobs_kernel",

@@ -158,21 +158,41 @@ def _scores_kernel(
 def _best_kernel(
     best_score_ptr,  # [T, chunks]
     best_token_ptr,  # [T, chunks]
-    token_ptr,  # [T]
-    score_ptr,  # [T], or unused
+    token_ptr,  # [T], or unused
+    candidate_ptr,  # [T, score or token], or unused
     chunks,
-    HAS_SCORE: tl.constexpr,
+    IS_PART: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The token of the best chunk of each row, and its score."""
+    """The token of the best chunk of each row; of a part of the vocabulary with its score."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK_C)
     at = best_score_ptr + row * chunks + chunk
     score = tl.load(at, mask=chunk < chunks, other=-float("inf"))
     place = tl.argmax(score, 0, tie_break_left=True)
-    tl.store(token_ptr + row, tl.load(best_token_ptr + row * chunks + place).to(tl.int64))
-    if HAS_SCORE:
-        tl.store(score_ptr + row, tl.max(score, 0))
+    token = tl.load(best_token_ptr + row * chunks + place)
+    if IS_PART:
+        tl.store(candidate_ptr + 2 * row, tl.max(score, 0).to(tl.float64))
+        tl.store(candidate_ptr + 2 * row + 1, token.to(tl.float64))
+    else:
+        tl.store(token_ptr + row, token.to(tl.int64))
+
+
+@triton.jit
+def _draw_best_kernel(
+    candidate_ptr,  # [parts, T, score or token]
+    token_ptr,  # [T]
+    parts,
+    BLOCK_P: tl.constexpr,
+):
+    """The token of the best candidate of each row; of equal ones that of the first part."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK_P)
+    at = candidate_ptr + 2 * (part * tl.num_programs(0) + row)
+    score = tl.load(at, mask=part < parts, other=-float("inf"))
+    place = tl.argmax(score, 0, tie_break_left=True)
+    token = tl.load(candidate_ptr + 2 * (place * tl.num_programs(0) + row) + 1)
+    tl.store(token_ptr + row, token.to(tl.int64))
 
 
 def sample(
@@ -199,25 +219,34 @@ def best(
     output_position_T: torch.Tensor,
     *,
     first_id: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `sample` maximizes (float32), and the id where it is largest (int64).
+) -> torch.Tensor:
+    """What `sample` maximizes and the id where it is largest, ``[T, 2]``, exact in float64.
 
     The logits are those of a part of the vocabulary that begins with `first_id`.
     """
-    device = logits_TV.device
-    score_T = torch.empty(len(logits_TV), dtype=torch.float32, device=device)
-    token_T = torch.empty(len(logits_TV), dtype=torch.int64, device=device)
+    candidate_T2 = torch.empty(len(logits_TV), 2, dtype=torch.float64, device=logits_TV.device)
     _draw(
         logits_TV,
         temperature_T,
         seed_T,
         output_position_T,
-        token_T,
-        score_T,
+        None,
+        candidate_T2,
         None,
         first_id=first_id,
     )
-    return score_T, token_T
+    return candidate_T2
+
+
+def draw_best(candidate_PT2: torch.Tensor, token_T: torch.Tensor) -> None:
+    """Write the ids of the best of all parts' candidates (see `best`) into `token_T` (int64).
+
+    Parts are in the order of their ids; ties go to the smallest id.
+    """
+    parts, num_rows, _ = candidate_PT2.shape
+    _draw_best_kernel[(num_rows,)](
+        candidate_PT2, token_T, parts, BLOCK_P=triton.next_power_of_2(parts), num_warps=1
+    )
 
 
 def _draw(
@@ -225,8 +254,8 @@ def _draw(
     temperature_T: torch.Tensor,
     seed_T: torch.Tensor,
     output_position_T: torch.Tensor,
-    token_T: torch.Tensor,
-    score_T: torch.Tensor | None,
+    token_T: torch.Tensor | None,
+    candidate_T2: torch.Tensor | None,
     threshold_T: torch.Tensor | None,
     *,
     first_id: int = 0,
@@ -260,9 +289,9 @@ def _draw(
         best_score,
         best_token,
         token_T,
-        score_T,
+        candidate_T2,
         chunks,
-        HAS_SCORE=score_T is not None,
+        IS_PART=candidate_T2 is not None,
         BLOCK_C=triton.next_power_of_2(chunks),
         num_warps=1,
     )

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from lorry.kernels.partition import Part
-from lorry.kernels.sampling import best, sample
+from lorry.kernels.sampling import best, draw_best, sample
 from lorry.worker.collectives import Collectives
 
 
@@ -60,9 +60,5 @@ class SplitDeviceVocabulary:
         """Of equal scores the smallest id wins."""
         part = self._part
         own_NV = logits_NV[:, : part.length]  # without the padding
-        score_N, id_N = best(own_NV, *noise, first_id=part.start)
-        # Float64 holds both exactly.
-        pair_N2 = torch.stack([score_N.double(), id_N.double()], dim=1)
-        score_KN, id_KN = self._collectives.all_gather(pair_N2).unbind(2)
-        best_1N = score_KN.argmax(dim=0, keepdim=True)
-        token_N.copy_(id_KN.gather(0, best_1N)[0])
+        candidate_N2 = best(own_NV, *noise, first_id=part.start)
+        draw_best(self._collectives.all_gather(candidate_N2), token_N)
