@@ -42,6 +42,7 @@ from lorry.kernels.page_layout import PageLayout, TpStrategy
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.service_config import DTYPES
 from lorry.worker.engine import Engine
+from lorry.worker.rank_process import end
 from lorry.worker.ranks import RANK_COMMAND
 
 STRATEGIES = {
@@ -196,6 +197,7 @@ def main() -> None:
         directory=arguments.directory,
         commit=arguments.commit,
     )
+    end(0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from lorry.rpc.base_model import BaseModel
 from lorry.rpc.errors import WorkerLost
 from lorry.worker.building import build_engine
 from lorry.worker.config import EngineConfig
+from lorry.worker.cuda_runner import CudaRunner
 from lorry.worker.engine import Engine
+from lorry.worker.leading_runner import LeadingRunner
 from tests.support.command import REPO
 from tests.support.engines import EngineHarness, ImageHarness
 from tests.support.equal_tokens import ADAPTERS, MODELS, World, check_answers
@@ -55,6 +57,10 @@ class TwoGpuHarness(EngineHarness):
 
     def close(self) -> None:
         torch.cuda.synchronize()
+        runner = self.engine.runner
+        assert isinstance(runner, LeadingRunner)
+        assert isinstance(runner.local, CudaRunner)
+        runner.local.graphs.close()
         self._stack.close()
 
 

@@ -34,17 +34,17 @@ class LeadingRunner:
     def __init__(self, local: RankRunner, links: Sequence[RankLink]) -> None:
         self.max_in_flight = local.max_in_flight
         self.adapters: AdapterMemory = LeadingAdapterMemory(local.adapters, links)
-        self._local = local
+        self.local = local
         self._links = links
 
     @property
     def counts(self) -> RunCounts:
-        return self._local.counts
+        return self.local.counts
 
     def launch(self, batch: Batch, table: SequenceTable) -> ReadTokens:
-        work = self._local.prepare(batch, table)
+        work = self.local.prepare(batch, table)
         tell(self._links, RunStep(work))
-        return self._local.run(work)
+        return self.local.run(work)
 
     def end(self) -> None:
         """Tell the others that nothing comes any more."""

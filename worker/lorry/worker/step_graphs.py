@@ -86,6 +86,10 @@ class StepGraphs:
         runs[PROMPT_PIECE] = self._prompt_head.run
         self._graphs = capture_graphs(runs)
 
+    def close(self) -> None:
+        """Free the graphs; the end of a group of ranks waits for those that hold its calls."""
+        self._graphs.clear()
+
     def _launch_all(self) -> None:
         """Launch every kernel as all graphs do; those of the first layer are those of all."""
         first_layer = self._model.first_layer()
