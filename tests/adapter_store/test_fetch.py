@@ -458,11 +458,12 @@ async def test_draining_ends_leases_with_a_status(running: RunningStore) -> None
         await read(call)
 
 
-async def test_damaged_weights_are_never_handed_out(running: RunningStore) -> None:
+@pytest.mark.parametrize("place", [-5, 12])  # in the weights, and in the header
+async def test_damaged_weights_are_never_handed_out(running: RunningStore, place: int) -> None:
     version = await pushed(running)
     path = running.backend_dir / "versions" / version.hex() / "weights.safetensors"
     content = bytearray(path.read_bytes())
-    content[-5] ^= 1
+    content[place] ^= 1
     path.write_bytes(content)
     for _ in range(2):
         with pytest.raises(DigestMismatch, match=version.hex()):

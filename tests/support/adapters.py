@@ -1,6 +1,7 @@
 """Small LoRA adapters in the PEFT format, as numpy arrays."""
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -53,6 +54,8 @@ def build_image(
 ) -> tuple[ImageHeader, bytearray]:
     """An adapter's page image, packed as the store does."""
     spec = resolve(config, layout.geometry)
-    image = bytearray(image_bytes(spec, layout))
-    checksum = pack(spec, tensors, layout, memoryview(image))
+    with tempfile.TemporaryFile(buffering=0) as file:
+        checksum = pack(spec, tensors, layout, file.fileno())
+        image = bytearray(file.read())
+    assert len(image) == image_bytes(spec, layout)
     return image_header(spec, layout, checksum), image

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,23 @@ def check_weights_request(request: Request, geometry: ModelGeometry) -> dict[str
 
 def build_request(request: Request, geometry: ModelGeometry) -> int:
     """Pack an image into its preallocated file; returns its CRC-32C."""
-    spec = LoraSpec.from_json(request["spec"])
-    layout = layout_from_json(request["layout"], geometry)
     content = map_file(Path(request["weights"]))
-    if crc32c(content) != request["crc32c"]:
-        raise DigestMismatch("the stored weights are damaged")
+    with ThreadPoolExecutor(1) as beside:
+        checksum = beside.submit(crc32c, content)
+        try:
+            return _packed(request, content, geometry)
+        finally:  # which goes before whatever came of damaged weights
+            if checksum.result() != request["crc32c"]:
+                raise DigestMismatch("the stored weights are damaged")
+
+
+def _packed(request: Request, content: memoryview, geometry: ModelGeometry) -> int:
     file = SafetensorsFile(content)
     tensors = {name: file.tensor(name) for name in file.entries}
-    return pack(spec, tensors, layout, map_file(Path(request["image"]), writable=True))
+    spec = LoraSpec.from_json(request["spec"])
+    layout = layout_from_json(request["layout"], geometry)
+    with Path(request["image"]).open("r+b", buffering=0) as image:
+        return pack(spec, tensors, layout, image.fileno())
 
 
 OPERATIONS: Mapping[str, Callable[[Request, ModelGeometry], Any]] = {
@@ -70,14 +80,10 @@ OPERATIONS: Mapping[str, Callable[[Request, ModelGeometry], Any]] = {
 }
 
 
-def map_file(path: Path, *, writable: bool = False) -> memoryview:
-    """A file's bytes; unmapped with the last view of them. What is only read is read ahead."""
-    with path.open("r+b" if writable else "rb") as file:
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        mapped = mmap.mmap(file.fileno(), 0, access=access)
-    if not writable:
-        mapped.madvise(mmap.MADV_WILLNEED)  # all of it, while its beginning is worked on
-    return memoryview(mapped)
+def map_file(path: Path) -> memoryview:
+    """A file's bytes, read-only; unmapped with the last view of them."""
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def answer(request: Request, geometry: ModelGeometry) -> dict[str, Any]:

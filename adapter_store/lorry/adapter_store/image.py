@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +16,7 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
+from lorry.adapter_store.combined_crc import CombinedCrc
 from lorry.adapter_store.lora import LoraSpec, tensor_names
 from lorry.kernels.page_layout import Dtype, ModuleOffsets, PageLayout
 from lorry.kernels.partition import Partition
@@ -26,8 +28,7 @@ NUMPY_DTYPES: Mapping[Dtype, np.dtype[Any]] = {
     Dtype.FP16: np.dtype(np.float16),
     Dtype.FP32: np.dtype(np.float32),
 }
-# Most of the time goes into copies and the first touch of the image's memory, which hold no lock of
-# Python's.
+# Most of the time goes into copies and writes, which hold no lock of Python's.
 THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -70,26 +71,38 @@ def image_header(spec: LoraSpec, layout: PageLayout, checksum: int) -> ImageHead
     )
 
 
-def pack(
-    spec: LoraSpec, tensors: Mapping[str, Array], layout: PageLayout, buffer: memoryview
-) -> int:
-    """Fill a zeroed buffer of `image_bytes` with the rank's part; returns the buffer's CRC-32C.
+def pack(spec: LoraSpec, tensors: Mapping[str, Array], layout: PageLayout, file: int) -> int:
+    """Write the rank's part to an open file of `image_bytes`; returns the image's CRC-32C.
 
-    Raises AdapterIncompatible if a value is not finite in the layout's dtype.
+    The tensors are finite in their own dtypes. Raises AdapterIncompatible if a value is not in the
+    layout's.
+
+    Memory that is written to through a mapping is zeroed first and mapped page by page: 80 MiB cost
+    74 ms of CPU like this and 125 ms like that.
     """
     dtype, layers = NUMPY_DTYPES[layout.dtype], layout.geometry.layers
     pages = layout.pages(spec.modules, spec.max_rank)
-    image_PLE = np.frombuffer(buffer, dtype).reshape(pages, layers, -1)
+    slice_bytes = layout.page_bytes // layers
 
-    def pack_layer(layer: int) -> None:
+    def pack_layer(layer: int) -> list[int]:
+        """The CRC-32C of the layer's slice of each page."""
         virtual_V = np.zeros(pages * layout.slice_elements, dtype)
         _fill_layer(virtual_V, layer, spec, tensors, layout)
-        image_PLE[:, layer] = virtual_V.reshape(pages, -1)
+        virtual = virtual_V.view(np.uint8).data
+        slices = [virtual[page * slice_bytes :][:slice_bytes] for page in range(pages)]
+        for page, content in enumerate(slices):
+            _write(file, content, page * layout.page_bytes + layer * slice_bytes)
+        return [crc32c(content) for content in slices]
 
     with ThreadPoolExecutor(THREADS) as threads:
-        for _ in threads.map(pack_layer, range(layers)):
-            pass  # a failure is raised here, the first layer's first
-    return crc32c(buffer)
+        checksums_LP = list(threads.map(pack_layer, range(layers)))
+    by_page = zip(*checksums_LP, strict=True)
+    return CombinedCrc(slice_bytes).join(chain.from_iterable(by_page))
+
+
+def _write(file: int, content: memoryview, offset: int) -> None:
+    if os.pwrite(file, content, offset) != len(content):
+        raise OSError(f"the page image's bytes at {offset} were not written whole")
 
 
 def _fill_layer(
@@ -102,11 +115,13 @@ def _fill_layer(
             a_name, b_name = tensor_names(layer, name)
             a = tensors[a_name][partition.a_rows(name), partition.inputs(name).indices]
             b = tensors[b_name][partition.adapter_outputs(name).indices].T
-            parts = (
-                cast_finite(a_name, a, virtual_V.dtype),
-                cast_finite(b_name, b, virtual_V.dtype),
-            )
+            parts = (_cast(a_name, a, virtual_V.dtype), _cast(b_name, b, virtual_V.dtype))
             _write_rows(virtual_V, layout, name, offsets[name], parts)
+
+
+def _cast(name: str, values: Array, dtype: np.dtype[Any]) -> Array:
+    """`cast_finite` of values that are finite as they are."""
+    return values if values.dtype == dtype else cast_finite(name, values, dtype)
 
 
 def cast_finite(name: str, values: Array, dtype: np.dtype[Any]) -> Array:

@@ -13,7 +13,7 @@ from lorry.adapter_store.image import image_bytes, image_header
 from lorry.adapter_store.image_key import ImageKey
 from lorry.adapter_store.leases import Image, ImageState, Lease
 from lorry.adapter_store.records import Content
-from lorry.adapter_store.storage import Storage
+from lorry.adapter_store.storage import Storage, read_ahead
 from lorry.adapter_store.tasks import Tasks
 from lorry.kernels.page_layout import PageLayout
 from lorry.rpc.errors import DigestMismatch, StoreFull
@@ -139,7 +139,10 @@ class ImageTier:
         started_s = time.monotonic()
         try:
             reading = self._storage.backend.weights(key.version)
-            async with self._storage.entered(reading) as (content, weights):
+            async with (
+                self._storage.entered(reading) as (content, weights),
+                self._tasks.beside(self._storage.run(read_ahead, weights)),
+            ):
                 self.counts.read_s.observe(time.monotonic() - started_s)
                 num_bytes = image_bytes(content.spec, key.layout)
                 temporary = await self._reserve(num_bytes)

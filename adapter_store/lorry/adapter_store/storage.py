@@ -1,16 +1,19 @@
 """A backend as the event loop uses it."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Generic, ParamSpec, TypeVar
 
 from lorry.adapter_store.backend import Backend
 
 MAX_CALLS = 16  # at a time
+READ_AHEAD_BYTES = 256 << 10  # at a time: a system reads no more of what it is advised of at once
 MAX_FILES = 8  # of weights at a time, which a Redis fills; more than there are builders for them
 
 P = ParamSpec("P")
@@ -65,3 +68,13 @@ class InThread(Generic[T]):
             await self._storage.run(self._manager.__exit__, kind, error, traceback)
         finally:
             self._storage.free_files.release()
+
+
+def read_ahead(path: Path) -> None:
+    """Have the system bring a file into its memory while other work goes on."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for offset in range(0, os.fstat(descriptor).st_size, READ_AHEAD_BYTES):
+            os.posix_fadvise(descriptor, offset, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)

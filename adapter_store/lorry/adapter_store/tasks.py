@@ -1,7 +1,8 @@
 """Work that must come to its end once begun, whether or not the caller who began it stays."""
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -22,6 +23,15 @@ class Tasks:
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` to its end even if the caller is cancelled meanwhile."""
         return await asyncio.shield(self.start(work))
+
+    @contextlib.asynccontextmanager
+    async def beside(self, work: Coroutine[Any, Any, Any]) -> AsyncIterator[None]:
+        """Run `work` beside the block, which ends when both have."""
+        task = self.start(work)
+        try:
+            yield
+        finally:
+            await task
 
     async def close(self) -> None:
         """Wait for what runs; its callers have its errors."""
