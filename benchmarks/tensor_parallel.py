@@ -11,8 +11,10 @@ random; a model that does not fit is refused before it is loaded.
 
 import argparse
 import faulthandler
+import itertools
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -63,17 +65,30 @@ def layout_of(arguments: argparse.Namespace, base_model: BaseModel) -> PageLayou
     )
 
 
-def steps(arguments: argparse.Namespace, engine: Engine, images: RandomImages) -> list[Any]:
-    """Decode steps of every batch, each without adapters and with one for each sequence."""
+def cases(arguments: argparse.Namespace, engine: Engine, images: RandomImages) -> list[Case]:
+    """Every batch, without adapters and with one for each sequence, that the pool has room for."""
     found = []
-    for batch in arguments.batch:
-        for adapters in (0, min(batch, arguments.adapters)):
-            case = Case(arguments.context, batch, adapters, max(arguments.ranks))
-            with decoding(engine, images, case) as driver:
-                row = {"batch": batch, "adapters": adapters} | measure(driver)
-            row |= ideal_step(arguments, case, row["mean_context"])
-            found.append(row)
-            _print(row)
+    for batch, most in itertools.product(arguments.batch, (0, arguments.adapters)):
+        case = Case(arguments.context, batch, min(batch, most), max(arguments.ranks))
+        largest = images.layout.pages(TARGETS, case.rank)
+        if case.pages(engine, largest) <= engine.scheduler.pool.total:
+            found.append(case)
+        else:
+            print(f"the pool has no room for {case}", flush=True)
+    return found
+
+
+def steps(
+    arguments: argparse.Namespace, engine: Engine, images: RandomImages, cases: Sequence[Case]
+) -> list[Any]:
+    """Decode steps of the cases."""
+    found = []
+    for case in cases:
+        with decoding(engine, images, case) as driver:
+            row = {"batch": case.batch, "adapters": case.adapters} | measure(driver)
+        row |= ideal_step(arguments, case, row["mean_context"])
+        found.append(row)
+        _print(row)
     return found
 
 
@@ -97,16 +112,14 @@ def ideal_step(arguments: argparse.Namespace, case: Case, context: int) -> dict[
     return {"ideal_ms": ideal}
 
 
-def profiled(arguments: argparse.Namespace, engine: Engine, images: RandomImages) -> list[Any]:
+def profiled(engine: Engine, images: RandomImages, cases: Sequence[Case]) -> list[Any]:
     """What the steps launch; after all timing, since it may slow down what comes later."""
     found = []
-    for batch in arguments.batch if arguments.device == "cuda" else ():
-        for adapters in (0, min(batch, arguments.adapters)):
-            case = Case(arguments.context, batch, adapters, max(arguments.ranks))
-            with decoding(engine, images, case) as driver:
-                launches = launches_of(driver.step, PROFILED_STEPS)
-            found.append({"batch": batch, "adapters": adapters} | launches)
-            _print(found[-1])
+    for case in cases:
+        with decoding(engine, images, case) as driver:
+            launches = launches_of(driver.step, PROFILED_STEPS)
+        found.append({"batch": case.batch, "adapters": case.adapters} | launches)
+        _print(found[-1])
     return found
 
 
@@ -141,12 +154,13 @@ def measure_all(arguments: argparse.Namespace, base_model: BaseModel) -> dict[st
         engine = built(config, base_model, stack.enter_context(other_ranks(config, command)))
         directory = stack.enter_context(image_directory())
         images = RandomImages(directory, layout, arguments.ranks, arguments.adapters)
+        fitting = cases(arguments, engine, images)
         return {
             "pool_gib": round(pool_gib(engine, layout), 2),
             "pool_pages": engine.scheduler.pool.total,
-            "steps": steps(arguments, engine, images),
+            "steps": steps(arguments, engine, images, fitting),
             "traces": [trace(arguments, engine, images, n) for n in (0, arguments.adapters)],
-            "launches": profiled(arguments, engine, images),
+            "launches": profiled(engine, images, fitting if arguments.device == "cuda" else ()),
         }
 
 

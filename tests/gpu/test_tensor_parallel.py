@@ -35,6 +35,7 @@ DEVICE = "cuda"
 DEMO = REPO / "demo" / "model"
 OPTIONS = ("--device=cuda", "--tensor-parallel=2", "--max-running=16", "--step-tokens=64")
 END_S = 10.0  # from the loss of a rank to the worker's end
+BUSY_REQUESTS = 64  # that keep a worker busy for several of the statuses it sends
 GIB = 1 << 30
 SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0.9},
@@ -168,7 +169,8 @@ def lose_a_rank(lost: int, sent: signal.Signals) -> str:
         ):
             ranks = ranks_of(worker)
             assert len(ranks) == 2
-            await router.submit([5, 6, 7], max_tokens=900)
+            for _ in range(BUSY_REQUESTS):
+                await router.submit([5, 6, 7], min_tokens=900, max_tokens=900)
             await router.until(lambda: bool(router.last_status.running))
             sent_s = time.monotonic()
             ranks[lost].send_signal(sent)
