@@ -125,8 +125,17 @@ def test_as_much_of_an_objective_is_kept_back_as_leaves_few_late() -> None:
     assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9 - MOST_KEPT_BACK)
     policy.began(request(), 60.0)  # has no objective
     for _ in range(int(MOST_KEPT_BACK / LESS_KEPT_BACK) + 1):
-        policy.began(asked, 0.89)
+        policy.began(asked, 0.74)
     assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9)
+
+
+def test_a_late_first_token_that_was_expected_then_needs_no_more_kept_back() -> None:
+    policy, asked = EarlyAbort(), request(slo=Slo(ttft_s=1.0))
+    asked.last_submit_s, asked.predicted_service_s = asked.arrival_s + 0.7, 0.15
+    policy.began(asked, 0.94)
+    assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9)
+    policy.began(asked, 0.96)
+    assert policy.latest_start_s(asked, 0.1) == pytest.approx(0.9 - MORE_KEPT_BACK)
 
 
 def test_what_is_kept_back_is_forgotten_also_if_nobody_is_admitted() -> None:

@@ -12,7 +12,8 @@ from lorry.router.predictor import (
     Predictor,
     step_s,
 )
-from lorry.router.worker import WorkerStatus
+from lorry.router.request import Request
+from lorry.router.worker import Worker, WorkerStatus
 from tests.support.router_requests import ROOMY, dispatcher, request, worker
 from tests.support.virtual_workers import VirtualFleet
 
@@ -38,10 +39,10 @@ def test_a_request_waits_for_what_has_not_begun() -> None:
     busy = worker(status=MEASURED)
     busy.add(request(num_prompt_tokens=300))
     predicted = Predictor().service_s(request(num_prompt_tokens=100), busy, 0.0)
-    assert predicted == pytest.approx(0.3 + 0.1 + 0.011)
+    assert predicted == pytest.approx(0.005 + 0.3 + 0.1 + 0.011)  # half of the step under way
     busy.begin(next(iter(busy.unstarted)))
     predicted = Predictor().service_s(request(num_prompt_tokens=100), busy, 0.0)
-    assert predicted == pytest.approx(0.005 + 0.1 + 0.011)  # half of the step under way
+    assert predicted == pytest.approx(0.005 + 0.1 + 0.011)
 
 
 def test_an_adapter_that_is_absent_takes_its_load_beside_the_queue() -> None:
@@ -139,6 +140,47 @@ def test_tokens_that_come_slower_than_steps_last_tell_what_a_further_step_lasts(
         first.output_ids.append(1)
         predictor.draw(first, 1.0 + number * 0.02)
     assert predictor.tpot_s(busy) == pytest.approx(0.022, rel=0.05)
+
+
+def followed(busy: Worker) -> tuple[Predictor, Request]:
+    """A predictor, and the one request that runs at `busy` and tells it of the steps."""
+    predictor, pilot = Predictor(), request()
+    pilot.seq = busy.add(pilot)
+    predictor.begin(pilot, busy, 1.0)
+    busy.begin(pilot)
+    return predictor, pilot
+
+
+def test_a_few_slow_steps_tell_when_a_first_token_comes_before_they_count_for_all_others() -> None:
+    busy = worker(status=MEASURED, submit_limit=1000)
+    predictor, pilot = followed(busy)
+    before_s = predictor.service_s(request(num_prompt_tokens=4), busy, 1.0)
+    for number in range(15):  # in 0.45 s, thrice as long
+        pilot.output_ids.append(1)
+        predictor.draw(pilot, 1.0 + number * 0.03)
+    predicted = predictor.service_s(request(num_prompt_tokens=4), busy, 1.45)
+    assert 2.0 * before_s < predicted < 3.0 * before_s
+    assert predictor.tpot_s(busy) < 0.011 * 1.5
+
+
+def test_steps_that_prompts_make_longer_as_expected_are_not_stretched() -> None:
+    busy = worker(status=MEASURED, submit_limit=1000)
+    predictor, pilot = followed(busy)
+    before_s = predictor.service_s(request(num_prompt_tokens=4), busy, 1.0)
+    for number in range(100):  # each with a prompt of 20 tokens
+        other = request(num_prompt_tokens=20)
+        other.seq = busy.add(other)
+        predictor.begin(other, busy, 1.0 + number * 0.03)
+        busy.remove(other)
+        pilot.output_ids.append(1)
+        predictor.draw(pilot, 1.0 + number * 0.03)
+    assert predictor.service_s(request(num_prompt_tokens=4), busy, 4.0) == pytest.approx(before_s)
+    assert predictor.tpot_s(busy) > 0.011 * 2
+
+
+def test_a_point_of_a_quieter_time_promises_no_cheaper_rows_than_a_prompt_has() -> None:
+    known = worker(status=WorkerStatus(prefill_tokens_per_s=1000.0, step_s=[(1, 0.02), (64, 0.02)]))
+    assert [step_s(known, rows) for rows in (1, 33, 64)] == pytest.approx([0.02, 0.052, 0.083])
 
 
 def test_another_request_tells_of_the_steps_once_the_one_that_did_is_gone() -> None:

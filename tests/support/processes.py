@@ -20,13 +20,17 @@ DEMO_MODEL = REPO / "demo" / "model"
 
 
 class Service:
-    """One ``python -m lorry.NAME``, or another module, and its log."""
+    """One ``python -m lorry.NAME``, or another module, and its log. With `niceness` it leaves the
+    CPUs to the others, as nice(1) says."""
 
-    def __init__(self, name: str, log: Path, *options: str, module: str = "") -> None:
+    def __init__(
+        self, name: str, log: Path, *options: str, module: str = "", niceness: int = 0
+    ) -> None:
         self.name = name
         self.module = module or f"lorry.{name}"
         self.log = log
         self.options = options
+        self.niceness = niceness
         self.address = ""
         self._process: asyncio.subprocess.Process | None = None
 
@@ -39,6 +43,7 @@ class Service:
         """Start it and wait until it listens."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
+                *(["nice", "-n", str(self.niceness)] if self.niceness else []),
                 sys.executable,
                 "-m",
                 self.module,

@@ -15,9 +15,11 @@ SLORA_LOOK_S = 0.4
 # Shares of an objective: what one that is late adds to what is kept back, and what one in time
 # takes from it, so that one in forty is late where some are at all.
 MORE_KEPT_BACK, LESS_KEPT_BACK, MOST_KEPT_BACK = 0.04, 0.001, 0.5
-# A first token counts as late here from this share of the objective on: its way to the client, and
-# the request's from there, take their time, too.
-LATE = 0.9
+# A first token counts as late here from the first of these shares of the objective on, since its
+# way to the client takes time, too, and since whoever waits for one that is past its objective has
+# sent many after it by then; if it comes by the second later than was predicted when the request
+# was sent, for what was expected asks for no more to be kept back.
+LATE, UNEXPECTED = 0.75, 0.1
 # What is kept back is forgotten with time, too, as those that are aborted for it never show that
 # they need not be.
 KEPT_BACK_MEMORY_S = 30.0
@@ -97,9 +99,13 @@ class EarlyAbort(AdmitAll):
         return request.arrival_s + (1.0 - self._kept_back) * ttft_s - service_s
 
     def began(self, request: Request, ttft_s: float) -> None:
-        if request.slo.ttft_s is None:
+        slo_s = request.slo.ttft_s
+        if slo_s is None:
             return
-        change = MORE_KEPT_BACK if ttft_s > LATE * request.slo.ttft_s else -LESS_KEPT_BACK
+        sent_s = request.last_submit_s - request.arrival_s
+        unexpected_s = ttft_s - sent_s - (request.predicted_service_s or 0.0)
+        is_late = ttft_s > LATE * slo_s and unexpected_s > UNEXPECTED * slo_s
+        change = MORE_KEPT_BACK if is_late else -LESS_KEPT_BACK
         self._kept_back = min(MOST_KEPT_BACK, max(0.0, self._kept_back + change))
 
     def planned(self, num_waiting: int, num_submitted: int, now_s: float) -> None:

@@ -6,6 +6,7 @@ see `lorry.router.pace`. Until something is measured, priors stand for it that p
 rather than too little, since what is promised too little is aborted.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Learned:
         self.pace = Pace(now_s)
         self.stretch = Stretch()
         self.begun_s = 0.0  # when a request began there last
+        self.begun_tokens = 0  # of prompts, since the pilot's last token
 
 
 class Predictor:
@@ -68,7 +70,9 @@ class Predictor:
         """The request's first token has come; `worker` still counts it among the unstarted."""
         learned = self.advance(worker, now_s)
         learned.begun_s = now_s
-        learned.pace.begin(worker.unstarted.get(request, 0), now_s)
+        num_tokens = worker.unstarted.get(request, 0)
+        learned.begun_tokens += num_tokens
+        learned.pace.begin(num_tokens, now_s)
         _note(self.errors.at_arrival, request.predicted_ttft_s, now_s - request.arrival_s)
         _note(self.errors.at_submit, request.predicted_service_s, now_s - request.last_submit_s)
         if learned.stretch.pilot is None:
@@ -77,8 +81,11 @@ class Predictor:
     def draw(self, pilot: Request, now_s: float) -> None:
         """A pilot has had a token after its first, or some."""
         worker = self.pilots[pilot]
+        learned = self._learned[worker]
         rows = max(1, len(worker.active) - len(worker.unstarted))
-        self._learned[worker].stretch.draw(step_s(worker, rows), now_s)
+        prompts_s = learned.begun_tokens / _tokens_per_s(worker)
+        learned.stretch.draw(step_s(worker, rows), prompts_s, now_s)
+        learned.begun_tokens = 0
 
     def leave(self, request: Request) -> None:
         """The request is no more at its worker, which knows it no longer; another is the pilot if
@@ -90,20 +97,17 @@ class Predictor:
 
     def service_s(self, request: Request, worker: Worker, now_s: float) -> float:
         """From a submit now to the first token."""
-        own_s = request.num_known_tokens / _tokens_per_s(worker)
-        ready_s = max(self._ahead_s(worker, now_s), load_s(request, worker))
-        return ready_s + own_s + self.tpot_s(worker)
+        own_tokens = request.num_known_tokens
+        ready_s = max(self._ahead_s(worker, own_tokens, now_s), load_s(request, worker))
+        own_s = own_tokens / _tokens_per_s(worker) + step_s(worker, len(worker.active) + 1)
+        return ready_s + self._latest_stretch(worker) * own_s
 
     def pace(self, worker: Worker) -> float:
         """Prompt tokens per second of requests that it begins while others wait: as learned, and
         no more than its steps have left."""
         learned = self._learned.get(worker)
         pace = _tokens_per_s(worker) * (1.0 if learned is None else learned.pace.share)
-        if not worker.step_tokens:
-            return pace
-        num_decoding = worker.usage.places - len(worker.unstarted)
-        left_tokens = max(1, worker.step_tokens - num_decoding)
-        return min(pace, left_tokens / self.tpot_s(worker))
+        return min(pace, _left_tokens(worker) / self.tpot_s(worker))
 
     def wait_s(self, num_tokens: float, workers: Collection[Worker]) -> float:
         """Until the workers have begun requests of so many prompt tokens."""
@@ -112,29 +116,37 @@ class Predictor:
 
     def tpot_s(self, worker: Worker) -> float:
         """Of all that run there, with one more request."""
-        return self._step_s(worker, len(worker.active) + 1)
+        learned = self._learned.get(worker)
+        stretch = 1.0 if learned is None else learned.stretch.mean
+        return stretch * step_s(worker, len(worker.active) + 1)
 
     def _follow(self, pilot: Request | None, worker: Worker) -> None:
         self._learned[worker].stretch.follow(pilot)
         if pilot is not None:
             self.pilots[pilot] = worker
 
-    def _ahead_s(self, worker: Worker, now_s: float) -> float:
-        """Until those that have not begun have, at least the rest of the step under way."""
-        rest_s = self._step_s(worker, len(worker.active)) / 2 if worker.active else 0.0
-        if not worker.unstarted:
+    def _ahead_s(self, worker: Worker, own_tokens: int, now_s: float) -> float:
+        """The rest of the step under way, then until those that have not begun have, and steps
+        have room for so many tokens."""
+        if not worker.active:
+            return 0.0
+        stretch = self._latest_stretch(worker)
+        rest_s = stretch * step_s(worker, len(worker.active)) / 2
+        if not worker.unstarted_tokens:
             return rest_s
+        full_steps = (worker.unstarted_tokens + own_tokens) // _left_tokens(worker)
+        steps_s = full_steps * step_s(worker, len(worker.active))
+        steps_s += worker.unstarted_tokens / _tokens_per_s(worker)
+        wait_s = max(stretch * steps_s, worker.unstarted_tokens / self.pace(worker))
         first, tokens = next(iter(worker.unstarted.items()))
-        learned, pace = self._learned.get(worker), self.pace(worker)
-        begun_s = 0.0 if learned is None else learned.begun_s
-        since_s = max(first.last_submit_s, begun_s)
-        wait_s = worker.unstarted_tokens / pace - min(now_s - since_s, tokens / pace)
-        return max(rest_s, wait_s)
-
-    def _step_s(self, worker: Worker, rows: int) -> float:
-        """From one token to the next of each of so many requests."""
         learned = self._learned.get(worker)
-        return step_s(worker, rows) * (1.0 if learned is None else learned.stretch.factor)
+        begun_s = 0.0 if learned is None else learned.begun_s
+        since_s = now_s - max(first.last_submit_s, begun_s)
+        return rest_s + wait_s - min(since_s, wait_s * tokens / worker.unstarted_tokens)
+
+    def _latest_stretch(self, worker: Worker) -> float:
+        learned = self._learned.get(worker)
+        return 1.0 if learned is None else learned.stretch.latest
 
     def _is_contended(self, worker: Worker, now_s: float) -> bool:
         """Whether some wait there that steps have passed over."""
@@ -146,18 +158,23 @@ class Predictor:
 
 def step_s(worker: Worker, rows: int) -> float:
     """Of a step of so many decodes: on the line through the measured points beside it; each row
-    beyond them adds what a prompt token does."""
+    beyond them adds what a prompt token does, as each adds at least: a point may be of a time when
+    the machine had less to do."""
     points = worker.status.step_s
     if not points:
         return PRIOR_STEP_S
     index = bisect_left(points, (rows, 0.0))
     if index == 0:
         return points[0][1]
+    first, first_s = points[0]
     low, low_s = points[index - 1]
+    row_s = 1.0 / _tokens_per_s(worker)
     if index == len(points):
-        return low_s + (rows - low) / _tokens_per_s(worker)
-    high, high_s = points[index]
-    return low_s + (high_s - low_s) * (rows - low) / (high - low)
+        seconds = low_s + (rows - low) * row_s
+    else:
+        high, high_s = points[index]
+        seconds = low_s + (high_s - low_s) * (rows - low) / (high - low)
+    return max(seconds, first_s + (rows - first) * row_s)
 
 
 def lone_step_s(worker: Worker) -> float:
@@ -180,6 +197,14 @@ def load_s(request: Request, worker: Worker) -> float:
 
 def _tokens_per_s(worker: Worker) -> float:
     return worker.status.prefill_tokens_per_s or PRIOR_TOKENS_PER_S
+
+
+def _left_tokens(worker: Worker) -> float:
+    """Of a step, for prompts."""
+    if not worker.step_tokens:
+        return math.inf
+    num_decoding = worker.usage.places - len(worker.unstarted)
+    return max(1, worker.step_tokens - num_decoding)
 
 
 def _note(errors: Histogram, predicted_s: float | None, true_s: float) -> None:
