@@ -64,15 +64,28 @@ async def test_a_stopped_rank_ends_the_worker_and_is_named(model: Path) -> None:
     assert not any(rank.is_running() for rank in ranks)
 
 
-async def test_the_front_says_why_a_rank_failed(model: Path) -> None:
+async def fail(model: Path, fault: str, *options: str) -> str:
+    """The log of a worker whose second rank fails in its first step; it ends whole."""
     module = "tests.support.faulty_worker"
-    async with attached_worker(model, *OPTIONS, module=module, FAULTY_WORKER="none") as (
-        worker,
-        router,
-    ):
+    async with attached_worker(
+        model, *OPTIONS, *options, module=module, FAULTY_WORKER="none", FAULTY_RANK=fault
+    ) as (worker, router):
+        ranks = ranks_of(worker)
         await router.submit([5, 6, 7], max_tokens=10)
         assert isinstance(await router.until_ended(), WorkerLost)
         assert await asyncio.to_thread(worker.wait) == 1
-        log = "".join(worker.log)
+        assert not any(rank.is_running() for rank in ranks)
+        return "".join(worker.log)
+
+
+async def test_the_front_says_why_a_rank_failed(model: Path) -> None:
+    log = await fail(model, "out-of-memory")
     reason = "tensor-parallel rank 1 failed: the GPU is out of memory; lower memory_fraction"
     assert re.search(rf"ERROR \S+: {reason}", log), log
+
+
+async def test_a_rank_that_hangs_but_lives_ends_the_worker_and_says_where(model: Path) -> None:
+    log = await fail(model, "hang", "--engine-silence-s=4")
+    assert re.search(r"ERROR \S+: the engine has been silent for 4 s", log), log
+    assert re.search(r'faulty_rank.py", line \d+ in hang', log), log
+    assert re.search(r'collectives.py", line \d+ in all_reduce', log), log

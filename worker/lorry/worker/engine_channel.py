@@ -6,6 +6,7 @@ when the front is gone, also in the middle of a step.
 
 import argparse
 import ctypes
+import faulthandler
 import os
 import signal
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lorry.worker.rank_arguments import LeaderArguments
 from lorry.worker.ring import Ring, RingFull, RingHandle
 
 SEND_TIMEOUT_S = 10.0
+STANDING_SIGNAL = signal.SIGUSR1  # by which the front asks where all threads stand
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -72,8 +74,9 @@ class EngineChannel:
 
     @classmethod
     def from_arguments(cls, arguments: EngineArguments) -> "EngineChannel":
-        """Attach to the rings, and die with the front from now on."""
+        """Attach to the rings; from now on die with the front, and say where threads stand."""
         die_with(arguments.front_pid)
+        faulthandler.register(STANDING_SIGNAL)
         return cls(Ring.attach(*arguments.commands), Ring.attach(*arguments.events))
 
     def receive(self, timeout_s: float) -> list[Command]:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from lorry.worker.config import EngineConfig
 from lorry.worker.engine_channel import EngineArguments
-from lorry.worker.exits import describe_exit
+from lorry.worker.exits import describe_exit, kill
 from lorry.worker.messages import Codec, Command, Event, Failed, Stop
 from lorry.worker.rank_arguments import LeaderArguments
 from lorry.worker.ranks import Ranks
@@ -27,6 +27,7 @@ PROGRESS_S = 10.0
 TICK_S = 0.25
 MAX_BACKLOG_BYTES = 64 << 20
 LAST_LINES = 20
+STANDING_S = 1.0  # for ranks to write where they stand
 REASON_S = 1.0  # in which the cause of a rank's failure, another rank's, is seen, too
 READ_BYTES = 1 << 16
 Handler = Callable[[list[Event]], None]
@@ -173,7 +174,7 @@ class EngineClient:
         self._fail(f"ended with {describe_exit(exit_code)}; its last lines:\n  {lines}")
 
     async def _watch(self) -> None:
-        """Notice an engine that does not start or falls silent.
+        """Notice an engine that does not start or falls silent, as one that waits for a hung GPU.
 
         Counts this process's own ticks, so that being suspended does not look like silence.
         """
@@ -186,6 +187,9 @@ class EngineClient:
             elif not seen and silent_s >= reported_s + PROGRESS_S:
                 reported_s = silent_s
                 log.info("the engine has been loading for %.0f s", silent_s)
+        if seen:
+            self._ranks.ask_where_they_stand()
+            await asyncio.sleep(STANDING_S)
         self._fail(f"has been silent for {silent_s:.0f} s" if seen else "did not start in time")
 
     async def _forward_output(self, process: asyncio.subprocess.Process) -> None:
@@ -206,6 +210,4 @@ class EngineClient:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_S):
                     await process.wait()
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await kill(process, "the engine")

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from lorry.rpc.base_model import read_base_model
 from lorry.worker.building import build_following_rank
-from lorry.worker.engine_channel import die_with
+from lorry.worker.engine_channel import STANDING_SIGNAL, die_with
 from lorry.worker.engine_faults import explain
 from lorry.worker.following_rank import FollowingRank
 from lorry.worker.meeting import meet
@@ -54,6 +54,7 @@ def main() -> None:
         level=logging.INFO, format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s"
     )
     faulthandler.enable()
+    faulthandler.register(STANDING_SIGNAL)
     die_with(arguments.front_pid)
     ring = Ring.attach(*arguments.messages)
     with beating(arguments.vital_fd):

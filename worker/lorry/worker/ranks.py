@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 from lorry.worker.config import EngineConfig
-from lorry.worker.exits import describe_exit
+from lorry.worker.engine_channel import STANDING_SIGNAL
+from lorry.worker.exits import describe_exit, kill
 from lorry.worker.rank_arguments import MAX_REASON_BYTES, LeaderArguments, RankArguments
 from lorry.worker.ring import Ring
 
@@ -70,6 +71,12 @@ class Ranks:
         """The first rank's process runs."""
         self._pids[0] = pid
 
+    def ask_where_they_stand(self) -> None:
+        """Have all ranks write what their threads do."""
+        for pid in self._pids.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, STANDING_SIGNAL)
+
     @contextlib.asynccontextmanager
     async def _process(
         self, arguments: RankArguments, reason_fd: int, fail: Fail
@@ -95,9 +102,7 @@ class Ranks:
                 async with asyncio.timeout(0 if self.failure else STOP_S):
                     await process.wait()
             reaping.cancel()
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            await kill(process, f"rank {arguments.rank}")
 
     async def _reap(
         self, rank: int, process: asyncio.subprocess.Process, reason_fd: int, fail: Fail
