@@ -51,5 +51,10 @@ def test_no_shipped_setting_spills_registers(kernels):
     assert max(kernel["registers"] for kernel in kernels) <= MAX_REGISTERS
 
 
+def test_every_kernel_is_launched_early_and_waits_before_it_touches_memory(kernels):
+    assert not [kernel for kernel in kernels if not kernel["is_dependent"]]
+    assert not [kernel for kernel in kernels if not kernel["waits_first"]]
+
+
 def test_every_shipped_setting_fits_in_shared_memory(kernels):
     assert max(kernel["shared_bytes"] for kernel in kernels) <= SHARED_LIMIT_BYTES

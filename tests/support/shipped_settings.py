@@ -197,6 +197,8 @@ def main() -> None:
                 "registers": kernel.registers,
                 "shared_bytes": kernel.shared_bytes,
                 "local_bytes": kernel.local_bytes,
+                "is_dependent": kernel.is_dependent,
+                "waits_first": kernel.waits_first,
             }
             for kernel in kernels
         ]

@@ -18,6 +18,10 @@ from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT_BYTES = 227 * 1024
+WAIT, TOUCH = (
+    re.compile(r"griddepcontrol\.wait"),
+    re.compile(r"(?:ld|st|atom|red|cp)\.[\w.]*global"),
+)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -29,6 +33,8 @@ class Compiled:
     shared_bytes: int
     registers: int
     local_bytes: int  # stack and spills
+    is_dependent: bool  # launched while the kernels before it run
+    waits_first: bool  # for those to complete, before it touches memory
     cubin: bytes
 
 
@@ -78,5 +84,12 @@ def _measure(kernel) -> Compiled:
         kernel.metadata.shared,
         int(fields["REG"]),
         int(fields["STACK"]) + int(fields["LOCAL"]),
+        kernel.metadata.launch_pdl,
+        _waits_first(kernel.asm["ptx"]),
         cubin,
     )
+
+
+def _waits_first(ptx: str) -> bool:
+    wait, touch = WAIT.search(ptx), TOUCH.search(ptx)
+    return wait is not None and (touch is None or wait.start() < touch.start())

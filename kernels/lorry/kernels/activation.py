@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
+
 BLOCK_I = 1024  # one load of 16 bytes a thread
 
 
@@ -27,6 +29,7 @@ def _swiglu_kernel(
     BLOCK_I: tl.constexpr,
 ):
     """One program for each row and block of columns."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     in_row = i < intermediate
@@ -51,4 +54,5 @@ def swiglu(gate_TI: torch.Tensor, up_TI: torch.Tensor, out_TI: torch.Tensor) -> 
         intermediate,
         BLOCK_I=BLOCK_I,
         num_warps=4,
+        launch_pdl=has_dependent_launch(out_TI.device),
     )

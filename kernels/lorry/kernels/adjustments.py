@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
+
 IN_PROMPT, IN_OUTPUT = 1, 2  # what an occurrence adds to a count; the prompt counts once
 BLOCK_V = 2048
 
@@ -98,6 +100,7 @@ def _penalize_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """A chunk of a row; rows without penalties read no counts."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row = token < vocabulary
@@ -133,6 +136,7 @@ def _edit_kernel(
     BLOCK_X: tl.constexpr,
 ):
     """One row's biases, then its bans."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     num_biases = tl.load(num_biases_ptr + row)
     num_banned = tl.load(num_banned_ptr + row)
@@ -169,6 +173,7 @@ def adjust(logits_TV: torch.Tensor, tables: SequenceTables, rows: Adjustments) -
         vocabulary,
         BLOCK_V=BLOCK_V,
         num_warps=4,
+        launch_pdl=has_dependent_launch(logits_TV.device),
     )
     _edit_kernel[(num_rows,)](
         adjusted_TV,
@@ -184,6 +189,7 @@ def adjust(logits_TV: torch.Tensor, tables: SequenceTables, rows: Adjustments) -
         BLOCK_B=triton.next_power_of_2(tables.bias_id_RB.shape[1]),
         BLOCK_X=triton.next_power_of_2(tables.banned_id_RX.shape[1]),
         num_warps=4,
+        launch_pdl=has_dependent_launch(logits_TV.device),
     )
     return adjusted_TV
 

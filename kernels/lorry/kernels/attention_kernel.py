@@ -9,6 +9,7 @@ import triton.language as tl
 
 from lorry.kernels.attention_block import NOTHING_SEEN, attend_block, merge_part
 from lorry.kernels.attention_plan import PROGRAM_FIELDS, TILE_FIELDS, first_block_of
+from lorry.kernels.dependent_launch import wait_for_kernels_before
 
 
 @triton.jit
@@ -47,6 +48,7 @@ def attention_kernel(
     program before has long begun the unit and will end with it; what the program is the last to
     count it merges at the end, so that no unit waits for another's merge.
     """
+    wait_for_kernels_before()
     program = tl.program_id(0)
     first_tile = tl.load(program_ptr + program * PROGRAM_FIELDS)
     first_unit = first_tile * KV_HEADS + tl.load(program_ptr + program * PROGRAM_FIELDS + 1)

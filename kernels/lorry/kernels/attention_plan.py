@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
 from lorry.kernels.device import multiprocessors
 from lorry.kernels.runs import run_bounds
 
@@ -125,6 +126,7 @@ def _plan_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """Every planner cuts all tiles; the first stores them, each stores its programs' shares."""
+    wait_for_kernels_before()
     t = tl.arange(0, BLOCK_T)
     sequence = tl.load(sequence_ptr + t, mask=t < num_rows, other=-1)
     position = tl.load(position_ptr + t, mask=t < num_rows, other=0)
@@ -205,4 +207,5 @@ def plan_attention(
         PROGRAMS_AT_ONCE=min(PROGRAMS_PER_PLANNER, max(1, PLANNED_LANES // block_t)),
         BLOCK_T=block_t,
         num_warps=8,
+        launch_pdl=has_dependent_launch(sequence_T.device),
     )

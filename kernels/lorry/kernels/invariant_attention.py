@@ -14,6 +14,7 @@ import triton.language as tl
 
 from lorry.kernels.attention_block import NOTHING_SEEN, attend_block, merge_part
 from lorry.kernels.attention_plan import first_block_of
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
 from lorry.kernels.device import multiprocessors
 from lorry.kernels.paged_attention import LOG2_E
 from lorry.kernels.pool_view import PoolView
@@ -56,6 +57,7 @@ def _split_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program walks units: a tile, a KV head and a way."""
+    wait_for_kernels_before()
     num_tiles = tl.load(count_ptr)
     num_units = num_tiles * KV_HEADS * tl.load(count_ptr + 1)
     pair = tl.arange(0, BLOCK_ROWS)
@@ -130,6 +132,7 @@ def _merge_kernel(
     WAYS: tl.constexpr,
 ):
     """One program for each row and block of heads."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     if tl.load(sequence_ptr + row) >= 0:
         head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -195,6 +198,7 @@ def split_attention(
         PRECISION="ieee" if q_TQD.dtype == torch.float32 else "tf32",
         num_warps=setting.num_warps,
         num_stages=setting.num_stages,
+        launch_pdl=has_dependent_launch(q_TQD.device),
     )
     _merge_kernel[(num_rows, triton.cdiv(heads, MERGED_HEADS))](
         partials.o_TQWD,
@@ -211,4 +215,5 @@ def split_attention(
         SPLIT_BLOCKS=setting.split_blocks,
         WAYS=setting.ways,
         num_warps=2,
+        launch_pdl=has_dependent_launch(q_TQD.device),
     )

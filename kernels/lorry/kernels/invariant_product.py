@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProductSetting:
@@ -44,6 +46,7 @@ def _product_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program for each tile of the output; those of the same weights run side by side."""
+    wait_for_kernels_before()
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     in_block = tl.arange(0, BLOCK_I)
@@ -96,5 +99,6 @@ def invariant_product(
         PRECISION="ieee" if x_TI.dtype == torch.float32 else "tf32",
         num_warps=setting.num_warps,
         num_stages=setting.num_stages,
+        launch_pdl=has_dependent_launch(x_TI.device),
     )
     return out_TO

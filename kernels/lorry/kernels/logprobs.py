@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
+
 MAX_TOP = 20  # alternatives of a row, of the protocol
 NOT_ASKED = -1  # number of alternatives of a row that asks for no logprobs
 BLOCK_V = 2048  # of a chunk
@@ -78,6 +80,7 @@ def _rank_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """Sum and largest logits of a chunk of a row."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     num_top = tl.load(num_top_ptr + row)
@@ -120,6 +123,7 @@ def _logprobs_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """Merge a row's chunks. Places are in the order of ids where their logits are equal."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     num_top = tl.load(num_top_ptr + row)
     if num_top >= 0:
@@ -164,6 +168,7 @@ def rank(logits_TV: torch.Tensor, num_top_T: torch.Tensor) -> RankedChunks:
         MAX_TOP=MAX_TOP,
         BLOCK_V=BLOCK_V,
         num_warps=4,
+        launch_pdl=has_dependent_launch(device),
     )
     return ranked
 
@@ -193,4 +198,5 @@ def write_logprobs(
         BLOCK_C=triton.next_power_of_2(chunks),
         BLOCK_P=triton.next_power_of_2(chunks * MAX_TOP),
         num_warps=4,
+        launch_pdl=has_dependent_launch(logits_TV.device),
     )

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
 from lorry.kernels.device import multiprocessors
 from lorry.kernels.lora import AdapterTables
 from lorry.kernels.lora_plan import FIRST_MODULE, LoraWork, load_piece
@@ -56,6 +57,7 @@ def _expand_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program walks the pieces: row units of a tile's output."""
+    wait_for_kernels_before()
     programs = tl.num_programs(0)
     next_piece = load_piece(piece_ptr, tl.program_id(0))
     num_work = tl.load(count_ptr + 1)
@@ -205,6 +207,7 @@ def lora_expand_add(
         num_warps=setting.expand_warps,
         num_stages=setting.expand_stages,
         maxnreg=setting.expand_registers,
+        launch_pdl=has_dependent_launch(first.device),
     )
 
 

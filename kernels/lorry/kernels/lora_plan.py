@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
 from lorry.kernels.lora import AdapterTables
 from lorry.kernels.page_layout import GROUPS, MAX_RANK, MODULES, PageLayout
 from lorry.kernels.runs import run_bounds
@@ -143,6 +144,7 @@ def _plan_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """Every planner of a group cuts all tiles and stores its share of the pieces."""
+    wait_for_kernels_before()
     planner = tl.program_id(0)
     group = tl.program_id(1)
     t = tl.arange(0, BLOCK_T)
@@ -242,4 +244,5 @@ def plan_lora(slot_T: torch.Tensor, tables: AdapterTables, work: LoraWork) -> No
         PLANNERS=PLANNERS,
         BLOCK_T=block_t,
         num_warps=16 if block_t > ROWS_OF_8_WARPS else 8,
+        launch_pdl=has_dependent_launch(slot_T.device),
     )

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
 from lorry.kernels.device import multiprocessors
 from lorry.kernels.lora import AdapterTables
 from lorry.kernels.lora_plan import LoraWork, load_piece
@@ -40,6 +41,7 @@ def _shrink_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program walks the pieces; neighbours take the splits of one piece."""
+    wait_for_kernels_before()
     programs = tl.num_programs(0)
     next_piece = load_piece(piece_ptr, tl.program_id(0) // SPLITS)
     num_work = tl.load(count_ptr) * SPLITS
@@ -157,5 +159,6 @@ def lora_shrink(
         PRECISION="ieee" if x_TI.dtype == torch.float32 else "tf32",
         num_warps=setting.shrink_warps,
         num_stages=setting.shrink_stages,
+        launch_pdl=has_dependent_launch(x_TI.device),
     )
     return y_STY

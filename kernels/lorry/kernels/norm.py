@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
+
 ELEMENTS_PER_WARP = 512  # of a row: two loads of 16 bytes a thread
 
 
@@ -40,6 +42,7 @@ def _rms_norm_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """One program for each row."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     in_row = h < hidden
@@ -95,4 +98,5 @@ def _launch(
         HAS_RESIDUAL=residual_TH is not None,
         BLOCK_H=block,
         num_warps=min(8, max(1, block // ELEMENTS_PER_WARP)),
+        launch_pdl=has_dependent_launch(x_TH.device),
     )

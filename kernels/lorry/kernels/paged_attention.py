@@ -11,6 +11,7 @@ import torch
 
 from lorry.kernels.attention_kernel import attention_kernel
 from lorry.kernels.attention_plan import AttentionWork
+from lorry.kernels.dependent_launch import has_dependent_launch
 from lorry.kernels.pool_view import PoolView
 from lorry.kernels.tiles import RowTiles, gather_rows, scatter_rows
 
@@ -111,4 +112,5 @@ def paged_attention(
         num_warps=setting.num_warps,
         num_stages=setting.num_stages,
         maxnreg=setting.registers,
+        launch_pdl=has_dependent_launch(q_TQD.device),
     )

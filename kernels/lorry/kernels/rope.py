@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
 from lorry.kernels.norm import rms_norm_reference
 from lorry.kernels.pool_view import PoolView
 
@@ -99,6 +100,7 @@ def _rope_write_kv_kernel(
     BLOCK_HEADS: tl.constexpr,
 ):
     """One program for each row and block of heads; the heads of q, k and v are one sequence."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     position = tl.load(position_ptr + row).to(tl.int64)
@@ -210,4 +212,5 @@ def rope_write_kv(
         HAS_NORM=norm is not None,
         BLOCK_HEADS=BLOCK_HEADS,
         num_warps=4,
+        launch_pdl=has_dependent_launch(q_TQD.device),
     )

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
+
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -115,6 +117,7 @@ def _scores_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """Best score and its token in each chunk of a row's vocabulary."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     token = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -165,6 +168,7 @@ def _best_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """The token of the best chunk of each row; of a part of the vocabulary with its score."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK_C)
     at = best_score_ptr + row * chunks + chunk
@@ -186,6 +190,7 @@ def _draw_best_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """The token of the best candidate of each row; of equal ones that of the first part."""
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
     at = candidate_ptr + 2 * (part * tl.num_programs(0) + row)
@@ -245,7 +250,12 @@ def draw_best(candidate_PT2: torch.Tensor, token_T: torch.Tensor) -> None:
     """
     parts, num_rows, _ = candidate_PT2.shape
     _draw_best_kernel[(num_rows,)](
-        candidate_PT2, token_T, parts, BLOCK_P=triton.next_power_of_2(parts), num_warps=1
+        candidate_PT2,
+        token_T,
+        parts,
+        BLOCK_P=triton.next_power_of_2(parts),
+        num_warps=1,
+        launch_pdl=has_dependent_launch(token_T.device),
     )
 
 
@@ -284,6 +294,7 @@ def _draw(
         BLOCK_V=BLOCK_V,
         num_warps=4,
         enable_fp_fusion=False,  # a row is rounded alike with and without threshold, in any dtype
+        launch_pdl=has_dependent_launch(logits_TV.device),
     )
     _best_kernel[(num_rows,)](
         best_score,
@@ -294,4 +305,5 @@ def _draw(
         IS_PART=candidate_T2 is not None,
         BLOCK_C=triton.next_power_of_2(chunks),
         num_warps=1,
+        launch_pdl=has_dependent_launch(logits_TV.device),
     )

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
 from lorry.kernels.runs import run_bounds
 
 TILE_FIELDS = tl.constexpr(4)  # first row, rows, sequence, position
@@ -115,6 +116,7 @@ def _plan_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """One program cuts the runs of rows that share a sequence into tiles."""
+    wait_for_kernels_before()
     t = tl.arange(0, BLOCK_T)
     sequence = tl.load(sequence_ptr + t, mask=t < num_rows, other=-1)
     position = tl.load(position_ptr + t, mask=t < num_rows, other=0)
@@ -148,4 +150,5 @@ def plan_splits(sequence_T: torch.Tensor, position_T: torch.Tensor, work: SplitW
         WAYS=work.setting.ways,
         BLOCK_T=triton.next_power_of_2(max(num_rows, 16)),
         num_warps=8,
+        launch_pdl=has_dependent_launch(sequence_T.device),
     )

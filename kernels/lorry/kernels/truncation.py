@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
 from lorry.kernels.threshold_search import (
     UNUSED_BITS,
     find_threshold,
@@ -85,6 +86,7 @@ def _truncation_kernel(
 
     If they are too many, the search reads the whole row in each pass.
     """
+    wait_for_kernels_before()
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
@@ -213,5 +215,6 @@ def truncate(
         BLOCK_V=BLOCK_V,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,  # a row is rounded alike in any dtype
+        launch_pdl=has_dependent_launch(logits_TV.device),
     )
     return threshold_T
