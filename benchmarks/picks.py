@@ -120,12 +120,22 @@ class Load:
         )
 
 
-def measure(options: PolicyOptions, num_queued: int, picks: int) -> dict[str, float]:
-    """Microseconds of CPU time."""
+def measure(
+    options: PolicyOptions, num_queued: int, *, rounds: int, picks: int
+) -> list[dict[str, float]]:
+    """Of each round; one queue serves all, as it takes longer to fill than to measure."""
     load = Load(options, num_queued)
-    pick_us, join_us = list[float](), list[float]()
     gc.collect()
     gc.freeze()
+    figures = [measure_round(load, picks) for _ in range(rounds)]
+    gc.unfreeze()
+    load.dispatcher.check_integrity()
+    return figures
+
+
+def measure_round(load: Load, picks: int) -> dict[str, float]:
+    """Microseconds of CPU time."""
+    pick_us, join_us = list[float](), list[float]()
     for _ in range(picks):
         load.now_s += PICK_EVERY_S
         load.end_one()
@@ -133,8 +143,6 @@ def measure(options: PolicyOptions, num_queued: int, picks: int) -> dict[str, fl
         start_ns = time.thread_time_ns()
         load.arrive()
         join_us.append((time.thread_time_ns() - start_ns) / 1e3)
-    gc.unfreeze()
-    load.dispatcher.check_integrity()
     return {
         "pick_us": statistics.median(pick_us),
         "pick_mean_us": statistics.fmean(pick_us),
@@ -150,15 +158,13 @@ def _percentile(values: Sequence[float], share: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--picks", type=int, default=2000)
+    parser.add_argument("--picks", type=int, default=1000)
     arguments = parser.parse_args()
     table = Table("policies", "queued", "pick, us", "mean", "p99", "join, us")
     metrics: dict[str, dict[str, dict[str, float]]] = {name: {} for name in OPTIONS}
     for name, options in OPTIONS.items():
         for num_queued in QUEUED:
-            rounds = [
-                measure(options, num_queued, arguments.picks) for _ in range(arguments.rounds)
-            ]
+            rounds = measure(options, num_queued, rounds=arguments.rounds, picks=arguments.picks)
             median = {k: round(statistics.median(r[k] for r in rounds), 1) for k in rounds[0]}
             metrics[name][str(num_queued)] = median
             table.add_row(name, f"{num_queued:,}", *(f"{value:.0f}" for value in median.values()))

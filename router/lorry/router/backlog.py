@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
 from lorry.router.fairness import Fairness, QueueKey
-from lorry.router.line import Line
+from lorry.router.line import Line, Turn
 from lorry.router.order import Order
 from lorry.router.request import Request
 
@@ -94,14 +94,18 @@ class Backlog:
 
     def ahead(self, now_s: float, limit: int) -> list[Request]:
         """Who is next, one after another; nobody is taken."""
-        requests: list[Request] = []
+        line, requests, turns = self._line, list[Request](), list[Turn]()
         while len(requests) < limit and (request := self.first(now_s)) is not None:
             requests.append(request)
-            self.set_aside(request)
+            self._aside.add(request)
+            if (turn := line.discard(request)) is not None:
+                turns.append(turn)
             self.charge(request, prompt_tokens=request.num_known_tokens, output_tokens=0)
         for request in requests:
             self.charge(request, prompt_tokens=-request.num_known_tokens, output_tokens=0)
-        self.put_back()
+        self._aside.difference_update(requests)
+        for turn in turns:
+            line.put_back(turn)
         return requests
 
     def pass_over(self, request: Request, due_s: float) -> None:

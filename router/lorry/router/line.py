@@ -30,16 +30,23 @@ class Line:
         return request in self._turns
 
     def add(self, request: Request) -> None:
+        self.put_back((self.order.key(request), request.number, request))
+
+    def put_back(self, turn: Turn) -> None:
+        """Let a request have its turn that was discarded."""
+        key, number, request = turn
         queue = request.queue
-        turn = self._turns[request] = (self.order.key(request), request.number, request)
+        # A new one: the old one may still be in the heap, where it counts as having left.
+        turn = self._turns[request] = (key, number, request)
         heapq.heappush(self._queues.setdefault(queue, []), turn)
         self._num_requests[queue] = self._num_requests.get(queue, 0) + 1
         self.touch(queue)
 
-    def discard(self, request: Request) -> None:
-        """Does nothing if it is not in line."""
-        if self._turns.pop(request, None) is None:
-            return
+    def discard(self, request: Request) -> Turn | None:
+        """Its turn; None if it is not in line."""
+        turn = self._turns.pop(request, None)
+        if turn is None:
+            return None
         queue = request.queue
         left = self._num_requests[queue] = self._num_requests[queue] - 1
         if not left:
@@ -48,6 +55,7 @@ class Line:
             turns = self._turns
             self._queues[queue] = [t for t in self._queues[queue] if turns.get(t[2]) is t]
             heapq.heapify(self._queues[queue])
+        return turn
 
     def hold(self, tenant: str) -> None:
         """Have the tenant's requests skipped until `release`."""

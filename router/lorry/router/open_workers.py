@@ -49,7 +49,7 @@ class OpenWorkers:
     def _note(self, worker: Worker) -> None:
         """Where prompts of tenants with more than their share keep its room, the others have as
         much again."""
-        if not self._tpot.has_room(worker):
+        if not worker.has_room or not self._tpot.has_room(worker):
             return
         room_tokens = self._pacing.room_tokens(worker) if worker.unstarted else math.inf
         is_tight = self._reserve.is_tight(worker, room_tokens)
