@@ -42,7 +42,7 @@ def other_ranks(
         port = listening.getsockname()[1]
         for rank, ring in enumerate(rings, 1):
             stack.enter_context(_rank_process(config, rank, ring, port, command))
-        collectives = meet(port, config.device, rank=0, size=size, listening_fd=listening.detach())
+        collectives = meet(port, config, rank=0, listening_fd=listening.detach())
         links = [RingLink(ring) for ring in rings]
         stack.callback(tell, links, EndRank())
         yield Ranks(links, collectives)

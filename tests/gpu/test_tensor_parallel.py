@@ -159,6 +159,25 @@ def test_steady_steps_never_wait_for_the_device(world: World, tmp_path: Path) ->
         harness.run()
 
 
+def test_a_worker_with_one_shot_sums_answers_like_one_gpu(tmp_path: Path) -> None:
+    prompts = [[5, 6, 7], list(range(3, 60)), list(range(9, 200))]
+    options = (*OPTIONS, "--dtype=fp32", "--pool-pages=2000", "--one-shot-sums")
+    alone = EngineHarness(DEMO, tmp_path, device=DEVICE, dtype="fp32", step_tokens=64)
+    numbers = [alone.submit(prompt, max_tokens=40, stop_token_ids=[]) for prompt in prompts]
+    alone.run()
+
+    async def answers() -> tuple[list[list[int]], str]:
+        async with attached_worker(DEMO, *options, timeout_s=200) as (worker, router):
+            seqs = [await router.submit(prompt, max_tokens=40) for prompt in prompts]
+            await router.until(lambda: all(seq in router.finished for seq in seqs))
+            return [router.tokens[seq] for seq in seqs], "".join(worker.log)
+
+    tokens, log = asyncio.run(answers())
+    assert tokens == [alone.tokens[number] for number in numbers]
+    is_one_shot = "bytes are one-shot" in log
+    assert is_one_shot == torch.cuda.can_device_access_peer(0, 1), log
+
+
 def lose_a_rank(lost: int, sent: signal.Signals) -> str:
     """The log of a worker whose rank gets a signal while it computes."""
 

@@ -38,7 +38,7 @@ class Group:
     """The collectives of a backend of torch.distributed, gloo's or NCCL's; see `Collectives`."""
 
     def __init__(self, backend: Any, size: int) -> None:
-        self._backend = backend  # of which torch's stubs know little
+        self.backend = backend  # of which torch's stubs know little
         self._size = size
         # Else NCCL's would run on a stream of its own.
         self._reducing, self._gathering = AllreduceOptions(), AllgatherOptions()
@@ -46,12 +46,12 @@ class Group:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
-        _wait(self._backend.allreduce([x], self._reducing))
+        _wait(self.backend.allreduce([x], self._reducing))
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(self._size * x.numel())
-        _wait(self._backend._allgather_base(out, x.flatten(), self._gathering))
+        _wait(self.backend._allgather_base(out, x.flatten(), self._gathering))
         return out.view(self._size, *x.shape)
 
 

@@ -80,14 +80,7 @@ def leading(arguments: EngineArguments) -> Iterator[Ranks | None]:
 
     links = [RingLink(Ring.attach(*handle)) for handle in given.links]
     with beating(given.vital_fd):
-        config = arguments.config
-        collectives = meet(
-            given.port,
-            config.device,
-            rank=0,
-            size=config.tensor_parallel,
-            listening_fd=given.listening_fd,
-        )
+        collectives = meet(given.port, arguments.config, rank=0, listening_fd=given.listening_fd)
         yield Ranks(links, collectives)
         tell(links, EndRank())
 

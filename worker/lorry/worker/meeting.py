@@ -5,25 +5,28 @@ The front has its socket listen before any rank starts, so that no other process
 
 import atexit
 from datetime import timedelta
+from functools import partial
 
 from torch._C._distributed_c10d import TCPStore
 
-from lorry.worker.collectives import Group, join_by_gloo, join_by_nccl
-from lorry.worker.config import Device
+from lorry.worker.collectives import Collectives, join_by_gloo, join_by_nccl
+from lorry.worker.config import EngineConfig
 from lorry.worker.device_memory import open_device
+from lorry.worker.one_shot import SymmetricSum, can_read_others, with_one_shot
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 120.0  # until all ranks are there
 
 
 def meet(
-    port: int, device: Device, *, rank: int, size: int, listening_fd: int | None = None
-) -> Group:
-    """The group of all ranks; the first one takes over the listening socket.
+    port: int, config: EngineConfig, *, rank: int, listening_fd: int | None = None
+) -> Collectives:
+    """The collectives of all ranks; the first one takes over the listening socket.
 
     Raises RuntimeError if the others do not come in time, and NoSuchGpu.
     """
-    open_device(device, rank, size)
+    size = config.tensor_parallel
+    device = open_device(config.device, rank, size)
     store = TCPStore(
         HOST,
         port,
@@ -34,5 +37,10 @@ def meet(
         master_listen_fd=listening_fd,
     )
     atexit.register(lambda: store)  # the group may ask it until the process ends
-    join = join_by_nccl if device == "cuda" else join_by_gloo
-    return join(store, rank=rank, size=size)
+    if config.device == "cpu":
+        return join_by_gloo(store, rank=rank, size=size)
+    group = join_by_nccl(store, rank=rank, size=size)
+    if not config.one_shot_sums:
+        return group
+    open_sum = partial(SymmetricSum, group.backend, store, rank=rank, size=size)
+    return with_one_shot(group, open_sum, device, can=can_read_others(rank, size))

@@ -59,9 +59,7 @@ def main() -> None:
     ring = Ring.attach(*arguments.messages)
     with beating(arguments.vital_fd):
         try:
-            collectives = meet(
-                arguments.port, config.device, rank=rank, size=config.tensor_parallel
-            )
+            collectives = meet(arguments.port, config, rank=rank)
             base_model = read_base_model(config.model)
             follow(build_following_rank(config, base_model, rank, collectives), read(ring))
             end(0)

@@ -1,0 +1,110 @@
+"""Small sums over the GPUs of one host, each of which reads all others' memory at once.
+
+Through torch's symmetric memory: each rank has a buffer that the others map, and one kernel waits
+until all have written theirs, adds them in the order of ranks, and waits until all have read. So
+every rank has the same bits, and the buffer is free again once the kernel is done.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store, _register_process_group
+
+from lorry.worker.collectives import Collectives, Group
+
+# On two H200 15 us instead of 25 for 1 MiB, 22 instead of 40 for 2 MiB, 35 instead of 41 for 4 MiB
+# (python -m benchmarks.collectives).
+MAX_BYTES = 4 << 20
+ALIGNMENT_BYTES = 16
+DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernel adds
+GROUP: Any = "ranks"  # of a type that not all versions of torch have
+Sum = Callable[[torch.Tensor], torch.Tensor]
+
+log = logging.getLogger(__name__)
+
+
+class OneShot:
+    """Takes another way for what is small; see `Collectives`."""
+
+    def __init__(self, sum_small: Sum, others: Collectives) -> None:
+        self._sum_small, self._others = sum_small, others
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._sum_small(x) if is_small(x) else self._others.all_reduce(x)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self._others.all_gather(x)
+
+
+def is_small(x: torch.Tensor) -> bool:
+    """Also the same on all ranks, which have tensors of the same shape and type."""
+    return x.dtype in DTYPES and 0 < x.nbytes <= MAX_BYTES and x.nbytes % ALIGNMENT_BYTES == 0
+
+
+def with_one_shot(
+    group: Group, open_sum: Callable[[], Sum], device: torch.device, *, can: bool
+) -> Collectives:
+    """`group` with the other way for small sums, if all ranks can, and `open_sum` does not raise.
+
+    Every rank must call it.
+    """
+    if not agreed(group, can, device):
+        log.info("sums are not one-shot: the GPUs cannot read each other")
+        return group
+    try:
+        sum_small = open_sum()
+    except RuntimeError as error:
+        log.warning("sums are not one-shot: %s", str(error).partition("\n")[0])
+        sum_small = None
+    if not agreed(group, sum_small is not None, device) or sum_small is None:
+        return group
+    log.info("sums of up to %d bytes are one-shot", MAX_BYTES)
+    return OneShot(sum_small, group)
+
+
+def agreed(group: Collectives, can: bool, device: torch.device) -> bool:
+    """Whether all ranks can."""
+    return bool(group.all_gather(torch.tensor(can, dtype=torch.int32, device=device)).min())
+
+
+def can_read_others(rank: int, size: int) -> bool:
+    """Whether a rank's GPU reads the memory of all others."""
+    others = (other for other in range(size) if other != rank)
+    return all(torch.cuda.can_device_access_peer(rank, other) for other in others)
+
+
+class SymmetricSum:
+    """A sum through a buffer that all ranks map. One in a process: torch numbers their meetings."""
+
+    def __init__(self, backend: Any, store: Store, *, rank: int, size: int) -> None:
+        """Meet the others; raises RuntimeError if they do not come, or memory cannot be shared."""
+        from torch.distributed import _symmetric_memory as symmetric
+
+        device = torch.device("cuda", rank)
+        self._group = named_group(backend, store, rank=rank, size=size, device=device)
+        self._buffer = symmetric.empty(MAX_BYTES, dtype=torch.uint8, device=device)
+        symmetric.rendezvous(self._buffer, GROUP)
+        if self(torch.ones(ALIGNMENT_BYTES, device=device))[0].item() != size:
+            raise RuntimeError("the sum of ones is not their number")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        own = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
+        # torch 2.11's kernel that copies, too, tells the others before all its threads have copied.
+        own.copy_(x)
+        total: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce(own, "sum", GROUP)
+        return total
+
+
+def named_group(
+    backend: Any, store: Store, *, rank: int, size: int, device: torch.device
+) -> ProcessGroup:
+    """The group under the name by which torch finds store and ranks; to be kept."""
+    group = ProcessGroup(PrefixStore(GROUP, store), rank, size)
+    kind = ProcessGroup.BackendType.NCCL if device.type == "cuda" else ProcessGroup.BackendType.GLOO
+    group._register_backend(torch.device(device.type), kind, backend)
+    group._set_default_backend(kind)
+    group._set_group_name(GROUP)
+    _register_process_group(GROUP, group)
+    return group
