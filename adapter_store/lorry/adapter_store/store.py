@@ -21,7 +21,6 @@ from lorry.adapter_store.images import ImageTier
 from lorry.adapter_store.leases import Lease
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.memory_file import MemoryFile
-from lorry.adapter_store.pace import Pace
 from lorry.adapter_store.publisher import Publisher
 from lorry.adapter_store.ram_budget import ram_budget
 from lorry.adapter_store.records import Adapter, UploadRecord
@@ -80,7 +79,6 @@ class Store:
             shared, budget_bytes=budget_bytes, storage=storage, builders=builders
         )
         self._checkers, self._now_ns = checkers, settings.now_ns
-        self._pace = Pace()  # of uploads, beside fetches
         self.uploads = self._uploads(settings, storage, loaded)
         self.warmer = Warmer(
             MemoryFile(settings.memory_dir, settings.geometry),
@@ -109,7 +107,6 @@ class Store:
             publisher=publisher,
             catalogue=self.catalogue,
             limits=settings.limits,
-            pace=self._pace,
             stored=loaded.uploads,
             now_ns=settings.now_ns,
             clock=settings.clock,
@@ -163,7 +160,6 @@ class Store:
     async def lease(self, version: bytes, layout: PageLayout) -> Lease:
         """A lease of a version's image; the version itself is kept with it."""
         started_s = time.monotonic()
-        self._pace.fetched()
         self.contents.hold(version)
         try:
             lease = await self.images.lease(version, layout)
