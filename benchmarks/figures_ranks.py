@@ -29,7 +29,7 @@ def rank_panels(rows: Sequence[Result]) -> Iterator[tuple[str, list[tuple[str, f
         for row in group:
             size, (base, adapted) = row["config"]["tensor_parallel"], row["metrics"]["traces"]
             bars.setdefault(f"{size}, base only", base["req_per_s"])
-            bars[f"{size}, {NAMES[row['config']['lora']]}"] = adapted["req_per_s"]
+            bars[f"{size}, {_name(row)}"] = adapted["req_per_s"]
         yield f"{model}, {device}", list(bars.items())
 
 
@@ -55,15 +55,18 @@ def _steps(rows: Sequence[Result]) -> Iterator[str]:
 def _cells(row: Result) -> Iterator[str]:
     config, metrics = row["config"], row["metrics"]
     base_trace, trace = metrics["traces"]
-    launches = {(of["batch"], of["adapters"]): of for of in metrics["launches"]}
-    for base, adapted in zip(metrics["steps"][::2], metrics["steps"][1::2], strict=True):
-        talk = launches.get((adapted["batch"], adapted["adapters"]), {})
-        yield (
-            f"| {config['tensor_parallel']} | {NAMES[config['lora']]} | {base['batch']} "
-            f"| {base['step_ms']:.2f} | {adapted['step_ms']:.2f} | {_number(adapted, 'ideal_ms')} "
-            f"| {_number(talk, 'collectives_ms')} | {base_trace['req_per_s']:.2f} "
-            f"| {trace['req_per_s']:.2f} | {_number(trace, 'ideal_req_per_s')} |"
-        )
+    adapted = {of["batch"]: of for of in metrics["steps"] if of["adapters"]}
+    launches = {of["batch"]: of for of in metrics["launches"] if of["adapters"]}
+    for base in metrics["steps"]:
+        if base["adapters"] == 0:
+            step, talk = (of.get(base["batch"], {}) for of in (adapted, launches))
+            yield (
+                f"| {config['tensor_parallel']} | {_name(row)} | {base['batch']} "
+                f"| {base['step_ms']:.2f} | {_number(step, 'step_ms')} "
+                f"| {_number(step, 'ideal_ms')} | {_number(talk, 'collectives_ms')} "
+                f"| {base_trace['req_per_s']:.2f} | {trace['req_per_s']:.2f} "
+                f"| {_number(trace, 'ideal_req_per_s')} |"
+            )
 
 
 def _sums(rows: Sequence[Result]) -> Iterator[str]:
@@ -80,6 +83,11 @@ def _sums(rows: Sequence[Result]) -> Iterator[str]:
         yield ""
 
 
+def _name(row: Result) -> str:
+    config = row["config"]
+    return NAMES[config["lora"]] + (", one-shot sums" if config.get("one_shot_sums") else "")
+
+
 def _number(of: dict[str, Any], name: str) -> str:
     return f"{of[name]:.2f}" if name in of else "-"
 
@@ -88,7 +96,8 @@ def _model(row: Result) -> tuple[str, str]:
     return row["config"]["model"], row["device"]
 
 
-def _place(row: Result) -> tuple[str, str, int, int]:
+def _place(row: Result) -> tuple[str, str, int, int, str]:
     """By model and card, then by number of GPUs, then as strategies are named."""
     config = row["config"]
-    return (*_model(row), config["tensor_parallel"], list(NAMES).index(config["lora"]))
+    strategy = list(NAMES).index(config["lora"])
+    return (*_model(row), config["tensor_parallel"], strategy, _name(row))

@@ -10,6 +10,7 @@ random; a model that does not fit is refused before it is loaded.
 """
 
 import argparse
+import dataclasses
 import faulthandler
 import itertools
 import logging
@@ -145,7 +146,9 @@ def trace(
 
 def measure_all(arguments: argparse.Namespace, base_model: BaseModel) -> dict[str, Any]:
     layout = layout_of(arguments, base_model)
-    config = engine_config(arguments, base_model, layout)
+    config = dataclasses.replace(
+        engine_config(arguments, base_model, layout), one_shot_sums=arguments.one_shot_sums
+    )
     is_silent = arguments.lora == "silent"
     arguments.vocabulary = base_model.vocab_size
     with ExitStack() as stack:
@@ -176,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--tensor-parallel", type=int, default=2, help="GPUs")
     result.add_argument("--lora", choices=STRATEGIES, default="replicated")
+    result.add_argument("--one-shot-sums", action="store_true", help="as the worker's option")
     result.add_argument("--batch", type=int, nargs="+", default=[16, 64, 256])
     result.add_argument("--context", type=int, default=512)
     result.add_argument("--adapters", type=int, default=200)
@@ -191,14 +195,16 @@ def main() -> None:
     faulthandler.dump_traceback_later(arguments.limit_s, exit=True)
     base_model, size = read_base_model(CONFIGS / arguments.model), arguments.tensor_parallel
     lora = f"-{arguments.lora}" if size > 1 else ""
+    sums = "-one-shot" if arguments.one_shot_sums else ""
     write_result(
-        f"tensor-parallel-{base_model.directory.name}-{size}{lora}",
+        f"tensor-parallel-{base_model.directory.name}-{size}{lora}{sums}",
         benchmark="tensor_parallel",
         device=device_name(arguments.device),
         config={
             "model": base_model.directory.name,
             "tensor_parallel": size,
             "lora": arguments.lora if size > 1 else None,
+            "one_shot_sums": arguments.one_shot_sums,
             "ranks": arguments.ranks,
             "adapters": arguments.adapters,
             "context": arguments.context,

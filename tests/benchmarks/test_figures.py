@@ -52,8 +52,9 @@ def test_the_page_of_several_gpus_holds_what_the_results_say() -> None:
 
 
 def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
-    def result(size: int, lora: str | None, rate: float) -> dict[str, Any]:
+    def result(size: int, lora: str | None, rate: float, **config: bool) -> dict[str, Any]:
         step = {"batch": 16, "step_ms": 7.0}
+        without_room = {"batch": 64, "adapters": 0, "step_ms": 8.0}  # for adapters
         return {
             "device": "a GPU",
             "date": "2026-01-02",
@@ -64,20 +65,28 @@ def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
                 "lora": lora,
                 "ranks": [8, 16],
                 "context": 512,
-            },
+            }
+            | config,
             "metrics": {
-                "steps": [step | {"adapters": 0}, step | {"adapters": 16, "ideal_ms": 6.0}],
+                "steps": [
+                    step | {"adapters": 0},
+                    step | {"adapters": 16, "ideal_ms": 6.0},
+                    without_room,
+                ],
                 "traces": [{"req_per_s": 20.0}, {"req_per_s": rate, "ideal_req_per_s": 25.0}],
                 "launches": [{"batch": 16, "adapters": 16, "collectives_ms": 1.25}],
             },
         }
 
     ranks = [result(2, "slora", 17.0), result(1, None, 9.0), result(2, "replicated", 19.0)]
+    ranks.append(result(2, "replicated", 20.0, one_shot_sums=True))
     sums = {"nccl_us": {"4096": 9.0, "8192": 10.0}, "one_shot_us": {"4096": 5.0}}
     collectives = ranks[0] | {"metrics": {"sums": sums}}
     found = {"tensor_parallel": ranks, "collectives": [collectives]}
     text = ranks_text(lambda benchmark: found.get(benchmark, []))
     assert "| 2 | replicated | 16 | 7.00 | 7.00 | 6.00 | 1.25 | 20.00 | 19.00 | 25.00 |" in text
+    assert "| 2 | replicated | 64 | 8.00 | - | - | - | 20.00 | 19.00 | 25.00 |" in text
+    assert "| 2 | replicated, one-shot sums | 16 | 7.00 |" in text
     assert "| 8,192 | 10.00 | - |" in text
     assert text.index("| 1 | one GPU") < text.index("| 2 | replicated") < text.index("| 2 | S-LoRA")
     plots = draw_plots(lambda benchmark: found.get(benchmark, []), tmp_path)
