@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lorry.kernels.sampling import gumbel_noise
+from lorry.kernels.gumbel_noise import gumbel_noise
 
 
 def warped(logits_TV: torch.Tensor, sampling: Mapping[str, Any]) -> torch.Tensor:
