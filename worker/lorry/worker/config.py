@@ -81,6 +81,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.batch_invariant:
             check_batch_invariant(self.device, self.tensor_parallel)
+        if self.one_shot_sums:
+            check_one_shot_sums(self.device, self.tensor_parallel)
 
     @property
     def page_dtype(self) -> Dtype:
