@@ -94,7 +94,7 @@ tp-bench-30b) # on two GPUs of 78 GiB; one of them has no room for its 65 GB and
 	;;
 tp-bench-70b) # on two H200: 141 GB of weights do not fit into two GPUs of 78 GiB
 	for lora in replicated slora silent; do
-		bench tensor_parallel --model llama-3-70b --ranks 16 --requests 100 --lora $lora
+		bench tensor_parallel --model llama-3-70b --ranks 16 --requests 100 --limit-s 400 --lora $lora
 	done
 	;;
 rates)
