@@ -76,10 +76,9 @@ def _rate(metrics: dict[str, Any]) -> str:
 def _store(rows: list[Result]) -> Iterator[str]:
     for row in rows:
         config, metrics = row["config"], row["metrics"]
-        huge = ", in huge pages" if config.get("huge_pages", "never") != "never" else ""
         yield (
             f"- A worker gets a page image of {config['image_bytes'] / 2**20:.0f} MiB "
-            f"({config['model']}, rank {config['rank']}, all modules{huge}) from the store"
+            f"({config['model']}, rank {config['rank']}, all modules) from the store"
         )
         yield (
             f"  through shared memory at {spread(metrics['map_and_copy_share_of_memcpy'], '.2f')} "

@@ -10,6 +10,7 @@ import torch
 
 from lorry.client.bench.trace import NO_ADAPTER
 from lorry.kernels.page_layout import PageLayout
+from lorry.rpc.huge_pages import allocate
 from lorry.worker import messages as m
 
 FILL_BYTES = 1 << 27
@@ -86,8 +87,9 @@ def _random_bytes(num_bytes: int) -> memoryview:
 
 
 def _write(path: Path, random: memoryview, num_bytes: int, start: int) -> None:
-    """Fill a file with the random bytes from `start`, around and around."""
-    with path.open("wb") as file:
+    """Fill a file, as the store allocates it, with the bytes from `start`, around and around."""
+    with path.open("wb+") as file:
+        allocate(file.fileno(), num_bytes)
         while num_bytes:
             part = random[start % len(random) :][:num_bytes]
             file.write(part)

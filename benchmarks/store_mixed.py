@@ -66,7 +66,7 @@ class Reader:
         call: Any = self._stub.FetchAdapter(self._requests[number % len(self._requests)])
         await call.read()
         handle = (await call.read()).shm
-        open_shared(self._shm_dir, handle.name, handle.bytes).close()
+        open_shared(self._shm_dir, handle.name, handle.bytes).release()
         call.cancel()
 
     async def flood(self, seconds: float) -> list[float]:

@@ -1,12 +1,12 @@
 """Page images in shared-memory files, mapped while the engine may load them."""
 
-import mmap
 import os
 import warnings
 from dataclasses import dataclass
 
 import torch
 
+from lorry.rpc import huge_pages
 from lorry.worker.messages import ImageReady
 
 
@@ -62,9 +62,9 @@ def map_file(path: str | os.PathLike[str]) -> torch.Tensor:
     """A file's bytes, read-only; the mapping lives as long as any view of them."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        mapping = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        content = huge_pages.map_file(descriptor, os.fstat(descriptor).st_size)
     finally:
         os.close(descriptor)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        return torch.frombuffer(mapping, dtype=torch.uint8)
+        return torch.frombuffer(content, dtype=torch.uint8)

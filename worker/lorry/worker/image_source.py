@@ -98,7 +98,7 @@ class ImageSource:
         if handle.bytes != header.image_bytes:
             raise SharedFileRefused(f"{handle.bytes} bytes for an image of {header.image_bytes}")
         # The engine maps it again; here it is only looked at.
-        open_shared(self._shm_dir, handle.name, handle.offset + handle.bytes).close()
+        open_shared(self._shm_dir, handle.name, handle.offset + handle.bytes).release()
         return to_image(header, str(self._shm_dir / handle.name), handle.offset)
 
     async def _chunks(

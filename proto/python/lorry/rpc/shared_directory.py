@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorry.rpc.errors import StoreFull, StoreUnavailable
+from lorry.rpc.huge_pages import allocate
 
 RETRY_AFTER_S = 1.0  # others may have freed memory by then
 STARTING = "starting.lock"  # held while an instance cleans up and takes its own lock
@@ -39,7 +40,7 @@ class SharedDirectory:
         path = self.path / f"{self._instance}.new.{secrets.token_hex(8)}"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, num_bytes)
+            allocate(descriptor, num_bytes)
         except OSError as error:
             path.unlink()
             kind = StoreFull if error.errno == errno.ENOSPC else StoreUnavailable

@@ -1,9 +1,10 @@
 """Files of a shared-memory directory that processes of one host hand to each other by name."""
 
-import mmap
 import os
 import stat
 from pathlib import Path
+
+from lorry.rpc.huge_pages import map_file
 
 SHM_DIR = Path(f"/dev/shm/lorry-{os.geteuid()}")  # of the store, unless it is told otherwise
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -24,10 +25,10 @@ def shm_namespace_id(directory: Path) -> str:
         return ""
 
 
-def open_shared(directory: Path, name: str, num_bytes: int) -> mmap.mmap:
+def open_shared(directory: Path, name: str, num_bytes: int) -> memoryview:
     """Map a whole file read-only; raises SharedFileRefused.
 
-    The mapping stays valid after the file is unlinked; it is the caller's to close.
+    The mapping stays valid after the file is unlinked, and goes with the last view of it.
     """
     if not name or name in (".", "..") or "/" in name or "\0" in name:
         raise SharedFileRefused(f"{name!r} is not a plain file name")
@@ -43,6 +44,6 @@ def open_shared(directory: Path, name: str, num_bytes: int) -> mmap.mmap:
             raise SharedFileRefused(f"{name!r} is not a regular file")
         if status.st_size != num_bytes:
             raise SharedFileRefused(f"{name!r} has {status.st_size} bytes, not {num_bytes}")
-        return mmap.mmap(descriptor, num_bytes, prot=mmap.PROT_READ)
+        return map_file(descriptor, num_bytes)
     finally:
         os.close(descriptor)
