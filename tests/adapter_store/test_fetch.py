@@ -121,10 +121,15 @@ async def test_a_fetch_resumes_at_an_offset(running: RunningStore) -> None:
     assert len(await read_all(running.client.fetch(version, offset=len(IMAGE)))) == 1
 
 
+def is_mapped(directory: Path) -> bool:
+    return str(directory) in Path("/proc/self/maps").read_text()
+
+
 async def test_a_reader_on_the_same_host_maps_the_image(running: RunningStore) -> None:
     call, handle = await leased(running, await pushed(running))
     with open_shared(running.shm_dir, handle.name, handle.bytes) as mapping:
         assert bytes(mapping) == IMAGE
+        assert is_mapped(running.shm_dir)
     status = (running.shm_dir / handle.name).stat()
     assert status.st_mode & 0o777 == 0o440
     assert not call.done()
@@ -412,6 +417,7 @@ async def test_a_reader_that_takes_no_chunk_for_too_long_loses_its_lease(
         await read(call)
         await until(lambda: running.store.images.num_leases == 0)
         assert not call.done()
+        assert not is_mapped(running.shm_dir)  # else its memory would be kept beyond the budget
         with pytest.raises(SlowReader):
             await read_on(call)
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from lorry.adapter_store import translation
-from lorry.adapter_store.chunks import read_messages
+from lorry.adapter_store.chunks import chunk_message, mapped
 from lorry.adapter_store.leases import Lease
 from lorry.adapter_store.store import Store
 from lorry.rpc.base_model import BaseModel
@@ -73,16 +73,14 @@ class AdapterDataServicer(data_grpc.AdapterDataServiceServicer):
             raise InvalidRequest.of("offset", f"must be at most {image_bytes}, got {offset}")
         # While the reader takes nothing this generator rests in `yield`: a timer ends its lease.
         loop, patience = asyncio.get_running_loop(), None
-        sent_bytes = self._store.fetches.num_bytes
+        content, sent_bytes = mapped(lease), self._store.fetches.num_bytes
         try:
-            offsets = range(offset, image_bytes, chunk_bytes)
-            async for message in read_messages(lease.path, offsets):
+            for start in range(offset, image_bytes, chunk_bytes):
                 if not lease.held:
                     raise SlowReader(f"the reader took nothing for {STALL_S:g} s")
-                sent_bytes["chunks",] += min(chunk_bytes, image_bytes - offset)
-                offset += chunk_bytes
+                sent_bytes["chunks",] += min(chunk_bytes, image_bytes - start)
                 patience = loop.call_later(STALL_S, lease.release)
-                yield message
+                yield chunk_message(content, start, chunk_bytes)
                 patience.cancel()
         finally:
             if patience is not None:
