@@ -55,6 +55,8 @@ class Load:
         self._random = random.Random(1)
         self._numbers = count()
         self._weights = list(accumulate(1 / number for number in range(1, ADAPTERS + 1)))
+        # One object for all requests of an adapter, as the catalogue's is.
+        self._versions = [number.to_bytes(32, "big") for number in range(ADAPTERS)]
         everything = Amount(1 << 40, 1 << 60)
         places = Places(limit=everything, tenant_limit=lambda tenant: everything)
         self.dispatcher = Dispatcher(places, make_policies(options), max_prefetch=32)
@@ -115,7 +117,7 @@ class Load:
             slo=Slo(ttft_s=rng.choice([60.0, 600.0, 6000.0, None])),
             prompt_ids=[1] * rng.randrange(8, 512),
             max_tokens=256,
-            version=b"" if rng.random() < 0.05 else adapter.to_bytes(32, "big"),
+            version=b"" if rng.random() < 0.05 else self._versions[adapter],
             rank=16,
         )
 

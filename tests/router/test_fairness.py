@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.router.fairness import Counters, QueueKey, TokenCounters
+from lorry.router.fairness import Counters, TokenCounters
+from lorry.router.queue import Queue
 from lorry.router.request import RequestState
 from tests.support.router_requests import ROOMY, dispatcher, request
 from tests.support.virtual_workers import VirtualFleet
@@ -24,7 +25,7 @@ def fair(weights: dict[str, float] | None = None, quantum_tokens: int = 1) -> To
 
 def test_the_least_served_comes_first_by_weight_and_output_counts_twice() -> None:
     counters = fair({"b": 2.0})
-    a, b = QueueKey("a", b"v"), QueueKey("b", b"v")
+    a, b = Queue("a", b"v"), Queue("b", b"v")
     for queue in (a, b):
         counters.enter(queue)
     counters.charge(a, prompt_tokens=10, output_tokens=5)
@@ -38,12 +39,12 @@ def test_who_comes_back_has_saved_nothing_up() -> None:
     counters.enter("busy")
     counters.charge("busy", 1000)
     counters.enter("back")
-    assert counters.value("back") == 1000
+    assert counters.values["back"] == 1000
     counters.leave("back")
     counters.charge("busy", 500)
     counters.charge("back", 2000)
     counters.enter("back")
-    assert counters.value("back") == 3000  # and is forgiven nothing
+    assert counters.values["back"] == 3000  # and is forgiven nothing
 
 
 def test_the_first_one_after_a_pause_starts_where_the_last_one_left() -> None:
@@ -52,7 +53,7 @@ def test_the_first_one_after_a_pause_starts_where_the_last_one_left() -> None:
     counters.charge("a", 700)
     counters.leave("a")
     counters.enter("b")
-    assert counters.value("b") == 700
+    assert counters.values["b"] == 700
 
 
 def test_counters_of_those_that_are_gone_are_forgotten() -> None:
@@ -61,12 +62,12 @@ def test_counters_of_those_that_are_gone_are_forgotten() -> None:
         counters.enter(flow)
         counters.charge(flow, 10)
         counters.leave(flow)
-    assert len(counters._values) < 3000
+    assert len(counters.values) < 3000
 
 
 def test_adapters_within_a_quantum_are_equals() -> None:
     counters = fair(quantum_tokens=100)
-    u, v = QueueKey("a", b"u"), QueueKey("a", b"v")
+    u, v = Queue("a", b"u"), Queue("a", b"v")
     counters.enter(u)
     counters.enter(v)
     counters.charge(u, prompt_tokens=99, output_tokens=0)

@@ -1,20 +1,18 @@
 """What the dispatcher has the router do."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lorry.router.request import Request
 from lorry.router.worker import Worker
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(NamedTuple):
     worker: Worker
     seq: int
     request: Request
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
+class Abort(NamedTuple):
     """The request cannot keep its objective; it is still queued and to be ended."""
 
     request: Request
@@ -22,8 +20,7 @@ class Abort:
     tpot_s: float | None = None  # the same, if that is why
 
 
-@dataclass(frozen=True, slots=True)
-class Prefetch:
+class Prefetch(NamedTuple):
     """The whole set of versions that the worker is to have at hand, most urgent first."""
 
     worker: Worker

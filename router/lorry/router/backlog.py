@@ -4,9 +4,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
-from lorry.router.fairness import Fairness, QueueKey
-from lorry.router.line import Line, Turn
+from lorry.router.fairness import Fairness
+from lorry.router.line import Line
 from lorry.router.order import Order
+from lorry.router.queue import Queue, Turn
 from lorry.router.request import Request
 
 MAX_COMPARED = 8  # queues, for the first of some versions
@@ -21,16 +22,14 @@ class Backlog:
     def __init__(self, order: Order, overload_order: Order, fairness: Fairness) -> None:
         self.overloaded = False
         self._fairness = fairness
-        self._normal = Line(order, fairness)
+        self._normal = Line(order, fairness, 0)
         same = type(order) is type(overload_order)
-        self._overload = self._normal if same else Line(overload_order, fairness)
+        self._overload = self._normal if same else Line(overload_order, fairness, 1)
         self._lines = (self._normal,) if same else (self._normal, self._overload)
-        self._queued: dict[QueueKey, dict[int, Request]] = {}  # by number
-        self._queues_of: dict[bytes, set[QueueKey]] = {}  # by version
-        self._due: OrderedDict[Request, float] = (
-            OrderedDict()
-        )  # who was passed over, and until when
-        self._passed_over: dict[QueueKey, dict[Request, None]] = {}  # the same, by queue
+        self._num_turns = 0  # ever given
+        self._queues: dict[bytes, dict[str, Queue]] = {}  # by version and tenant; none is empty
+        # Who was passed over, and until when.
+        self._due: OrderedDict[Request, float] = OrderedDict()
         self._aside: set[Request] = set()
         self._held: set[str] = set()  # tenants
         self._num_requests = 0
@@ -46,44 +45,48 @@ class Backlog:
         return self._num_requests
 
     def __contains__(self, request: Request) -> bool:
-        return request.number in self._queued.get(request.queue, ())
+        return request.number in request.queue.requests
 
     def __iter__(self) -> Iterator[Request]:
-        for requests in self._queued.values():
-            yield from requests.values()
+        for queues in self._queues.values():
+            for queue in queues.values():
+                yield from queue.requests.values()
 
     def add(self, request: Request) -> None:
-        queue = request.queue
-        if queue not in self._queued:
-            self._queued[queue] = {}
-            self._queues_of.setdefault(queue.version, set()).add(queue)
+        queues = self._queues.setdefault(request.version, {})
+        queue = queues.get(request.tenant)
+        if queue is None:
+            queue = queues[request.tenant] = Queue(
+                request.tenant, request.version, heaps=tuple([] for _ in self._lines)
+            )
             self._fairness.enter(queue)
-        self._queued[queue][request.number] = request
+        request.queue = queue
+        queue.requests[request.number] = request
         self._count(request, 1)
-        for line in self._lines:
-            line.add(request)
+        self._join_lines(request)
 
     def remove(self, request: Request) -> None:
         """Does nothing if it is not queued."""
         queue = request.queue
-        if request not in self:
+        if queue.requests.pop(request.number, None) is None:
             return
-        del self._queued[queue][request.number]
         self._count(request, -1)
         self._aside.discard(request)
-        self._forget_passing_over(request)
-        for line in self._lines:
-            line.discard(request)
-        if not self._queued[queue]:
-            del self._queued[queue]
-            self._queues_of[queue.version].remove(queue)
-            if not self._queues_of[queue.version]:
-                del self._queues_of[queue.version]
+        if self._due.pop(request, None) is not None:
+            del queue.passed_over[request]
+        request.turn = 0
+        if not queue.requests:
+            queues = self._queues[queue.version]
+            del queues[queue.tenant]
+            if not queues:
+                del self._queues[queue.version]
+            for heap in queue.heaps:
+                heap.clear()  # a line may know the queue until it comes to the front
             self._fairness.leave(queue)
 
     def first(self, now_s: float) -> Request | None:
         """Who is next: one that is overdue, else the first in line."""
-        due = next((r for r in self._due if not self._is_skipped(r)), None)
+        due = self._first_due()
         if due is not None and self._due[due] <= now_s:
             return due
         in_line = self._line.first()
@@ -98,13 +101,16 @@ class Backlog:
         while len(requests) < limit and (request := self.first(now_s)) is not None:
             requests.append(request)
             self._aside.add(request)
-            if (turn := line.discard(request)) is not None:
-                turns.append(turn)
+            if request.turn:
+                turns.append(line.take(request.queue))
+                request.turn = 0
             self.charge(request, prompt_tokens=request.num_known_tokens, output_tokens=0)
         for request in requests:
             self.charge(request, prompt_tokens=-request.num_known_tokens, output_tokens=0)
         self._aside.difference_update(requests)
         for turn in turns:
+            _, _, joined, request = turn
+            request.turn = joined
             line.put_back(turn)
         return requests
 
@@ -113,25 +119,24 @@ class Backlog:
         if request in self._due:
             return
         self._due[request] = due_s
-        self._passed_over.setdefault(request.queue, {})[request] = None
-        for line in self._lines:
-            line.discard(request)
+        request.queue.passed_over[request] = None
+        request.turn = 0
 
     def first_with(self, versions: Iterable[bytes]) -> Request | None:
         """Who is next of these versions' requests; those that were passed over go first."""
-        waiting = filter(self._queues_of.__contains__, versions)
-        queues = chain.from_iterable(map(self._queues_of.__getitem__, waiting))
-        compared = [q for q in islice(queues, MAX_COMPARED) if q.tenant not in self._held]
-        for queue in filter(self._passed_over.__contains__, compared):
-            if waits := self._first_passed_over(queue):
-                return waits
+        compared = list(islice(self._queues_with(versions), MAX_COMPARED))
+        if self._held:
+            compared = [queue for queue in compared if queue.tenant not in self._held]
+        for queue in compared:
+            for request in queue.passed_over:
+                if not self._is_skipped(request):
+                    return request
         return self._line.first_among(compared)
 
     def set_aside(self, request: Request) -> None:
         """Have it skipped until `put_back`."""
         self._aside.add(request)
-        for line in self._lines:
-            line.discard(request)
+        request.turn = 0
 
     def hold(self, tenant: str) -> None:
         """Have all of the tenant's requests skipped until `put_back`."""
@@ -141,13 +146,14 @@ class Backlog:
 
     def put_back(self) -> None:
         """Undo all `set_aside` and `hold`."""
+        if not self._aside and not self._held:
+            return
         self._held.clear()
         for line in self._lines:
             line.release()
         for request in self._aside:
             if request not in self._due:
-                for line in self._lines:
-                    line.add(request)
+                self._join_lines(request)
         self._aside.clear()
 
     def charge(self, request: Request, *, prompt_tokens: int, output_tokens: int) -> None:
@@ -164,17 +170,27 @@ class Backlog:
 
     def check_integrity(self) -> None:
         queued = list(self)
+        queues = [queue for queues in self._queues.values() for queue in queues.values()]
         assert len(set(queued)) == len(queued) == self._num_requests
-        assert all(self._queued.values()), "an empty queue was kept"
-        passed_over = [r for requests in self._passed_over.values() for r in requests]
+        assert all(self._queues.values()), "a version was kept that nobody waits for"
+        assert all(queue.requests for queue in queues), "an empty queue was kept"
+        assert all(request.queue in queues for request in queued)
+        passed_over = [request for queue in queues for request in queue.passed_over]
         assert len(passed_over) == len(self._due)
         assert set(passed_over) == set(self._due) <= set(queued)
         assert not self._aside
         assert not self._held
         assert self._num_tokens == sum(r.num_known_tokens for r in queued) == self._tokens.total()
-        for request in queued:
-            assert all((request in line) != (request in self._due) for line in self._lines)
-        assert set().union(*self._queues_of.values()) == set(self._queued)
+        for queue in queues:
+            in_line = set(queue.requests.values()) - queue.passed_over.keys()
+            for line in self._lines:
+                assert Counter(line.waiting(queue)) == Counter(in_line)
+
+    def _join_lines(self, request: Request) -> None:
+        self._num_turns += 1
+        request.turn = self._num_turns
+        for line in self._lines:
+            line.add(request)
 
     def _count(self, request: Request, sign: int) -> None:
         tokens = sign * request.num_known_tokens
@@ -184,14 +200,15 @@ class Backlog:
         if not self._tokens[request.tenant]:
             del self._tokens[request.tenant]
 
-    def _first_passed_over(self, queue: QueueKey) -> Request | None:
-        return next((r for r in self._passed_over[queue] if not self._is_skipped(r)), None)
+    def _first_due(self) -> Request | None:
+        for request in self._due:
+            if not self._is_skipped(request):
+                return request
+        return None
 
-    def _forget_passing_over(self, request: Request) -> None:
-        if self._due.pop(request, None) is not None:
-            del self._passed_over[request.queue][request]
-            if not self._passed_over[request.queue]:
-                del self._passed_over[request.queue]
+    def _queues_with(self, versions: Iterable[bytes]) -> Iterator[Queue]:
+        waiting = filter(None, map(self._queues.get, versions))
+        return chain.from_iterable(map(dict.values, waiting))
 
     def _is_skipped(self, request: Request) -> bool:
         return request in self._aside or request.tenant in self._held

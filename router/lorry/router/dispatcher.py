@@ -173,9 +173,10 @@ class Dispatcher:
         actions: list[Action] = [*aborts]
         for action in self._planner.sends(now_s):
             actions.append(self._submit(action, now_s) if isinstance(action, Send) else action)
-        num_submitted = sum(isinstance(action, Submit) for action in actions)
+        num_submitted = sum([isinstance(action, Submit) for action in actions])
         self._policies.admission.planned(len(self._backlog), num_submitted, now_s)
-        return [*actions, *self._planner.prefetches(now_s)]
+        actions += self._planner.prefetches(now_s)
+        return actions
 
     @property
     def next_plan_s(self) -> float | None:
@@ -232,6 +233,8 @@ class Dispatcher:
 
     def _charge_output(self, request: Request) -> None:
         output_tokens = len(request.output_ids) - request.num_charged
+        if not output_tokens:
+            return
         request.num_charged = len(request.output_ids)
         worker = self._workers.get(request.worker_name)
         if worker is not None:

@@ -7,9 +7,10 @@ saves up for a burst.
 """
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from lorry.router.keyed_heap import KeyedHeap
+from lorry.router.queue import Queue
 
 K = TypeVar("K")
 
@@ -17,30 +18,25 @@ OUTPUT_PRICE = 2  # of an output token, in prompt tokens; the paper's
 SPARE_COUNTERS = 1024  # that nobody waits with and are kept, beside as many as are waited with
 
 
-class QueueKey(NamedTuple):
-    tenant: str
-    version: bytes  # empty: the base model
-
-
 class Fairness(Protocol):
     """Ranks: the least goes first, and among equals the order of their requests decides."""
 
     def tenant_rank(self, tenant: str) -> float: ...
-    def queue_rank(self, queue: QueueKey) -> int: ...
+    def queue_rank(self, queue: Queue) -> int: ...
 
     def share(self, tenant: str) -> float:
         """Of the service, that the tenant gets at least while it waits; 0: none is assured."""
         ...
 
-    def enter(self, queue: QueueKey) -> None:
+    def enter(self, queue: Queue) -> None:
         """It has requests that wait, and had none."""
         ...
 
-    def leave(self, queue: QueueKey) -> None:
+    def leave(self, queue: Queue) -> None:
         """It has no more requests that wait."""
         ...
 
-    def charge(self, queue: QueueKey, *, prompt_tokens: int, output_tokens: int) -> None:
+    def charge(self, queue: Queue, *, prompt_tokens: int, output_tokens: int) -> None:
         """Count service that a request of the queue gets; what is negative takes it back."""
         ...
 
@@ -51,19 +47,19 @@ class NoFairness:
     def tenant_rank(self, tenant: str) -> float:
         return 0
 
-    def queue_rank(self, queue: QueueKey) -> int:
+    def queue_rank(self, queue: Queue) -> int:
         return 0
 
     def share(self, tenant: str) -> float:
         return 0.0
 
-    def enter(self, queue: QueueKey) -> None:
+    def enter(self, queue: Queue) -> None:
         pass
 
-    def leave(self, queue: QueueKey) -> None:
+    def leave(self, queue: Queue) -> None:
         pass
 
-    def charge(self, queue: QueueKey, *, prompt_tokens: int, output_tokens: int) -> None:
+    def charge(self, queue: Queue, *, prompt_tokens: int, output_tokens: int) -> None:
         pass
 
 
@@ -72,14 +68,11 @@ class Counters(Generic[K]):
 
     def __init__(self, weight: Callable[[K], float]) -> None:
         self._weight = weight
-        self._values: dict[K, float] = {}
+        self.values: dict[K, float] = {}  # 0 of who is not there
         self._waiting: set[K] = set()
         self._waiting_weight = 0.0
-        self._by_value = KeyedHeap[K](self._value_if_waiting)
+        self._by_value = KeyedHeap[K, tuple[float, K]](self._value_if_waiting)
         self._last: K | None = None  # that stopped waiting
-
-    def value(self, flow: K) -> float:
-        return self._values.get(flow, 0.0)
 
     def share(self, flow: K) -> float:
         """Of all weights, beside those that wait."""
@@ -88,7 +81,7 @@ class Counters(Generic[K]):
         return weight / (weight + max(0.0, others))
 
     def enter(self, flow: K) -> None:
-        self._values[flow] = max(self.value(flow), self._least())
+        self.values[flow] = max(self.values.get(flow, 0.0), self._least())
         self._waiting.add(flow)
         self._waiting_weight += self._weight(flow)
         self._by_value.touch(flow)
@@ -97,31 +90,31 @@ class Counters(Generic[K]):
         self._waiting.remove(flow)
         self._waiting_weight -= self._weight(flow)
         self._last = flow
-        if len(self._values) > 2 * len(self._waiting) + SPARE_COUNTERS:
+        if len(self.values) > 2 * len(self._waiting) + SPARE_COUNTERS:
             self._forget()
 
     def charge(self, flow: K, tokens: float) -> None:
-        before = self._values[flow] if flow in self._values else self._least()
-        self._values[flow] = before + tokens / self._weight(flow)
+        before = self.values[flow] if flow in self.values else self._least()
+        self.values[flow] = before + tokens / self._weight(flow)
         if tokens < 0:
             self._by_value.touch(flow)
 
-    def _value_if_waiting(self, flow: K) -> float | None:
-        return self._values[flow] if flow in self._waiting else None
+    def _value_if_waiting(self, flow: K) -> tuple[float, K] | None:
+        return (self.values[flow], flow) if flow in self._waiting else None
 
     def _least(self) -> float:
         """What a flow that comes back is lifted to."""
-        first = self._by_value.first()
-        if first is not None:
-            return self._values[first]
-        return 0.0 if self._last is None else self._values[self._last]
+        least = self._by_value.least()
+        if least is not None:
+            return least[0]
+        return 0.0 if self._last is None else self.values[self._last]
 
     def _forget(self) -> None:
         """Drop the counters that the lift would overrule anyway."""
         least = self._least()
-        self._values = {
+        self.values = {
             flow: value
-            for flow, value in self._values.items()
+            for flow, value in self.values.items()
             if value > least or flow in self._waiting or flow == self._last
         }
 
@@ -143,17 +136,18 @@ class TokenCounters:
         self._quantum = quantum_tokens
 
     def tenant_rank(self, tenant: str) -> float:
-        return self._tenants.value(tenant)
+        return self._tenants.values.get(tenant, 0.0)
 
-    def queue_rank(self, queue: QueueKey) -> int:
+    def queue_rank(self, queue: Queue) -> int:
         if not self._by_adapter:
             return 0
-        return int(self._adapters[queue.tenant].value(queue.version) // self._quantum)
+        value = self._adapters[queue.tenant].values.get(queue.version, 0.0)
+        return int(value // self._quantum)
 
     def share(self, tenant: str) -> float:
         return self._tenants.share(tenant)
 
-    def enter(self, queue: QueueKey) -> None:
+    def enter(self, queue: Queue) -> None:
         tenant = queue.tenant
         waiting = self._num_queues.get(tenant, 0)
         self._num_queues[tenant] = waiting + 1
@@ -163,7 +157,7 @@ class TokenCounters:
             self._adapters[tenant] = Counters[bytes](lambda version: 1.0)
         self._adapters[tenant].enter(queue.version)
 
-    def leave(self, queue: QueueKey) -> None:
+    def leave(self, queue: Queue) -> None:
         tenant = queue.tenant
         self._num_queues[tenant] -= 1
         if not self._num_queues[tenant]:
@@ -171,7 +165,7 @@ class TokenCounters:
             self._tenants.leave(tenant)
         self._adapters[tenant].leave(queue.version)
 
-    def charge(self, queue: QueueKey, *, prompt_tokens: int, output_tokens: int) -> None:
+    def charge(self, queue: Queue, *, prompt_tokens: int, output_tokens: int) -> None:
         tokens = prompt_tokens + OUTPUT_PRICE * output_tokens
         self._tenants.charge(queue.tenant, tokens)
         if queue.tenant in self._adapters:

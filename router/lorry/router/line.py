@@ -3,59 +3,54 @@
 import heapq
 from collections.abc import Iterable
 
-from lorry.router.fairness import Fairness, QueueKey
+from lorry.router.fairness import Fairness
 from lorry.router.keyed_heap import KeyedHeap
 from lorry.router.order import Order
+from lorry.router.queue import Queue, Turn
 from lorry.router.request import Request
 
-Turn = tuple[float, int, Request]  # a request's key in its order, its number, and itself
-SPARE_ENTRIES = 16
+SPARE_TURNS = 16  # that a heap may hold beside twice as many as its queue has requests
+# What heaps compare: the rank by fairness, then the first turn. Flat, since following one more
+# reference takes long where there are too many for the CPU's caches, and without the request, which
+# would be kept as long as a key that is out of date.
+QueueKey = tuple[int, float, int, int, Queue]
+TenantKey = tuple[float, float, int, int, Queue, str]
 
 
 class Line:
     """Fairness chooses the tenant and its queue, order the request; no step depends on how many
-    there are but by a logarithm."""
+    there are but by a logarithm.
 
-    def __init__(self, order: Order, fairness: Fairness) -> None:
+    A request leaves by its `turn` alone, and its turn here is dropped when it comes to the front.
+    `index` is that of the line's heap in each queue.
+    """
+
+    def __init__(self, order: Order, fairness: Fairness, index: int) -> None:
         self.order = order
         self._fairness = fairness
-        self._turns: dict[Request, Turn] = {}
-        self._queues: dict[QueueKey, list[Turn]] = {}  # heaps
-        self._num_requests: dict[QueueKey, int] = {}
-        self._tenants: dict[str, KeyedHeap[QueueKey]] = {}
-        self._first = KeyedHeap[str](self._tenant_key)
+        self._index = index
+        self._tenants: dict[str, KeyedHeap[Queue, QueueKey]] = {}
+        self._first = KeyedHeap[str, TenantKey](self._tenant_key)
         self._held: set[str] = set()
 
-    def __contains__(self, request: Request) -> bool:
-        return request in self._turns
-
     def add(self, request: Request) -> None:
-        self.put_back((self.order.key(request), request.number, request))
+        self.put_back((self.order.key(request), request.number, request.turn, request))
 
     def put_back(self, turn: Turn) -> None:
-        """Let a request have its turn that was discarded."""
-        key, number, request = turn
-        queue = request.queue
-        # A new one: the old one may still be in the heap, where it counts as having left.
-        turn = self._turns[request] = (key, number, request)
-        heapq.heappush(self._queues.setdefault(queue, []), turn)
-        self._num_requests[queue] = self._num_requests.get(queue, 0) + 1
+        """Let a request have its turn that was taken."""
+        queue = turn[3].queue
+        heap = queue.heaps[self._index]
+        heapq.heappush(heap, turn)
+        if len(heap) > 2 * len(queue.requests) + SPARE_TURNS:
+            heap[:] = filter(is_waiting, heap)
+            heapq.heapify(heap)
         self.touch(queue)
 
-    def discard(self, request: Request) -> Turn | None:
-        """Its turn; None if it is not in line."""
-        turn = self._turns.pop(request, None)
-        if turn is None:
-            return None
-        queue = request.queue
-        left = self._num_requests[queue] = self._num_requests[queue] - 1
-        if not left:
-            del self._num_requests[queue], self._queues[queue]
-        elif len(self._queues[queue]) > 2 * left + SPARE_ENTRIES:
-            turns = self._turns
-            self._queues[queue] = [t for t in self._queues[queue] if turns.get(t[2]) is t]
-            heapq.heapify(self._queues[queue])
-        return turn
+    def take(self, queue: Queue) -> Turn:
+        """The turn of the queue's first request, which is in line no more."""
+        turn = self._first_of(queue)
+        assert turn is not None, "nobody is in line"
+        return heapq.heappop(queue.heaps[self._index])
 
     def hold(self, tenant: str) -> None:
         """Have the tenant's requests skipped until `release`."""
@@ -68,53 +63,59 @@ class Line:
             self._first.touch(tenant)
 
     def first(self) -> Request | None:
-        tenant = self._first.first()
-        queue = None if tenant is None else self._tenants[tenant].first()
-        return None if queue is None else self.first_of(queue)
+        least = self._first.least()
+        turn = None if least is None else self._first_of(least[4])
+        return None if turn is None else turn[3]
 
-    def first_of(self, queue: QueueKey) -> Request | None:
-        first = self._first_of(queue)
-        return None if first is None else first[2]
-
-    def first_among(self, queues: Iterable[QueueKey]) -> Request | None:
+    def first_among(self, queues: Iterable[Queue]) -> Request | None:
         """Who is next of these queues' requests."""
-        fairness = self._fairness
-        by_rank: dict[float, list[QueueKey]] = {}
+        fairness, best = self._fairness, None
         for queue in queues:
-            by_rank.setdefault(fairness.tenant_rank(queue.tenant), []).append(queue)
-        for rank in sorted(by_rank):
-            turns = [
-                (fairness.queue_rank(queue), first)
-                for queue in by_rank[rank]
-                if (first := self._first_of(queue)) is not None
-            ]
-            if turns:
-                return min(turns)[1][2]
-        return None
+            rank = fairness.tenant_rank(queue.tenant)
+            if best is not None and rank > best[0]:
+                continue
+            turn = self._first_of(queue)
+            if turn is not None:
+                key = (rank, fairness.queue_rank(queue), turn)
+                best = key if best is None or key < best else best
+        return None if best is None else best[2][3]
 
-    def touch(self, queue: QueueKey) -> None:
+    def touch(self, queue: Queue) -> None:
         """Its rank may have become less."""
         heap = self._tenants.get(queue.tenant)
         if heap is None:
-            heap = self._tenants[queue.tenant] = KeyedHeap[QueueKey](self._queue_key)
+            heap = self._tenants[queue.tenant] = KeyedHeap[Queue, QueueKey](self._queue_key)
         heap.touch(queue)
         self._first.touch(queue.tenant)
 
-    def _first_of(self, queue: QueueKey) -> Turn | None:
-        """The turn of the queue's first request, without those that have left before it."""
-        queued = self._queues.get(queue)
-        if queued is None:
+    def waiting(self, queue: Queue) -> list[Request]:
+        """Those of the queue that are in line, in any order."""
+        return [turn[3] for turn in filter(is_waiting, queue.heaps[self._index])]
+
+    def _first_of(self, queue: Queue) -> Turn | None:
+        heap = queue.heaps[self._index]
+        while heap:
+            turn = heap[0]
+            if turn[3].turn == turn[2]:
+                return turn
+            heapq.heappop(heap)
+        return None
+
+    def _queue_key(self, queue: Queue) -> QueueKey | None:
+        turn = self._first_of(queue)
+        if turn is None:
             return None
-        turns = self._turns
-        while turns.get(queued[0][2]) is not queued[0]:
-            heapq.heappop(queued)
-        return queued[0]
+        key, number, joined, _ = turn
+        return (self._fairness.queue_rank(queue), key, number, joined, queue)
 
-    def _queue_key(self, queue: QueueKey) -> tuple[int, float, int] | None:
-        first = self._first_of(queue)
-        return None if first is None else (self._fairness.queue_rank(queue), *first[:2])
+    def _tenant_key(self, tenant: str) -> TenantKey | None:
+        least = None if tenant in self._held else self._tenants[tenant].least()
+        if least is None:
+            return None
+        _, key, number, joined, queue = least
+        return (self._fairness.tenant_rank(tenant), key, number, joined, queue, tenant)
 
-    def _tenant_key(self, tenant: str) -> tuple[float, float, int] | None:
-        queue = None if tenant in self._held else self._tenants[tenant].first()
-        first = None if queue is None else self._first_of(queue)
-        return None if first is None else (self._fairness.tenant_rank(tenant), *first[:2])
+
+def is_waiting(turn: Turn) -> bool:
+    """Whether its request has not left the line."""
+    return turn[3].turn == turn[2]

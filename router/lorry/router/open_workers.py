@@ -22,7 +22,8 @@ class OpenWorkers:
         self._open: list[Worker] = []
         self._tight: set[Worker] = set()
         for worker in workers:
-            self._note(worker)
+            if worker.num_submitted < worker.submit_limit:  # most are full
+                self._note(worker)
 
     def __bool__(self) -> bool:
         return bool(self._open)

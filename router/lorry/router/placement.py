@@ -31,8 +31,8 @@ class ResidencyPlacement:
         self._imbalance = imbalance  # requests
 
     def place(self, request: Request, workers: Sequence[Worker]) -> Worker | None:
-        if not workers:
-            return None
+        if len(workers) < 2:
+            return workers[0] if workers else None
         least = min([len(worker.active) for worker in workers])
         most = least + max(self._imbalance, least * IMBALANCE_SHARE)
         nearest = _nearest(request.version, [w for w in workers if len(w.active) <= most])

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lorry.router.request import WAITING, Request
@@ -23,21 +23,22 @@ class Waiting:
     """What waits within one limit."""
 
     limit: Amount
-    tokens: dict[Request, int] = field(default_factory=dict)
+    num_requests: int = 0
     num_tokens: int = 0
 
-    def hold(self, request: Request, num_tokens: int) -> None:
-        self.tokens[request] = num_tokens
+    def hold(self, num_tokens: int) -> None:
+        self.num_requests += 1
         self.num_tokens += num_tokens
 
-    def let_go(self, request: Request) -> None:
-        self.num_tokens -= self.tokens.pop(request)
+    def let_go(self, num_tokens: int) -> None:
+        self.num_requests -= 1
+        self.num_tokens -= num_tokens
 
     def excess(self, request: Request) -> str | None:
         """What the request would be too many of; alone it is welcome whatever its size."""
-        if len(self.tokens) >= self.limit.requests:
+        if self.num_requests >= self.limit.requests:
             return f"{self.limit.requests} requests"
-        if self.tokens and self.num_tokens + request.num_prompt_tokens > self.limit.tokens:
+        if self.num_requests and self.num_tokens + request.num_prompt_tokens > self.limit.tokens:
             return f"{self.limit.tokens} prompt tokens"
         return None
 
@@ -52,10 +53,11 @@ class Places:
         self._tenant_limit = tenant_limit
         self._all = Waiting(limit)
         self._tenants: dict[str, Waiting] = {}
+        self._tokens: dict[Request, int] = {}  # of each that has a place, as counted
         self._next_number = 1
 
     def __len__(self) -> int:
-        return len(self._all.tokens)
+        return len(self._tokens)
 
     def take(self, request: Request) -> None:
         """Number an arrival; raises QueueFull or TenantLimit, with a hint when to try again."""
@@ -85,26 +87,31 @@ class Places:
 
     def free(self, request: Request) -> None:
         """Does nothing if it has no place."""
-        if request not in self._all.tokens:
+        num_tokens = self._tokens.pop(request, None)
+        if num_tokens is None:
             return
         tenant = self._tenants[request.tenant]
-        for waiting in (self._all, tenant):
-            waiting.let_go(request)
-        if not tenant.tokens:
+        self._all.let_go(num_tokens)
+        tenant.let_go(num_tokens)
+        if not tenant.num_requests:
             del self._tenants[request.tenant]
 
     def check_integrity(self) -> None:
         """Every place belongs to one waiting request, counted once."""
-        held = self._all.tokens
-        assert all(request.state in WAITING for request in held)
-        per_tenant = {name: len(waiting.tokens) for name, waiting in self._tenants.items()}
-        assert per_tenant == Counter(request.tenant for request in held)
-        for waiting in (self._all, *self._tenants.values()):
-            assert waiting.num_tokens == sum(held[request] for request in waiting.tokens)
+        assert all(request.state in WAITING for request in self._tokens)
+        requests, tokens = Counter[str](), Counter[str]()
+        for request, num_tokens in self._tokens.items():
+            requests[request.tenant] += 1
+            tokens[request.tenant] += num_tokens
+        assert requests == {name: each.num_requests for name, each in self._tenants.items()}
+        assert tokens == {name: each.num_tokens for name, each in self._tenants.items()}
+        assert self._all.num_requests == requests.total()
+        assert self._all.num_tokens == tokens.total()
 
     def _hold(self, request: Request) -> None:
         tenant = self._tenants.get(request.tenant)
         if tenant is None:
             tenant = self._tenants[request.tenant] = Waiting(self._tenant_limit(request.tenant))
-        for waiting in (self._all, tenant):
-            waiting.hold(request, request.num_prompt_tokens)
+        num_tokens = self._tokens[request] = request.num_prompt_tokens
+        self._all.hold(num_tokens)
+        tenant.hold(num_tokens)

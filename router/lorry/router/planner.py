@@ -3,8 +3,8 @@
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from lorry.router.actions import Abort, Prefetch
 from lorry.router.backlog import Backlog
@@ -22,8 +22,7 @@ MAX_AHEAD = 64  # requests that are ranked for it
 RECHECK_S = 0.05  # after which a request is looked at again that is late and not aborted
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """The request leaves the backlog for the worker."""
 
     request: Request
@@ -91,8 +90,10 @@ class Planner:
 
     def aborts(self, now_s: float) -> list[Abort]:
         """Of those whose latest start has passed; where it has moved, look again then."""
-        aborts, later = list[Abort](), list[tuple[float, int, Request]]()
         starts = self._latest_starts
+        if not starts or starts[0][0] > now_s:
+            return []
+        aborts, later = list[Abort](), list[tuple[float, int, Request]]()
         while starts and starts[0][0] <= now_s:
             _, number, request = heapq.heappop(starts)
             if request in self._backlog:
@@ -123,10 +124,12 @@ class Planner:
         most_rank = math.inf  # of a tenant that may have its turn while others are held
         while open_workers and num_aside < MAX_SET_ASIDE:
             request = backlog.first(now_s)
-            if request is None or policies.fairness.tenant_rank(request.tenant) > most_rank:
+            if request is None:
+                break
+            rank = policies.fairness.tenant_rank(request.tenant)
+            if rank > most_rank:
                 break
             if open_workers.are_kept_from(request.tenant):
-                rank = policies.fairness.tenant_rank(request.tenant)
                 most_rank = min(most_rank, rank + policies.reserve.max_lead_tokens)
                 backlog.hold(request.tenant)
                 num_aside += 1

@@ -97,10 +97,10 @@ class Predictor:
 
     def service_s(self, request: Request, worker: Worker, now_s: float) -> float:
         """From a submit now to the first token."""
-        own_tokens = request.num_known_tokens
-        ready_s = max(self._ahead_s(worker, own_tokens, now_s), load_s(request, worker))
+        own_tokens, learned = request.num_known_tokens, self._learned.get(worker)
+        ready_s = max(self._ahead_s(worker, learned, own_tokens, now_s), load_s(request, worker))
         own_s = own_tokens / _tokens_per_s(worker) + step_s(worker, len(worker.active) + 1)
-        return ready_s + self._latest_stretch(worker) * own_s
+        return ready_s + _latest_stretch(learned) * own_s
 
     def pace(self, worker: Worker) -> float:
         """Prompt tokens per second of requests that it begins while others wait: as learned, and
@@ -125,12 +125,14 @@ class Predictor:
         if pilot is not None:
             self.pilots[pilot] = worker
 
-    def _ahead_s(self, worker: Worker, own_tokens: int, now_s: float) -> float:
+    def _ahead_s(
+        self, worker: Worker, learned: Learned | None, own_tokens: int, now_s: float
+    ) -> float:
         """The rest of the step under way, then until those that have not begun have, and steps
         have room for so many tokens."""
         if not worker.active:
             return 0.0
-        stretch = self._latest_stretch(worker)
+        stretch = _latest_stretch(learned)
         rest_s = stretch * step_s(worker, len(worker.active)) / 2
         if not worker.unstarted_tokens:
             return rest_s
@@ -139,14 +141,9 @@ class Predictor:
         steps_s += worker.unstarted_tokens / _tokens_per_s(worker)
         wait_s = max(stretch * steps_s, worker.unstarted_tokens / self.pace(worker))
         first, tokens = next(iter(worker.unstarted.items()))
-        learned = self._learned.get(worker)
         begun_s = 0.0 if learned is None else learned.begun_s
         since_s = now_s - max(first.last_submit_s, begun_s)
         return rest_s + wait_s - min(since_s, wait_s * tokens / worker.unstarted_tokens)
-
-    def _latest_stretch(self, worker: Worker) -> float:
-        learned = self._learned.get(worker)
-        return 1.0 if learned is None else learned.stretch.latest
 
     def _is_contended(self, worker: Worker, now_s: float) -> bool:
         """Whether some wait there that steps have passed over."""
@@ -193,6 +190,10 @@ def load_s(request: Request, worker: Worker) -> float:
     if request.version in worker.host:
         return load
     return load + request.adapter_bytes / PRIOR_FETCH_BYTES_PER_S
+
+
+def _latest_stretch(learned: Learned | None) -> float:
+    return 1.0 if learned is None else learned.stretch.latest
 
 
 def _tokens_per_s(worker: Worker) -> float:

@@ -14,8 +14,8 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorry.router.fairness import QueueKey
 from lorry.router.generation import Generation, largest_num_tokens
+from lorry.router.queue import NOWHERE, Queue
 from lorry.router.slo import NO_SLO, Slo
 
 
@@ -28,6 +28,8 @@ class RequestState(enum.Enum):
     FINISHED = enum.auto()
     FAILED = enum.auto()
     CANCELLED = enum.auto()
+
+    __hash__ = object.__hash__  # Enum's own is of the name, and not in C
 
 
 S = RequestState
@@ -83,19 +85,18 @@ class Request:
     submitted_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
+    tenant: str = field(init=False)
+    # Filled by the backlog.
+    queue: Queue = field(init=False, default=NOWHERE)
+    turn: int = field(init=False, default=0)  # another one whenever it joins the lines; 0: in none
+
+    def __post_init__(self) -> None:
+        self.tenant = self.generation.tenant
 
     def move_to(self, target: RequestState) -> None:
         if target not in TRANSITIONS[self.state]:
             raise IllegalTransition(self.generation.request_id, self.state, target)
         self.state = target
-
-    @property
-    def tenant(self) -> str:
-        return self.generation.tenant
-
-    @property
-    def queue(self) -> QueueKey:
-        return QueueKey(self.generation.tenant, self.version)
 
     @property
     def ended(self) -> bool:

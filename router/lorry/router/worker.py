@@ -90,10 +90,11 @@ class Worker:
     def add(self, request: Request) -> int:
         """Number the request on this stream."""
         assert self.has_room, f"worker {self.name} takes no Submit beyond {self.submit_limit}"
+        num_tokens = request.num_known_tokens
         self.num_submitted += 1
         self.active[self.num_submitted] = request
-        self.unstarted[request] = request.num_known_tokens
-        self.unstarted_tokens += request.num_known_tokens
+        self.unstarted[request] = num_tokens
+        self.unstarted_tokens += num_tokens
         self.num_requests[request.version] += 1
         self.usage.add(request.tenant, request.num_charged_tokens)
         if request.slo.tpot_s is not None:
