@@ -22,6 +22,7 @@ with extra("adapter-store"):
     from lorry.rpc.server import serving, stop_requested
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.channel import MIB
+from lorry.rpc.garbage import freeze_loaded
 from lorry.rpc.heap import keep_freed_memory
 
 MAX_MESSAGE_BYTES = 2 * MIB
@@ -86,6 +87,7 @@ async def serve(config: Config) -> None:
         store.follower.when_reachable_changes(lambda well: server.set_health("backend", well))
         adapters, dtype = store.catalogue.num_adapters, settings.dtype.value
         log.info("%s adapters, values finite in %s", adapters, dtype)
+        freeze_loaded()
         await server.set_ready(True)
         await stop_requested()
         await server.start_draining()

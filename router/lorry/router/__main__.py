@@ -7,11 +7,13 @@ from lorry.rpc.command import extra, run_service
 with extra("router"):
     from lorry.router.config import Config
     from lorry.router.lifetime import running
+    from lorry.rpc.garbage import freeze_loaded
     from lorry.rpc.server import stop_requested
 
 
 async def serve(config: Config) -> None:
     async with running(config) as router:
+        freeze_loaded()
         router.server.announce("router")
         await stop_requested()
         await router.drain()
