@@ -85,8 +85,12 @@ def _store(rows: list[Result]) -> Iterator[str]:
             "of memcpy (map and copy;"
         )
         yield (
-            f"  {spread(metrics['shared_memory_share_of_memcpy'], '.2f')} with the call), in "
-            f"chunks at {spread(metrics['chunks_gb_per_s'], '.2f')} GB/s."
+            f"  {spread(metrics['shared_memory_share_of_memcpy'], '.2f')} with the call; map and "
+            f"copy in small pages {spread(metrics['small_pages_share_of_memcpy'], '.2f')}),"
+        )
+        yield (
+            f"  in chunks at {spread(metrics['chunks_gb_per_s'], '.2f')} GB/s (bare grpc.aio "
+            f"{spread(metrics['bare_grpc_gb_per_s'], '.2f')})."
         )
         yield f"  {source(row)}."
 

@@ -6,6 +6,9 @@ Eight processes of 25 streams fetch page images (Llama-3-8B, rank 16) through sh
 the handle, the map, the end of the call. First all of them go as fast as they can; then each stream
 fetches at a fixed pace, half of that in all, and a fetch that begins late counts from when it was
 due. Rounds alternate: without an upload, and with one after another under way all the time.
+
+Store, readers and uploader share one machine's processors. The idle ones are counted too: once an
+upload leaves none, the times tell of the machine.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from typing import Any
 import grpc.aio
 import ml_dtypes
 import numpy as np
+import psutil
 
 from benchmarks.results_file import host_name, write_result
 from benchmarks.store import CONFIG, LLAMA_3_8B, REPO, requests, running
@@ -202,15 +206,19 @@ async def measure(
             capacity = len(await fleet.run(seconds)) / seconds
             period_s = max(MIN_PACE_S, PROCESSES * STREAMS / (capacity / 2))
             quiet, beside, uploads = [], [], 0
+            idle_s = [_idle_s()]
             for _ in range(rounds):
                 quiet.append(_p99_ms(await fleet.run(seconds, period_s)))
+                idle_s.append(_idle_s())
                 before = uploader.count
                 pushing = asyncio.create_task(uploader.push_on())
                 beside.append(_p99_ms(await fleet.run(seconds, period_s)))
+                idle_s.append(_idle_s())
                 pushing.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await pushing
                 uploads += uploader.count - before
+    idle_cores = np.diff(idle_s) / seconds
     ratios = [after / before for before, after in zip(quiet, beside, strict=True)]
     return {
         "capacity_per_s": round(capacity, 1),
@@ -218,8 +226,15 @@ async def measure(
         "quiet_p99_ms": _spread(quiet),
         "uploading_p99_ms": _spread(beside),
         "ratio": _spread(ratios),
+        "quiet_idle_cores": _spread(list(idle_cores[::2])),
+        "uploading_idle_cores": _spread(list(idle_cores[1::2])),
         "uploads_begun": uploads,
     }
+
+
+def _idle_s() -> float:
+    """Seconds that the machine's processors have had nothing to do."""
+    return float(psutil.cpu_times().idle)
 
 
 def _p99_ms(seconds: list[float]) -> float:
