@@ -7,7 +7,8 @@ comes first is due first. A request's job is its share of the steps: of their co
 pages that it holds, and all that its own tokens and adapter cost. What the model of jobs leaves
 out, two numbers make up for, and of several pairs the one that turns out best counts.
 
-It is no bound: a better schedule may exist. But no scheduler without foresight has its knowledge.
+It is no bound: a better schedule may exist (`benchmarks.simulation.bound` tells how much better at
+most). But no scheduler without foresight has its knowledge.
 """
 
 from collections import Counter
@@ -40,6 +41,7 @@ class Job:
     index: int
     arrival_s: float
     work_s: float
+    due_s: float
 
 
 def clairvoyant(
@@ -49,9 +51,10 @@ def clairvoyant(
     jobs = jobs_of(setting, costs, trace)
     best: list[Record] = []
     for factor, overlap_s in product(WORK_FACTORS, OVERLAPS_S):
-        scaled = [replace(job, work_s=factor * job.work_s) for job in jobs]
-        served = most_in_time(scaled, setting.slo.ttft_s + overlap_s)
-        records = serve_only(setting, trace, served)
+        scaled = [
+            replace(job, work_s=factor * job.work_s, due_s=job.due_s + overlap_s) for job in jobs
+        ]
+        records = serve_only(setting, trace, most_in_time(scaled))
         if sum(r.met_slo for r in records) > sum(r.met_slo for r in best):
             best = records
     return best
@@ -86,21 +89,22 @@ def jobs_of(setting: Setting, costs: LinearCosts, trace: Sequence[TraceRequest])
             + costs.kv_token_ms * context
             + costs.rank_ms * adapter.rank * steps / sharing
         )
-        jobs.append(Job(index, request.arrival_s, milliseconds / 1e3))
+        due_s = request.arrival_s + setting.slo.ttft_s
+        jobs.append(Job(index, request.arrival_s, milliseconds / 1e3, due_s))
     return jobs
 
 
-def most_in_time(jobs: Sequence[Job], due_s: float) -> set[int]:
-    """The largest set of jobs of which each ends within `due_s` of its arrival.
+def most_in_time(jobs: Sequence[Job]) -> set[int]:
+    """The largest set of jobs of which each ends by when it is due.
 
-    `jobs` come by arrival. One after another joins; if the last one ends too late, the job goes
-    without which all others end earliest.
+    `jobs` come by arrival, and are due in that order. One after another joins; if the last one ends
+    too late, the job goes without which all others end earliest.
     """
     chosen: list[Job] = []
     for job in jobs:
         chosen.append(job)
         ends_s = ends_without(chosen)
-        if ends_s[-1] > job.arrival_s + due_s:
+        if ends_s[-1] > job.due_s:
             del chosen[int(np.argmin(ends_s[:-1]))]
     return {job.index for job in chosen}
 

@@ -5,7 +5,8 @@
 The recorded runs are repeated with S-LoRA's loop and generator. Then, over paired seeds, four
 schedulers serve the same traces at the same costs: S-LoRA's own loop, which knows how long outputs
 get; S-LoRA's rule of early abort in Lorry's router before Lorry's worker, which does not; Lorry's
-policies there; and one that knows the whole trace before it begins.
+policies there; and one that knows the whole trace before it begins. Beside them is a bound of what
+any schedule could do that preempts nobody.
 """
 
 import argparse
@@ -18,10 +19,11 @@ from typing import Any
 from rich.progress import track
 
 from benchmarks.results_file import RESULTS
+from benchmarks.simulation.bound import most_within_slo
 from benchmarks.simulation.clairvoyant import clairvoyant
 from benchmarks.simulation.costs import LinearCosts
 from benchmarks.simulation.fit_slora import setting_of
-from benchmarks.simulation.run import Setting, simulate
+from benchmarks.simulation.run import Setting, Simulation, simulate
 from benchmarks.simulation.slora import TTFT_S, SLora
 from benchmarks.simulation.slora_recorded import (
     A10G_S2,
@@ -40,6 +42,7 @@ from lorry.router.policy_options import PolicyOptions
 TOKEN_BYTES = {A10G_S2: 512 << 10, A100_S4: 800 << 10}  # of KV cache, Llama 7B and 13B
 LOAD_BYTES_PER_S = 12e9
 METRICS = ("attainment", "satisfaction", "goodput_req_per_s")
+BOUNDED = ("attainment", "goodput_req_per_s")
 
 
 def fitted_costs(hardware: Hardware) -> LinearCosts:
@@ -82,23 +85,35 @@ def repeated(hardware: Hardware) -> Iterator[dict[str, Any]]:
             }
 
 
+def bound(setting: Setting, costs: LinearCosts, trace: Sequence[TraceRequest]) -> dict[str, float]:
+    """A run ends no sooner than its last request comes."""
+    most = most_within_slo(setting, costs, trace)
+    return {"attainment": most / len(trace), "goodput_req_per_s": most / trace[-1].arrival_s}
+
+
 def compared(hardware: Hardware, cv: float, seeds: int) -> dict[str, Any]:
     """Means by scheduler, and the paired differences of Lorry to the others."""
     runs: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("own-loop", "slora", "lorry", "clairvoyant")
+        name: [] for name in ("own-loop", "slora", "lorry", "clairvoyant", "bound")
     }
+    num_requests = num_preemptions = 0
     for seed in range(seeds):
         trace = recorded_trace(hardware.adapters, hardware.rate, cv=cv, seed=seed)
         runs["own-loop"].append(own_loop(hardware, "abort", trace))
         runs["slora"].append(figures(simulate(worker_setting(hardware, SLORA), trace)))
         setting = worker_setting(hardware, LORRY)
-        runs["lorry"].append(figures(simulate(setting, trace)))
-        foreseen = clairvoyant(setting, fitted_costs(hardware), trace)
-        runs["clairvoyant"].append(figures(foreseen))
+        lorry = Simulation(setting, trace)
+        runs["lorry"].append(figures(lorry.run()))
+        num_requests += len(trace)
+        num_preemptions += lorry.workers[0].counts.preemptions
+        costs = fitted_costs(hardware)
+        runs["clairvoyant"].append(figures(clairvoyant(setting, costs, trace)))
+        runs["bound"].append(bound(setting, costs, trace))
     return {
         "cv": cv,
+        "preempted": num_preemptions / num_requests,
         "means": {
-            name: {metric: sum(row[metric] for row in rows) / seeds for metric in METRICS}
+            name: {metric: sum(row[metric] for row in rows) / seeds for metric in metrics_of(name)}
             for name, rows in runs.items()
         },
         "differences": {
@@ -109,11 +124,15 @@ def compared(hardware: Hardware, cv: float, seeds: int) -> dict[str, Any]:
                         for mine, theirs in zip(runs["lorry"], runs[other], strict=True)
                     ]
                 )
-                for metric in METRICS
+                for metric in metrics_of(other)
             }
-            for other in ("own-loop", "slora", "clairvoyant")
+            for other in ("own-loop", "slora", "clairvoyant", "bound")
         },
     }
+
+
+def metrics_of(scheduler: str) -> Sequence[str]:
+    return BOUNDED if scheduler == "bound" else METRICS
 
 
 def main() -> None:
