@@ -30,7 +30,7 @@ class Backlog:
         self._queues: dict[bytes, dict[str, Queue]] = {}  # by version and tenant; none is empty
         # Who was passed over, and until when.
         self._due: OrderedDict[Request, float] = OrderedDict()
-        self._aside: set[Request] = set()
+        self._aside: dict[Request, None] = {}  # not a set, which has no order of its own
         self._held: set[str] = set()  # tenants
         self._num_requests = 0
         self._tokens: Counter[str] = Counter()  # of prompts, by tenant
@@ -71,7 +71,7 @@ class Backlog:
         if queue.requests.pop(request.number, None) is None:
             return
         self._count(request, -1)
-        self._aside.discard(request)
+        self._aside.pop(request, None)
         if self._due.pop(request, None) is not None:
             del queue.passed_over[request]
         request.turn = 0
@@ -100,14 +100,15 @@ class Backlog:
         line, requests, turns = self._line, list[Request](), list[Turn]()
         while len(requests) < limit and (request := self.first(now_s)) is not None:
             requests.append(request)
-            self._aside.add(request)
+            self._aside[request] = None
             if request.turn:
                 turns.append(line.take(request.queue))
                 request.turn = 0
             self.charge(request, prompt_tokens=request.num_known_tokens, output_tokens=0)
         for request in requests:
             self.charge(request, prompt_tokens=-request.num_known_tokens, output_tokens=0)
-        self._aside.difference_update(requests)
+        for request in requests:
+            del self._aside[request]
         for turn in turns:
             _, _, joined, request = turn
             request.turn = joined
@@ -135,7 +136,7 @@ class Backlog:
 
     def set_aside(self, request: Request) -> None:
         """Have it skipped until `put_back`."""
-        self._aside.add(request)
+        self._aside[request] = None
         request.turn = 0
 
     def hold(self, tenant: str) -> None:
