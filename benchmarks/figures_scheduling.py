@@ -19,7 +19,7 @@ NAMES = {
     "slora": "S-LoRA's rule",
     "lorry": "Lorry",
     "clairvoyant": "with hindsight",
-    "bound": "at most",
+    "bound": "any, at most",
 }
 
 
@@ -82,10 +82,9 @@ def _slora(metrics: dict[str, Any]) -> Iterator[str]:
     yield ""
     preempted = [f"{100 * cell['preempted']:.1f}" for cell in metrics["compared"]]
     yield (
-        "Means of attainment / satisfaction over the seeds. What any schedule reaches at most is of "
-        "those that preempt nobody; Lorry's worker preempts, by cv, "
-        f"{', '.join(preempted)} % of the requests. Lorry minus the other, mean of paired seeds "
-        "and 95 % interval:"
+        "Means of attainment / satisfaction over the seeds, and what any schedule reaches at most "
+        f"that preempts nobody: Lorry's worker preempts, by cv, {', '.join(preempted)} % of the "
+        "requests. Lorry minus the other, mean of paired seeds and 95 % interval:"
     )
     yield ""
     yield "| minus | cv | attainment | satisfaction | goodput, req/s |"
