@@ -218,7 +218,7 @@ async def measure(
                 with contextlib.suppress(asyncio.CancelledError):
                     await pushing
                 uploads += uploader.count - before
-    idle_cores = np.diff(idle_s) / seconds
+    idle_cores = (np.diff(idle_s) / seconds).tolist()
     ratios = [after / before for before, after in zip(quiet, beside, strict=True)]
     return {
         "capacity_per_s": round(capacity, 1),
@@ -226,8 +226,8 @@ async def measure(
         "quiet_p99_ms": _spread(quiet),
         "uploading_p99_ms": _spread(beside),
         "ratio": _spread(ratios),
-        "quiet_idle_cores": _spread(list(idle_cores[::2])),
-        "uploading_idle_cores": _spread(list(idle_cores[1::2])),
+        "quiet_idle_cores": _spread(idle_cores[::2]),
+        "uploading_idle_cores": _spread(idle_cores[1::2]),
         "uploads_begun": uploads,
     }
 
