@@ -1,10 +1,12 @@
 """What benchmarks do to an engine in place of the worker's front."""
 
+import time
 from collections.abc import Sequence
 
 from benchmarks.random_images import RandomImages
 from lorry.worker import messages as m
 from lorry.worker.engine import Engine
+from lorry.worker.engine_process import LOAD_WAIT_S
 
 
 def greedy(request: int, version: bytes, token_ids: list[int], max_tokens: int) -> m.Submit:
@@ -33,7 +35,9 @@ class Driver:
         self._adapters = {images.version(adapter): adapter for adapter in adapters}
 
     def step(self) -> list[m.Event]:
-        """One step; what it told, except of fetches."""
+        """One step, begun when the worker would; what it told, except of fetches."""
+        if self.engine.awaits_only_loads:
+            time.sleep(LOAD_WAIT_S)
         self.engine.step()
         events = list[m.Event]()
         for event in self.engine.take_events():
