@@ -85,7 +85,8 @@ def _sums(rows: Sequence[Result]) -> Iterator[str]:
 
 def _name(row: Result) -> str:
     config = row["config"]
-    return NAMES[config["lora"]] + (", one-shot sums" if config.get("one_shot_sums") else "")
+    is_nccl = config["tensor_parallel"] > 1 and not config.get("one_shot_sums")
+    return NAMES[config["lora"]] + (", sums by NCCL" if is_nccl else "")
 
 
 def _number(of: dict[str, Any], name: str) -> str:

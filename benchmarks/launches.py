@@ -1,9 +1,12 @@
 """What a step launches on the GPU, as the profiler sees it."""
 
+import re
 from collections.abc import Callable, Iterable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+COLLECTIVE = re.compile("nccl|one_shot", re.IGNORECASE)
 
 
 def launches_of(step: Callable[[], object], steps: int) -> dict[str, float]:
@@ -20,7 +23,7 @@ def launches_of(step: Callable[[], object], steps: int) -> dict[str, float]:
     on_device = [event for event in events if event.device_type.name == "CUDA"]
     copies = [event for event in on_device if event.name.startswith(("Memcpy", "Memset"))]
     calls = [event.name for event in events if event.device_type.name == "CPU"]
-    collectives = [event for event in on_device if "nccl" in event.name.lower()]
+    collectives = [event for event in on_device if COLLECTIVE.search(event.name)]
     busy_us = _covered((e.time_range.start, e.time_range.end) for e in on_device)
     return {
         "kernels": (len(on_device) - len(copies)) / steps,

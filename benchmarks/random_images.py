@@ -42,8 +42,8 @@ class RandomImages:
         if apart:
             for adapter, num_bytes in enumerate(sizes):
                 _write(self._path(adapter), random, num_bytes, adapter * step_bytes)
-        else:
-            _write(self._path(0), random, max(sizes, default=0) + adapters * step_bytes, 0)
+        elif sizes:
+            _write(self._path(0), random, max(sizes) + adapters * step_bytes, 0)
 
     def version(self, adapter: int) -> bytes:
         if adapter == NO_ADAPTER:

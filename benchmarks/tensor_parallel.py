@@ -179,7 +179,12 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--tensor-parallel", type=int, default=2, help="GPUs")
     result.add_argument("--lora", choices=STRATEGIES, default="replicated")
-    result.add_argument("--one-shot-sums", action="store_true", help="as the worker's option")
+    result.add_argument(
+        "--one-shot-sums",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="as the worker's option",
+    )
     result.add_argument("--batch", type=int, nargs="+", default=[16, 64, 256])
     result.add_argument("--context", type=int, default=512)
     result.add_argument("--adapters", type=int, default=200)
@@ -195,7 +200,7 @@ def main() -> None:
     faulthandler.dump_traceback_later(arguments.limit_s, exit=True)
     base_model, size = read_base_model(CONFIGS / arguments.model), arguments.tensor_parallel
     lora = f"-{arguments.lora}" if size > 1 else ""
-    sums = "-one-shot" if arguments.one_shot_sums else ""
+    sums = "-nccl" if size > 1 and not arguments.one_shot_sums else ""
     write_result(
         f"tensor-parallel-{base_model.directory.name}-{size}{lora}{sums}",
         benchmark="tensor_parallel",

@@ -65,6 +65,7 @@ def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
                 "lora": lora,
                 "ranks": [8, 16],
                 "context": 512,
+                "one_shot_sums": True,
             }
             | config,
             "metrics": {
@@ -79,14 +80,14 @@ def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
         }
 
     ranks = [result(2, "slora", 17.0), result(1, None, 9.0), result(2, "replicated", 19.0)]
-    ranks.append(result(2, "replicated", 20.0, one_shot_sums=True))
+    ranks.append(result(2, "replicated", 20.0, one_shot_sums=False))
     sums = {"nccl_us": {"4096": 9.0, "8192": 10.0}, "one_shot_us": {"4096": 5.0}}
     collectives = ranks[0] | {"metrics": {"sums": sums}}
     found = {"tensor_parallel": ranks, "collectives": [collectives]}
     text = ranks_text(lambda benchmark: found.get(benchmark, []))
     assert "| 2 | replicated | 16 | 7.00 | 7.00 | 6.00 | 1.25 | 20.00 | 19.00 | 25.00 |" in text
     assert "| 2 | replicated | 64 | 8.00 | - | - | - | 20.00 | 19.00 | 25.00 |" in text
-    assert "| 2 | replicated, one-shot sums | 16 | 7.00 |" in text
+    assert "| 2 | replicated, sums by NCCL | 16 | 7.00 |" in text
     assert "| 8,192 | 10.00 | - |" in text
     assert text.index("| 1 | one GPU") < text.index("| 2 | replicated") < text.index("| 2 | S-LoRA")
     plots = draw_plots(lambda benchmark: found.get(benchmark, []), tmp_path)

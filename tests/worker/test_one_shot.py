@@ -1,8 +1,6 @@
 """Which sums are one-shot, and that all ranks choose alike."""
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from torch._C._distributed_c10d import HashStore, _resolve_process_group
 
 from lorry.worker import one_shot
 from lorry.worker.collectives import Collectives, Group, join_by_gloo
-from lorry.worker.config import EngineConfig
 from lorry.worker.one_shot import OneShot, Sum, named_group, with_one_shot
 
 CPU = torch.device("cpu")
@@ -69,17 +66,3 @@ def test_torch_finds_the_group_by_its_name() -> None:
     found = _resolve_process_group(one_shot.GROUP)
     assert (found.rank(), found.size(), found.group_name) == (0, 1, one_shot.GROUP)
     assert named.size() == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"device": "cpu", "tensor_parallel": 2}, "one_shot_sums needs device cuda, got cpu"),
-        ({"device": "cuda"}, "one_shot_sums needs tensor_parallel of 2 or more, got 1"),
-    ],
-)
-def test_where_nothing_is_summed_over_gpus_it_is_refused(
-    options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        EngineConfig(model=Path("model"), pool_pages=1, one_shot_sums=True, **options)

@@ -49,14 +49,6 @@ def check_batch_invariant(device: Device, tensor_parallel: int) -> None:
         raise ValueError(f"batch_invariant needs tensor_parallel 1, got {tensor_parallel}")
 
 
-def check_one_shot_sums(device: Device, tensor_parallel: int) -> None:
-    """Raise ValueError where nothing is summed over GPUs."""
-    if device != "cuda":
-        raise ValueError(f"one_shot_sums needs device cuda, got {device}")
-    if tensor_parallel == 1:
-        raise ValueError("one_shot_sums needs tensor_parallel of 2 or more, got 1")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What the engine process is told, every choice made; `Config` explains the fields."""
@@ -75,14 +67,12 @@ class EngineConfig:
     prefix_cache: bool = True
     tensor_parallel: int = 1
     lora_strategy: LoraStrategyName = "replicated"
-    one_shot_sums: bool = False
+    one_shot_sums: bool = True
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_invariant:
             check_batch_invariant(self.device, self.tensor_parallel)
-        if self.one_shot_sums:
-            check_one_shot_sums(self.device, self.tensor_parallel)
 
     @property
     def page_dtype(self) -> Dtype:
@@ -138,9 +128,9 @@ class Config(CallingServiceConfig):
     and B of o and down in each, and communicates nothing more than the base model; `slora` keeps
     no weight twice, and communicates the products with A."""
 
-    one_shot_sums: bool = False
-    """Whether GPUs that read each other's memory add small sums in one kernel, not by NCCL. Only
-    for several processes on GPUs. The kernel has been measured alone, not yet in a worker."""
+    one_shot_sums: bool = True
+    """Whether tensor-parallel processes on GPUs that read each other's memory add small sums in one
+    kernel; without, all sums are NCCL's."""
 
     pool_bytes: int | None = None
     """Memory for KV cache and adapters together, in each tensor-parallel process; by default 512
@@ -223,8 +213,6 @@ class Config(CallingServiceConfig):
             raise ValueError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
         if self.batch_invariant:
             check_batch_invariant(self.device, self.tensor_parallel)
-        if self.one_shot_sums:
-            check_one_shot_sums(self.device, self.tensor_parallel)
         if not self.worker_id:
             raise ValueError("worker_id must not be empty")
 
