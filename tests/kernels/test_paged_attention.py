@@ -15,7 +15,6 @@ SETTING = AttentionSetting(
     programs_per_multiprocessor=3,
     unit_cost=1,
     min_share=2,
-    merge_stages=1,
     num_warps=4,
     num_stages=1,
 )

@@ -39,7 +39,6 @@ def attention_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     UNIT_COST: tl.constexpr,
-    MERGE_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program walks its share of the costs, unit by unit.
@@ -141,7 +140,6 @@ def attention_kernel(
                 HEAD_DIM,
                 BLOCK_ROWS,
                 UNIT_COST,
-                MERGE_STAGES,
             )
 
 
@@ -191,7 +189,6 @@ def _finish(
     HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     UNIT_COST: tl.constexpr,
-    MERGE_STAGES: tl.constexpr,
 ):
     """Merge all parts of a cut unit."""
     kv_head = unit % KV_HEADS
@@ -211,7 +208,6 @@ def _finish(
         (first * share < unit_start).to(tl.int32),
         HEAD_DIM,
         BLOCK_ROWS,
-        MERGE_STAGES,
     )
     row = first_row.to(tl.int64) + pair // GROUP
     head = kv_head * GROUP + pair % GROUP
@@ -278,7 +274,6 @@ def _merge(
     first_slot,
     HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Sum and weighted values of a unit that the programs `first` to `last` share."""
     pair = tl.arange(0, BLOCK_ROWS)
@@ -286,7 +281,7 @@ def _merge(
     m = tl.full((BLOCK_ROWS,), NOTHING_SEEN, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     acc = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
-    for program in tl.range(first, last + 1, num_stages=STAGES):
+    for program in tl.range(first, last + 1, num_stages=1):
         slot = 2 * program + tl.where(program == first, first_slot, 0)
         part_m = tl.load(partial_ml_ptr + 2 * slot * BLOCK_ROWS + pair)
         part_total = tl.load(partial_ml_ptr + (2 * slot + 1) * BLOCK_ROWS + pair)

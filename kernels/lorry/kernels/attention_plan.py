@@ -37,7 +37,6 @@ class AttentionSetting:
     programs_per_multiprocessor: int
     unit_cost: int  # of starting a unit, in blocks
     min_share: int  # cost of a program's share, so that a merge never reads too many partials
-    merge_stages: int
     num_warps: int
     num_stages: int
     registers: int | None = None  # of a thread at most, so that all programs run at once

@@ -22,7 +22,6 @@ DECODE = AttentionSetting(
     programs_per_multiprocessor=4,
     unit_cost=2,
     min_share=8,
-    merge_stages=3,
     num_warps=4,
     num_stages=5,
     registers=128,  # left to itself, the assembler spills some to reach as few
@@ -33,7 +32,6 @@ PREFILL = AttentionSetting(
     programs_per_multiprocessor=2,
     unit_cost=1,
     min_share=4,
-    merge_stages=1,
     num_warps=4,
     num_stages=2,
 )

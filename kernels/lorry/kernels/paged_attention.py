@@ -107,7 +107,6 @@ def paged_attention(
         BLOCK_ROWS=setting.block_rows,
         BLOCK_TOKENS=setting.block_tokens,
         UNIT_COST=setting.unit_cost,
-        MERGE_STAGES=setting.merge_stages,
         PRECISION="ieee" if q_TQD.dtype == torch.float32 else "tf32",
         num_warps=setting.num_warps,
         num_stages=setting.num_stages,
