@@ -57,19 +57,21 @@ def attention_kernel(
 
     pair = tl.arange(0, BLOCK_ROWS)
     d = tl.arange(0, HEAD_DIM)
+    first_row, rows, sequence, position, cost_before, unit_blocks = _load_tile(
+        tile_ptr, first_tile, left > 0
+    )
     unit = first_unit
     place = 0  # of a partial result: 0 the first unit's, 1 the others'
     merges = 0  # a bit for each place
     is_cut = False  # the last unit
     unit_start = 0
-    unit_blocks = 0
+    last_blocks = 0
     while left > 0:
         kv_head = unit % KV_HEADS
-        first_row, rows, sequence, position, cost_before, unit_blocks = _load_tile(
-            tile_ptr, unit // KV_HEADS
-        )
         unit_start = cost_before + kv_head * (unit_blocks + UNIT_COST)
+        last_blocks = unit_blocks
         stop = tl.minimum(unit_blocks + UNIT_COST, start + left)
+        next_tile = _load_tile(tile_ptr, (unit + 1) // KV_HEADS, left > stop - start)
         first_block = tl.maximum(start - UNIT_COST, 0)
         count = stop - UNIT_COST - first_block
         if WINDOW:
@@ -120,9 +122,10 @@ def attention_kernel(
         start = 0
         place = 1
         unit += 1
+        first_row, rows, sequence, position, cost_before, unit_blocks = next_tile
 
     if is_cut:
-        merges += 2 * _is_last(arrived_ptr, share, unit_start, unit_blocks, UNIT_COST)
+        merges += 2 * _is_last(arrived_ptr, share, unit_start, last_blocks, UNIT_COST)
     for place in tl.static_range(2):
         if (merges >> place) % 2 == 1:
             _finish(
@@ -144,16 +147,16 @@ def attention_kernel(
 
 
 @triton.jit
-def _load_tile(tile_ptr, tile):
-    """First row, rows, sequence, position, cost before it and blocks of a tile."""
+def _load_tile(tile_ptr, tile, is_there):
+    """First row, rows, sequence, position, cost before it and blocks of a tile, if it is there."""
     fields = tile_ptr + tile * TILE_FIELDS
     return (
-        tl.load(fields),
-        tl.load(fields + 1),
-        tl.load(fields + 2),
-        tl.load(fields + 3),
-        tl.load(fields + 4),
-        tl.load(fields + 5),
+        tl.load(fields, mask=is_there, other=0),
+        tl.load(fields + 1, mask=is_there, other=0),
+        tl.load(fields + 2, mask=is_there, other=0),
+        tl.load(fields + 3, mask=is_there, other=0),
+        tl.load(fields + 4, mask=is_there, other=0),
+        tl.load(fields + 5, mask=is_there, other=0),
     )
 
 
@@ -192,7 +195,7 @@ def _finish(
 ):
     """Merge all parts of a cut unit."""
     kv_head = unit % KV_HEADS
-    first_row, rows, _, _, cost_before, unit_blocks = _load_tile(tile_ptr, unit // KV_HEADS)
+    first_row, rows, _, _, cost_before, unit_blocks = _load_tile(tile_ptr, unit // KV_HEADS, True)
     unit_start = cost_before + kv_head * (unit_blocks + UNIT_COST)
     first, last = _sharers(share, unit_start, unit_blocks, UNIT_COST)
     tl.store(arrived_ptr + first, 0)
