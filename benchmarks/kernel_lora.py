@@ -74,6 +74,12 @@ CASES = (
         (*range(64), *(64,) * 512),
         (16,) * 65,
     ),
+    LoraCase(
+        "8B 448 zipf decodes and 3 prompts r16",
+        "llama-3-8b",
+        tuple(sorted((*zipf(448, 1000), *(1,) * 192, *(300,) * 192, *(900,) * 192))),
+        (16,) * 1000,
+    ),
 )
 
 

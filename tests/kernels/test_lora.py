@@ -1,13 +1,16 @@
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
-from lorry.kernels.page_layout import GROUPS, MODULES
+from lorry.kernels.page_layout import GROUPS, MODULES, PageLayout
 from tests.support.kernel_cases import (
+    DTYPES,
     MIXED_ADAPTERS,
     Adapter,
+    geometry,
     layout_of,
     mixes,
     store_adapters,
@@ -52,6 +55,14 @@ def test_lora_of_odd_widths_matches_the_reference(device, name, tp_size):
     pool, tables = store_adapters(adapters, layout_of(name, torch.float32, tp_size), device)
     setting = replace(SETTING, shrink_splits=1)
     check_lora([0, 1, 1], pool, tables, setting, groups=(0,))
+
+
+def test_lora_whose_rows_of_a_lie_in_many_pages_matches_the_reference(device):
+    layout = PageLayout(geometry=geometry(64, 2, 1, 16, 2048), dtype=DTYPES[torch.float32])
+    steps = math.ceil(2048 / layout.row_unit / SETTING.shrink_splits)
+    assert steps > layout.slice_units + 1
+    pool, tables = store_adapters((Adapter(MODULES, 3), Adapter(MODULES, 17)), layout, device)
+    check_lora([0, 1, 1], pool, tables, SETTING, groups=(3,))
 
 
 def test_only_present_modules_and_ranks_become_work(device):

@@ -44,12 +44,13 @@ class LoraSetting:
     shrink_programs_per_multiprocessor: int
     shrink_warps: int
     shrink_stages: int
+    shrink_registers: int | None = None  # of a thread at most, so that more programs run at once
     expand_ranks: int  # rows of B in a step
     expand_columns: int  # of the matrix form at a time, at most a row unit
     expand_programs_per_multiprocessor: int
     expand_warps: int
     expand_stages: int  # of the matrix form
-    expand_registers: int | None = None  # of a thread at most, so that more programs run at once
+    expand_registers: int | None = None  # likewise
     has_vector_form: bool = True  # without, a row's sums do not depend on how many rows beside it
 
     @property

@@ -51,25 +51,31 @@ def _shrink_kernel(
         row = row_.to(tl.int64)
         slot = slot_.to(tl.int64)
         split = work % SPLITS
+        pages = page_ptr + slot * stride_ps
         rank = first_rank + tl.arange(0, RANKS)
         is_rank = rank < num_ranks
         unit = first_unit + rank * ROW_UNITS + split * STEPS
         steps = tl.minimum(ROW_UNITS - split * STEPS, STEPS)
         i = split * STEPS * ROW_UNIT + tl.arange(0, ROW_UNIT)
+        # Found before the loop: in it, one load would wait for another in every step.
+        first_page = _load_page(pages, unit, is_rank, page_stride, SLICE_UNITS)
+        last_page = _load_page(pages, unit + steps - 1, is_rank, page_stride, SLICE_UNITS)
         y_offset = split.to(tl.int64) * stride_ys + row * stride_yt
-        pages = page_ptr + slot * stride_ps
         if (rows == 1) & HAS_VECTOR_FORM:
             acc = tl.zeros((RANKS, ROW_UNIT), tl.float32)
             for step in tl.range(0, steps, num_stages=STAGES):
-                a = load_units(
+                a = _load_step(
                     pool_ptr,
                     pages,
-                    unit + step,
+                    first_page,
+                    last_page,
+                    unit,
+                    step,
                     is_rank,
-                    tl.arange(0, ROW_UNIT)[None, :],
                     page_stride,
                     ROW_UNIT,
                     SLICE_UNITS,
+                    STEPS,
                 )
                 k = i + step * ROW_UNIT
                 x = tl.load(x_ptr + row * stride_xt + k, mask=k < width, other=0.0)
@@ -80,15 +86,18 @@ def _shrink_kernel(
             is_row = (t < rows)[:, None]
             y = tl.zeros((TILE_ROWS, RANKS), tl.float32)
             for step in tl.range(0, steps, num_stages=STAGES):
-                a = load_units(
+                a = _load_step(
                     pool_ptr,
                     pages,
-                    unit + step,
+                    first_page,
+                    last_page,
+                    unit,
+                    step,
                     is_rank,
-                    tl.arange(0, ROW_UNIT)[None, :],
                     page_stride,
                     ROW_UNIT,
                     SLICE_UNITS,
+                    STEPS,
                 )
                 k = i + step * ROW_UNIT
                 x_offset = (row + t)[:, None] * stride_xt + k[None, :]
@@ -96,6 +105,39 @@ def _shrink_kernel(
                 y = tl.dot(x, tl.trans(a), y, input_precision=PRECISION)
             y_ptrs = y_ptr + y_offset + t[:, None] * stride_yt + rank[None, :]
             tl.store(y_ptrs, y, mask=is_row & is_rank[None, :])
+
+
+@triton.jit
+def _load_page(page_ptr, unit, is_rank, page_stride, SLICE_UNITS: tl.constexpr):
+    """Where the page of each row unit begins in the pool."""
+    page = tl.load(page_ptr + unit // SLICE_UNITS, mask=is_rank, other=0)
+    return page.to(tl.int64) * page_stride
+
+
+@triton.jit
+def _load_step(
+    pool_ptr,
+    page_ptr,
+    first_page,
+    last_page,
+    first_unit,
+    step,
+    is_rank,
+    page_stride,
+    ROW_UNIT: tl.constexpr,
+    SLICE_UNITS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """The row unit of each rank's A that is `step` units after its first."""
+    in_unit = tl.arange(0, ROW_UNIT)[None, :]
+    unit = first_unit + step
+    if STEPS > SLICE_UNITS + 1:  # there may be pages between the first and the last
+        return load_units(
+            pool_ptr, page_ptr, unit, is_rank, in_unit, page_stride, ROW_UNIT, SLICE_UNITS
+        )
+    is_in_first = unit // SLICE_UNITS == first_unit // SLICE_UNITS
+    offset = tl.where(is_in_first, first_page, last_page) + unit % SLICE_UNITS * ROW_UNIT
+    return tl.load(pool_ptr + offset[:, None] + in_unit, mask=is_rank[:, None], other=0.0)
 
 
 @triton.jit
@@ -159,6 +201,7 @@ def lora_shrink(
         PRECISION="ieee" if x_TI.dtype == torch.float32 else "tf32",
         num_warps=setting.shrink_warps,
         num_stages=setting.shrink_stages,
+        maxnreg=setting.shrink_registers,
         launch_pdl=has_dependent_launch(x_TI.device),
     )
     return y_STY
