@@ -1,4 +1,4 @@
-"""Launch settings as data, tuned on one NVIDIA H200 (triton 3.6, bf16, 2026-11-22).
+"""Launch settings as data, tuned on one NVIDIA H200 (triton 3.6, bf16, 2026-11-26).
 
 `python -m benchmarks.tune` measures the neighbours of each. A setting holds for all models: what
 differs between them (heads, widths, slices) is in the kernels' constants.
@@ -56,49 +56,52 @@ LORA = {
         expand_columns=128,
         expand_programs_per_multiprocessor=8,
         expand_warps=2,
-        expand_stages=2,
+        expand_stages=1,
         expand_registers=128,
     ),
     64: LoraSetting(
         tile_rows=16,
         shrink_ranks=16,
-        shrink_splits=2,
+        shrink_splits=4,
         shrink_programs_per_multiprocessor=8,
         shrink_warps=4,
         shrink_stages=3,
+        shrink_registers=128,
         expand_ranks=16,
         expand_columns=128,
         expand_programs_per_multiprocessor=8,
         expand_warps=2,
-        expand_stages=2,
+        expand_stages=1,
         expand_registers=128,
     ),
     512: LoraSetting(
         tile_rows=16,
         shrink_ranks=16,
-        shrink_splits=2,
+        shrink_splits=4,
         shrink_programs_per_multiprocessor=8,
         shrink_warps=4,
         shrink_stages=3,
+        shrink_registers=128,
         expand_ranks=16,
         expand_columns=128,
         expand_programs_per_multiprocessor=8,
         expand_warps=2,
-        expand_stages=2,
+        expand_stages=1,
         expand_registers=128,
     ),
     1 << 30: LoraSetting(
         tile_rows=32,
         shrink_ranks=16,
-        shrink_splits=2,
-        shrink_programs_per_multiprocessor=4,
+        shrink_splits=4,
+        shrink_programs_per_multiprocessor=8,
         shrink_warps=4,
         shrink_stages=3,
+        shrink_registers=128,
         expand_ranks=16,
         expand_columns=256,
-        expand_programs_per_multiprocessor=3,
+        expand_programs_per_multiprocessor=6,
         expand_warps=4,
-        expand_stages=2,
+        expand_stages=1,
         expand_registers=168,
     ),
 }
@@ -106,6 +109,7 @@ LORA_FP32 = replace(
     LORA[64],
     shrink_warps=8,
     shrink_stages=1,
+    shrink_registers=None,
     expand_columns=32,
     expand_stages=1,
     expand_registers=None,
@@ -158,7 +162,7 @@ def lora_setting(dtype: torch.dtype, max_rows: int) -> LoraSetting:
 
 def invariant_lora_setting(dtype: torch.dtype) -> LoraSetting:
     """For all steps."""
-    return replace(lora_setting(dtype, 64), has_vector_form=False)
+    return replace(lora_setting(dtype, 64), has_vector_form=False, shrink_registers=None)
 
 
 def split_setting(dtype: torch.dtype, group: int) -> SplitSetting:

@@ -58,8 +58,8 @@ def _shrink_kernel(
         steps = tl.minimum(ROW_UNITS - split * STEPS, STEPS)
         i = split * STEPS * ROW_UNIT + tl.arange(0, ROW_UNIT)
         # Found before the loop: in it, one load would wait for another in every step.
-        first_page = _load_page(pages, unit, is_rank, page_stride, SLICE_UNITS)
-        last_page = _load_page(pages, unit + steps - 1, is_rank, page_stride, SLICE_UNITS)
+        first_page = tl.load(pages + unit // SLICE_UNITS, mask=is_rank, other=0)
+        last_page = tl.load(pages + (unit + steps - 1) // SLICE_UNITS, mask=is_rank, other=0)
         y_offset = split.to(tl.int64) * stride_ys + row * stride_yt
         if (rows == 1) & HAS_VECTOR_FORM:
             acc = tl.zeros((RANKS, ROW_UNIT), tl.float32)
@@ -108,13 +108,6 @@ def _shrink_kernel(
 
 
 @triton.jit
-def _load_page(page_ptr, unit, is_rank, page_stride, SLICE_UNITS: tl.constexpr):
-    """Where the page of each row unit begins in the pool."""
-    page = tl.load(page_ptr + unit // SLICE_UNITS, mask=is_rank, other=0)
-    return page.to(tl.int64) * page_stride
-
-
-@triton.jit
 def _load_step(
     pool_ptr,
     page_ptr,
@@ -136,7 +129,8 @@ def _load_step(
             pool_ptr, page_ptr, unit, is_rank, in_unit, page_stride, ROW_UNIT, SLICE_UNITS
         )
     is_in_first = unit // SLICE_UNITS == first_unit // SLICE_UNITS
-    offset = tl.where(is_in_first, first_page, last_page) + unit % SLICE_UNITS * ROW_UNIT
+    page = tl.where(is_in_first, first_page, last_page).to(tl.int64)
+    offset = page * page_stride + unit % SLICE_UNITS * ROW_UNIT
     return tl.load(pool_ptr + offset[:, None] + in_unit, mask=is_rank[:, None], other=0.0)
 
 
