@@ -56,7 +56,7 @@ LORA = {
         expand_columns=128,
         expand_programs_per_multiprocessor=8,
         expand_warps=2,
-        expand_stages=1,
+        expand_stages=2,
         expand_registers=128,
     ),
     64: LoraSetting(
@@ -77,7 +77,7 @@ LORA = {
     512: LoraSetting(
         tile_rows=16,
         shrink_ranks=16,
-        shrink_splits=4,
+        shrink_splits=2,
         shrink_programs_per_multiprocessor=8,
         shrink_warps=4,
         shrink_stages=3,
@@ -86,13 +86,13 @@ LORA = {
         expand_columns=128,
         expand_programs_per_multiprocessor=8,
         expand_warps=2,
-        expand_stages=1,
+        expand_stages=2,
         expand_registers=128,
     ),
     1 << 30: LoraSetting(
         tile_rows=32,
         shrink_ranks=16,
-        shrink_splits=4,
+        shrink_splits=2,
         shrink_programs_per_multiprocessor=8,
         shrink_warps=4,
         shrink_stages=3,
@@ -101,12 +101,12 @@ LORA = {
         expand_columns=256,
         expand_programs_per_multiprocessor=6,
         expand_warps=4,
-        expand_stages=1,
+        expand_stages=2,
         expand_registers=168,
     ),
 }
 LORA_FP32 = replace(
-    LORA[64],
+    LORA[512],
     shrink_warps=8,
     shrink_stages=1,
     shrink_registers=None,
@@ -162,7 +162,7 @@ def lora_setting(dtype: torch.dtype, max_rows: int) -> LoraSetting:
 
 def invariant_lora_setting(dtype: torch.dtype) -> LoraSetting:
     """For all steps."""
-    return replace(lora_setting(dtype, 64), has_vector_form=False, shrink_registers=None)
+    return replace(lora_setting(dtype, 512), has_vector_form=False, shrink_registers=None)
 
 
 def split_setting(dtype: torch.dtype, group: int) -> SplitSetting:
