@@ -126,10 +126,10 @@ ablation) # five variants, three runs of 13 s
 ablation-invariant) # a second capture of all steps, and six runs of 7 to 15 s
 	bench ablation --requests 250 --pool-gib 12 --variants batch-invariant
 	;;
-ablation-launches) # two runs: 9 s, about 20 s without graphs, at most 100 s of padded products
-	bench ablation --requests 250 --pool-gib 12 --runs 2 --variants "no graphs" "padded products"
+ablation-launches) # two runs: 6 s, 20 s without graphs, 105 s of padded products
+	bench ablation --requests 125 --pool-gib 6 --runs 2 --variants "no graphs" "padded products"
 	;;
-merged) # three numbers of adapters, three runs, twice 11 s
+merged) # three numbers of adapters, each three runs of merged copies and of one engine: five minutes
 	bench baselines.merged --model llama-3-8b
 	;;
 packed) # eleven engines of 13 s to build, six cases of three runs of 10 to 20 s
