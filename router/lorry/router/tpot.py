@@ -43,16 +43,20 @@ class TpotPolicy:
     def missed_s(self, request: Request, workers: Sequence[Worker]) -> float | None:
         """What the request's tokens would take at the best of `workers`; None: they would be in
         time."""
-        if not self._share:
+        asked_s = _asked_s(request)
+        if not self._share or asked_s == math.inf:
             return None
         best_s = min([self._promise_s(w) if w.active else 0.0 for w in workers], default=0.0)
-        return best_s if best_s > _asked_s(request) else None
+        return best_s if best_s > asked_s else None
 
     def out_of_reach_s(self, request: Request, workers: Sequence[Worker]) -> float | None:
         """What they would take at the best of them if it did nothing else; None: they would be in
         time, or nobody knows."""
+        asked_s = _asked_s(request)
+        if not self._share or asked_s == math.inf:
+            return None
         least_s = min(map(lone_step_s, workers), default=0.0)
-        return least_s if self._share and least_s > _asked_s(request) else None
+        return least_s if least_s > asked_s else None
 
     def _keeps(self, asked_s: float, worker: Worker) -> bool:
         if not self._share or asked_s == math.inf or not worker.active:
