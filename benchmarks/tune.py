@@ -35,10 +35,12 @@ SHRINK_CHANGES: Changes = {
     "shrink_splits": (2, 4, 8),
     "shrink_programs_per_multiprocessor": (4, 8),
     "shrink_stages": (1, 3, 4),
+    "shrink_registers": (None, 128),
 }
 EXPAND_CHANGES: Changes = {
     "expand_ranks": (16, 32),
     "expand_columns": (32, 64, 256),
+    "expand_programs_per_multiprocessor": (3, 6, 8),
     "expand_warps": (1, 2, 4),
 }
 

@@ -41,7 +41,7 @@ def attention_kernel(
     UNIT_COST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program walks its share of the costs, unit by unit.
+    """One program walks its share of the costs, unit by unit, and looks the next one's tile up ahead.
 
     Only its first and its last unit can be cut. Its part of the first is counted at once, when the
     program before has long begun the unit and will end with it; what the program is the last to
@@ -284,6 +284,7 @@ def _merge(
     m = tl.full((BLOCK_ROWS,), NOTHING_SEEN, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     acc = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
+    # Not staged through shared memory: most units have few parts, which takes longer then.
     for program in tl.range(first, last + 1, num_stages=1):
         slot = 2 * program + tl.where(program == first, first_slot, 0)
         part_m = tl.load(partial_ml_ptr + 2 * slot * BLOCK_ROWS + pair)

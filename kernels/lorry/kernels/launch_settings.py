@@ -1,4 +1,4 @@
-"""Launch settings as data, tuned on one NVIDIA H200 (triton 3.6, bf16, 2026-11-26).
+"""Launch settings as data, tuned on one NVIDIA H200 (triton 3.6, bf16, 2026-11-22 and 26).
 
 `python -m benchmarks.tune` measures the neighbours of each. A setting holds for all models: what
 differs between them (heads, widths, slices) is in the kernels' constants.
@@ -71,7 +71,7 @@ LORA = {
         expand_columns=128,
         expand_programs_per_multiprocessor=8,
         expand_warps=2,
-        expand_stages=1,
+        expand_stages=1,  # with so many splits 2 would spill registers
         expand_registers=128,
     ),
     512: LoraSetting(
@@ -161,7 +161,7 @@ def lora_setting(dtype: torch.dtype, max_rows: int) -> LoraSetting:
 
 
 def invariant_lora_setting(dtype: torch.dtype) -> LoraSetting:
-    """For all steps."""
+    """For all steps. The matrix form alone would spill within the registers of both."""
     return replace(lora_setting(dtype, 512), has_vector_form=False, shrink_registers=None)
 
 

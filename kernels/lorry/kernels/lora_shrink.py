@@ -57,14 +57,15 @@ def _shrink_kernel(
         unit = first_unit + rank * ROW_UNITS + split * STEPS
         steps = tl.minimum(ROW_UNITS - split * STEPS, STEPS)
         i = split * STEPS * ROW_UNIT + tl.arange(0, ROW_UNIT)
-        # Found before the loop: in it, one load would wait for another in every step.
+        # The pages of the units of each rank's A, of which there are hardly more, are found before
+        # the loop: in it, one load would wait for another in every step.
         first_page = tl.load(pages + unit // SLICE_UNITS, mask=is_rank, other=0)
         last_page = tl.load(pages + (unit + steps - 1) // SLICE_UNITS, mask=is_rank, other=0)
         y_offset = split.to(tl.int64) * stride_ys + row * stride_yt
         if (rows == 1) & HAS_VECTOR_FORM:
             acc = tl.zeros((RANKS, ROW_UNIT), tl.float32)
             for step in tl.range(0, steps, num_stages=STAGES):
-                a = _load_step(
+                a = _load_a(
                     pool_ptr,
                     pages,
                     first_page,
@@ -86,7 +87,7 @@ def _shrink_kernel(
             is_row = (t < rows)[:, None]
             y = tl.zeros((TILE_ROWS, RANKS), tl.float32)
             for step in tl.range(0, steps, num_stages=STAGES):
-                a = _load_step(
+                a = _load_a(
                     pool_ptr,
                     pages,
                     first_page,
@@ -108,7 +109,7 @@ def _shrink_kernel(
 
 
 @triton.jit
-def _load_step(
+def _load_a(
     pool_ptr,
     page_ptr,
     first_page,
