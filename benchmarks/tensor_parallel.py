@@ -214,6 +214,8 @@ def main() -> None:
             "adapters": arguments.adapters,
             "context": arguments.context,
             "requests": arguments.requests,
+            "step_tokens": arguments.step_tokens,
+            "max_running": arguments.max_running,
             "trace_seed": arguments.seed,
             "dtype": arguments.dtype,
             "modules": list(TARGETS),
