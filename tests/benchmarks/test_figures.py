@@ -51,36 +51,42 @@ def test_the_page_of_several_gpus_holds_what_the_results_say() -> None:
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == ranks_text(results)
 
 
-def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
-    def result(size: int, lora: str | None, rate: float, **config: bool) -> dict[str, Any]:
-        step = {"batch": 16, "step_ms": 7.0}
-        without_room = {"batch": 64, "adapters": 0, "step_ms": 8.0}  # for adapters
-        return {
-            "device": "a GPU",
-            "date": "2026-01-02",
-            "command": "it",
-            "config": {
-                "model": "llama-2-13b",
-                "tensor_parallel": size,
-                "lora": lora,
-                "ranks": [8, 16],
-                "context": 512,
-                "one_shot_sums": True,
-            }
-            | config,
-            "metrics": {
-                "steps": [
-                    step | {"adapters": 0},
-                    step | {"adapters": 16, "ideal_ms": 6.0},
-                    without_room,
-                ],
-                "traces": [{"req_per_s": 20.0}, {"req_per_s": rate, "ideal_req_per_s": 25.0}],
-                "launches": [{"batch": 16, "adapters": 16, "collectives_ms": 1.25}],
-            },
+def rank_result(size: int, lora: str | None, rate: float, **config: bool) -> dict[str, Any]:
+    """Of steps at two batches, of which the larger has no room for adapters, and two traces."""
+    step = {"batch": 16, "step_ms": 7.0}
+    without_room = {"batch": 64, "adapters": 0, "step_ms": 8.0}
+    return {
+        "device": "a GPU",
+        "date": "2026-01-02",
+        "command": "it",
+        "config": {
+            "model": "llama-2-13b",
+            "tensor_parallel": size,
+            "lora": lora,
+            "ranks": [8, 16],
+            "context": 512,
+            "one_shot_sums": True,
         }
+        | config,
+        "metrics": {
+            "steps": [
+                step | {"adapters": 0},
+                step | {"adapters": 16, "ideal_ms": 6.0},
+                without_room,
+            ],
+            "traces": [{"req_per_s": 20.0}, {"req_per_s": rate, "ideal_req_per_s": 25.0}],
+            "launches": [{"batch": 16, "adapters": 16, "collectives_ms": 1.25}],
+        },
+    }
 
-    ranks = [result(2, "slora", 17.0), result(1, None, 9.0), result(2, "replicated", 19.0)]
-    ranks.append(result(2, "replicated", 20.0, one_shot_sums=False))
+
+def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
+    ranks = [
+        rank_result(2, "slora", 17.0),
+        rank_result(1, None, 9.0),
+        rank_result(2, "replicated", 19.0),
+        rank_result(2, "replicated", 20.0, one_shot_sums=False),
+    ]
     sums = {"nccl_us": {"4096": 9.0, "8192": 10.0}, "one_shot_us": {"4096": 5.0}}
     collectives = ranks[0] | {"metrics": {"sums": sums}}
     found = {"tensor_parallel": ranks, "collectives": [collectives]}
