@@ -41,8 +41,9 @@ def attention_kernel(
     UNIT_COST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program walks its share of the costs, unit by unit, and looks the next one's tile up ahead.
+    """One program walks its share of the costs, unit by unit.
 
+    While it reads a unit, it looks up the next one's tile.
     Only its first and its last unit can be cut. Its part of the first is counted at once, when the
     program before has long begun the unit and will end with it; what the program is the last to
     count it merges at the end, so that no unit waits for another's merge.

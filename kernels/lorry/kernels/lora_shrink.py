@@ -57,8 +57,8 @@ def _shrink_kernel(
         unit = first_unit + rank * ROW_UNITS + split * STEPS
         steps = tl.minimum(ROW_UNITS - split * STEPS, STEPS)
         i = split * STEPS * ROW_UNIT + tl.arange(0, ROW_UNIT)
-        # The pages of the units of each rank's A, of which there are hardly more, are found before
-        # the loop: in it, one load would wait for another in every step.
+        # The pages of a rank's units, which seldom lie in more than two, are found before the loop:
+        # in it, one load would wait for another in every step.
         first_page = tl.load(pages + unit // SLICE_UNITS, mask=is_rank, other=0)
         last_page = tl.load(pages + (unit + steps - 1) // SLICE_UNITS, mask=is_rank, other=0)
         y_offset = split.to(tl.int64) * stride_ys + row * stride_yt
