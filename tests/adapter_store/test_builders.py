@@ -96,6 +96,23 @@ async def test_closing_ends_the_processes(builders: Builders) -> None:
     assert not is_running(pid)
 
 
+async def test_a_niceness_counts_against_the_store_itself() -> None:
+    """A system that groups processes by session weighs it within one only."""
+    nice = Builders(TINY, processes=1, niceness=10)
+    await nice.check_config(json.dumps(CONFIG))
+    (pid,) = pids(nice)
+    store_niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, store_niceness + 10)
+    assert os.getsid(pid) == os.getsid(0)
+    await nice.close()
+
+
+async def test_ctrl_c_at_the_store_leaves_its_processes_alone(builders: Builders) -> None:
+    await builders.check_config(json.dumps(CONFIG))
+    (pid,) = pids(builders)
+    assert os.getpgid(pid) != os.getpgid(0)
+
+
 async def test_a_defect_in_a_builder_reaches_nobody_in_its_words(
     builders: Builders, tmp_path: Path
 ) -> None:

@@ -133,7 +133,7 @@ class Builders:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=MAX_REPLY_BYTES,
-            start_new_session=True,
+            process_group=0,  # Ctrl-C is not for it; niceness counts within a session only
         )
 
 

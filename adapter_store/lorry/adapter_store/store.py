@@ -21,6 +21,7 @@ from lorry.adapter_store.images import ImageTier
 from lorry.adapter_store.leases import Lease
 from lorry.adapter_store.limits import Limits
 from lorry.adapter_store.memory_file import MemoryFile
+from lorry.adapter_store.pace import Pace
 from lorry.adapter_store.publisher import Publisher
 from lorry.adapter_store.ram_budget import ram_budget
 from lorry.adapter_store.records import Adapter, UploadRecord
@@ -78,6 +79,7 @@ class Store:
         self.images = ImageTier(
             shared, budget_bytes=budget_bytes, storage=storage, builders=builders
         )
+        self.pace = Pace(settings.clock)
         self._checkers, self._now_ns = checkers, settings.now_ns
         self.uploads = self._uploads(settings, storage, loaded)
         self.warmer = Warmer(
@@ -107,6 +109,7 @@ class Store:
             publisher=publisher,
             catalogue=self.catalogue,
             limits=settings.limits,
+            pace=self.pace,
             stored=loaded.uploads,
             now_ns=settings.now_ns,
             clock=settings.clock,
@@ -161,6 +164,7 @@ class Store:
         """A lease of a version's image; the version itself is kept with it."""
         started_s = time.monotonic()
         self.contents.hold(version)
+        self.pace.fetched()
         try:
             lease = await self.images.lease(version, layout)
         except BaseException:

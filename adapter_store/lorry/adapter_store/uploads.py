@@ -14,6 +14,7 @@ from lorry.adapter_store.backend import Outdated
 from lorry.adapter_store.catalogue import Catalogue
 from lorry.adapter_store.counts import UploadCounts
 from lorry.adapter_store.limits import Limits
+from lorry.adapter_store.pace import Pace
 from lorry.adapter_store.publisher import Publisher
 from lorry.adapter_store.records import Published, UploadRecord
 from lorry.adapter_store.storage import Storage
@@ -47,6 +48,7 @@ class Uploads:
         publisher: Publisher,
         catalogue: Catalogue,
         limits: Limits,
+        pace: Pace,
         stored: list[UploadRecord],
         now_ns: Callable[[], int] = time.time_ns,
         clock: Callable[[], float] = time.monotonic,
@@ -54,6 +56,7 @@ class Uploads:
         self.counts = UploadCounts()
         self._storage, self._backend = storage, storage.backend
         self._publisher, self._catalogue, self._limits = publisher, catalogue, limits
+        self._pace = pace
         self._now_ns, self._clock = now_ns, clock
         self._uploads: dict[str, Upload] = {}
         # That have ended, with their bytes still there: so are those whose store died in between.
@@ -125,7 +128,8 @@ class Uploads:
                     f"{upload.record.weights_bytes}",
                     receivedBytes=upload.received_bytes,
                 )
-            await self._tasks.finish(self._append(upload, writer, chunk))
+            async with self._pace.turn():
+                await self._tasks.finish(self._append(upload, writer, chunk))
         return await self._finish(upload)
 
     async def abandon(self, upload_id: str, tenant: str) -> None:
