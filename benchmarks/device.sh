@@ -135,8 +135,8 @@ merged) # three numbers of adapters, each three runs of merged copies and of one
 packed) # eleven engines of 13 s to build, six cases of three runs of 10 to 20 s
 	bench baselines.packed --model llama-3-8b
 	;;
-peft) # 120 s each for one adapter a batch and for mixed batches, after making 200 adapters
-	bench baselines.peft --model llama-2-7b --adapters 200 --ranks 8
+peft) # 60 s each for one adapter a batch and for mixed batches, and as much to make the adapters
+	bench baselines.peft --model llama-2-7b --adapters 200 --ranks 8 --seconds 60
 	;;
 paper-7b) bench reproduction --settings s1 s2 ;; # 16 cells of 20 s and their drains of about 8 s
 paper-13b) bench reproduction --settings s4 ;; # 12 cells
