@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from weakref import WeakValueDictionary
 
 FETCHES_GO_ON_S = 0.2  # after one, others are expected
 SPACING = 10  # from one chunk to the next, in times of a chunk: uploads have a tenth of the time
@@ -19,34 +20,40 @@ class Pace:
     times what it is alone, and 6 times if uploads never rest; 80 MiB take 3.5 s and not 1.6.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._clock, self._sleep = clock, sleep
         self._fetched_s = self._next_turn_s = -math.inf
-        self._chunk_s = 0.0
+        self._chunk_s = 0.0  # what the last one has taken
+        self._next = asyncio.Lock()  # whose holder has the next turn
+        self._next_of: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def fetched(self) -> None:
         """Note a fetch."""
         self._fetched_s = self._clock()
 
     @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait for the turn of a chunk, which the block takes."""
-        await asyncio.sleep(self.take_turn())
+    async def turn(self, tenant: str) -> AsyncIterator[None]:
+        """Wait for the turn of a tenant's chunk, which the block takes; tenants take turns."""
+        if self._fetches_come:
+            next_of_tenant = self._next_of.setdefault(tenant, asyncio.Lock())
+            async with next_of_tenant, self._next:
+                await self._rest()
         begun_s = self._clock()
         try:
             yield
         finally:
-            self.took(self._clock() - begun_s)
+            self._chunk_s = min(self._clock() - begun_s, MAX_CHUNK_S)
 
-    def take_turn(self) -> float:
-        """Seconds until the turn of a chunk, which later ones come after."""
-        now_s = self._clock()
-        if now_s - self._fetched_s > FETCHES_GO_ON_S:
-            return 0.0
-        turn_s = max(now_s, self._next_turn_s)
-        self._next_turn_s = turn_s + SPACING * self._chunk_s
-        return turn_s - now_s
+    async def _rest(self) -> None:
+        wait_s = self._next_turn_s - self._clock()
+        if wait_s > 0 and self._fetches_come:
+            await self._sleep(wait_s)
+        self._next_turn_s = self._clock() + SPACING * self._chunk_s
 
-    def took(self, chunk_s: float) -> None:
-        """Note how long the last chunk, of any upload, has taken."""
-        self._chunk_s = min(chunk_s, MAX_CHUNK_S)
+    @property
+    def _fetches_come(self) -> bool:
+        return self._clock() - self._fetched_s <= FETCHES_GO_ON_S

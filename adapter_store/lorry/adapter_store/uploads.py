@@ -128,7 +128,7 @@ class Uploads:
                     f"{upload.record.weights_bytes}",
                     receivedBytes=upload.received_bytes,
                 )
-            async with self._pace.turn():
+            async with self._pace.turn(tenant):
                 await self._tasks.finish(self._append(upload, writer, chunk))
         return await self._finish(upload)
 
