@@ -1,5 +1,7 @@
 """The backlog's lines, where requests leave before their turn and come back."""
 
+import weakref
+
 import pytest
 
 from lorry.router.backlog import Backlog
@@ -42,7 +44,24 @@ def test_a_queue_that_was_empty_begins_anew(backlog: Backlog) -> None:
     backlog.add(left)  # as one whose worker was lost
     other = add(backlog, 2)
     assert left.queue is other.queue
-    assert (backlog.first(0.0), backlog.first_with([b"v"])) == (left, left)
+    assert (backlog.first(0.0), backlog.first_with([left.queue.of_version])) == (left, left)
+    backlog.check_integrity()
+
+
+def test_one_set_of_queues_of_a_version_lives_while_a_request_of_it_does(backlog: Backlog) -> None:
+    running = add(backlog, 1)
+    queues = running.queue.of_version
+    backlog.remove(running)  # it went to a worker
+    assert (queues, backlog.first_with([queues])) == ({}, None)
+    waiting = add(backlog, 2)
+    assert waiting.queue is queues[waiting.tenant]
+    assert backlog.first_with([queues]) is waiting
+    backlog.remove(waiting)
+    for backlog.overloaded in (False, True):
+        assert backlog.first(0.0) is None  # and no line knows the queue any more
+    gone = weakref.ref(queues)
+    del running, waiting, queues
+    assert gone() is None
     backlog.check_integrity()
 
 

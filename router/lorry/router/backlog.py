@@ -3,11 +3,12 @@
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from weakref import WeakValueDictionary
 
 from lorry.router.fairness import Fairness
 from lorry.router.line import Line
 from lorry.router.order import Order
-from lorry.router.queue import Queue, Turn
+from lorry.router.queue import Queue, Queues, Turn
 from lorry.router.request import Request
 
 MAX_COMPARED = 8  # queues, for the first of some versions
@@ -27,7 +28,8 @@ class Backlog:
         self._overload = self._normal if same else Line(overload_order, fairness, 1)
         self._lines = (self._normal,) if same else (self._normal, self._overload)
         self._num_turns = 0  # ever given
-        self._queues: dict[bytes, dict[str, Queue]] = {}  # by version and tenant; none is empty
+        # By version; its requests keep them, whether they wait or are at a worker.
+        self._queues = WeakValueDictionary[bytes, Queues]()
         # Who was passed over, and until when.
         self._due: OrderedDict[Request, float] = OrderedDict()
         self._aside: dict[Request, None] = {}  # not a set, which has no order of its own
@@ -53,12 +55,14 @@ class Backlog:
                 yield from queue.requests.values()
 
     def add(self, request: Request) -> None:
-        queues = self._queues.setdefault(request.version, {})
+        queues = self._queues.get(request.version)
+        if queues is None:
+            queues = self._queues[request.version] = Queues()
         queue = queues.get(request.tenant)
         if queue is None:
-            queue = queues[request.tenant] = Queue(
-                request.tenant, request.version, heaps=tuple([] for _ in self._lines)
-            )
+            heaps = tuple[list[Turn], ...]([] for _ in self._lines)
+            queue = Queue(request.tenant, request.version, heaps=heaps, of_version=queues)
+            queues[request.tenant] = queue
             self._fairness.enter(queue)
         request.queue = queue
         queue.requests[request.number] = request
@@ -76,10 +80,7 @@ class Backlog:
             del queue.passed_over[request]
         request.turn = 0
         if not queue.requests:
-            queues = self._queues[queue.version]
-            del queues[queue.tenant]
-            if not queues:
-                del self._queues[queue.version]
+            del queue.of_version[queue.tenant]
             for heap in queue.heaps:
                 heap.clear()  # a line may know the queue until it comes to the front
             self._fairness.leave(queue)
@@ -123,9 +124,10 @@ class Backlog:
         request.queue.passed_over[request] = None
         request.turn = 0
 
-    def first_with(self, versions: Iterable[bytes]) -> Request | None:
+    def first_with(self, versions: Iterable[Queues]) -> Request | None:
         """Who is next of these versions' requests; those that were passed over go first."""
-        compared = list(islice(self._queues_with(versions), MAX_COMPARED))
+        waiting = map(dict[str, Queue].values, filter(None, versions))
+        compared = list(islice(chain.from_iterable(waiting), MAX_COMPARED))
         if self._held:
             compared = [queue for queue in compared if queue.tenant not in self._held]
         for queue in compared:
@@ -173,8 +175,8 @@ class Backlog:
         queued = list(self)
         queues = [queue for queues in self._queues.values() for queue in queues.values()]
         assert len(set(queued)) == len(queued) == self._num_requests
-        assert all(self._queues.values()), "a version was kept that nobody waits for"
         assert all(queue.requests for queue in queues), "an empty queue was kept"
+        assert all(queue.of_version is self._queues[queue.version] for queue in queues)
         assert all(request.queue in queues for request in queued)
         passed_over = [request for queue in queues for request in queue.passed_over]
         assert len(passed_over) == len(self._due)
@@ -206,10 +208,6 @@ class Backlog:
             if not self._is_skipped(request):
                 return request
         return None
-
-    def _queues_with(self, versions: Iterable[bytes]) -> Iterator[Queue]:
-        waiting = filter(None, map(self._queues.get, versions))
-        return chain.from_iterable(map(dict.values, waiting))
 
     def _is_skipped(self, request: Request) -> bool:
         return request in self._aside or request.tenant in self._held

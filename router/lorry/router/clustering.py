@@ -52,5 +52,5 @@ class AdapterClustering:
         is_full = len(running) - (b"" in running) >= self._max_adapters
         if not is_full and distance(version, worker) <= distance(version, preferred()):
             return None
-        other = backlog.first_with(filter(None, running))
+        other = backlog.first_with(worker.queues.values())
         return other if other is not None and worker.can_serve(other) else None

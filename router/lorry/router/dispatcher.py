@@ -197,6 +197,9 @@ class Dispatcher:
         for worker in self._workers.values():
             active_there = worker.active.values()
             assert worker.num_requests == Counter(r.version for r in active_there)
+            assert worker.queues == {
+                r.version: r.queue.of_version for r in active_there if r.version
+            }
             usage = worker.usage
             assert usage.requests.by_tenant == Counter(r.tenant for r in active_there)
             assert usage.tokens.total == sum(r.num_charged_tokens for r in active_there)

@@ -22,7 +22,7 @@ class Fairness(Protocol):
     """Ranks: the least goes first, and among equals the order of their requests decides."""
 
     def tenant_rank(self, tenant: str) -> float: ...
-    def queue_rank(self, queue: Queue) -> int: ...
+    def queue_rank(self, queue: Queue) -> float: ...
 
     def share(self, tenant: str) -> float:
         """Of the service, that the tenant gets at least while it waits; 0: none is assured."""
@@ -47,7 +47,7 @@ class NoFairness:
     def tenant_rank(self, tenant: str) -> float:
         return 0
 
-    def queue_rank(self, queue: Queue) -> int:
+    def queue_rank(self, queue: Queue) -> float:
         return 0
 
     def share(self, tenant: str) -> float:
@@ -94,7 +94,9 @@ class Counters(Generic[K]):
             self._forget()
 
     def charge(self, flow: K, tokens: float) -> None:
-        before = self.values[flow] if flow in self.values else self._least()
+        before = self.values.get(flow)
+        if before is None:
+            before = self._least()
         self.values[flow] = before + tokens / self._weight(flow)
         if tokens < 0:
             self._by_value.touch(flow)
@@ -138,11 +140,10 @@ class TokenCounters:
     def tenant_rank(self, tenant: str) -> float:
         return self._tenants.values.get(tenant, 0.0)
 
-    def queue_rank(self, queue: Queue) -> int:
+    def queue_rank(self, queue: Queue) -> float:
         if not self._by_adapter:
             return 0
-        value = self._adapters[queue.tenant].values.get(queue.version, 0.0)
-        return int(value // self._quantum)
+        return self._adapters[queue.tenant].values.get(queue.version, 0.0) // self._quantum
 
     def share(self, tenant: str) -> float:
         return self._tenants.share(tenant)

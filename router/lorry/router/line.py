@@ -1,6 +1,7 @@
 """The queued requests in the sequence of one order and one fairness."""
 
 import heapq
+import math
 from collections.abc import Iterable
 
 from lorry.router.fairness import Fairness
@@ -13,7 +14,7 @@ SPARE_TURNS = 16  # that a heap may hold beside twice as many as its queue has r
 # What heaps compare: the rank by fairness, then the first turn. Flat, since following one more
 # reference takes long where there are too many for the CPU's caches, and without the request, which
 # would be kept as long as a key that is out of date.
-QueueKey = tuple[int, float, int, int, Queue]
+QueueKey = tuple[float, float, int, int, Queue]
 TenantKey = tuple[float, float, int, int, Queue, str]
 
 
@@ -64,20 +65,21 @@ class Line:
 
     def first(self) -> Request | None:
         least = self._first.least()
-        turn = None if least is None else self._first_of(least[4])
-        return None if turn is None else turn[3]
+        if least is None:
+            return None
+        turn = least[4].heaps[self._index][0]  # who has left was dropped for the key just now
+        return turn[3]
 
     def first_among(self, queues: Iterable[Queue]) -> Request | None:
         """Who is next of these queues' requests."""
-        fairness, best = self._fairness, None
+        fairness, best, best_rank = self._fairness, None, math.inf
+        tenant_rank = fairness.tenant_rank
         for queue in queues:
-            rank = fairness.tenant_rank(queue.tenant)
-            if best is not None and rank > best[0]:
-                continue
-            turn = self._first_of(queue)
-            if turn is not None:
+            rank = tenant_rank(queue.tenant)
+            if rank <= best_rank and (turn := self._first_of(queue)) is not None:
                 key = (rank, fairness.queue_rank(queue), turn)
-                best = key if best is None or key < best else best
+                if best is None or key < best:
+                    best, best_rank = key, rank
         return None if best is None else best[2][3]
 
     def touch(self, queue: Queue) -> None:

@@ -21,9 +21,8 @@ class OpenWorkers:
         self._reserve = reserve
         self._open: list[Worker] = []
         self._tight: set[Worker] = set()
-        for worker in workers:
-            if worker.num_submitted < worker.submit_limit:  # most are full
-                self._note(worker)
+        for worker in [w for w in workers if w.num_submitted < w.submit_limit]:  # most are full
+            self._note(worker)
 
     def __bool__(self) -> bool:
         return bool(self._open)

@@ -57,12 +57,12 @@ class Pacing:
         self._backlog_s = backlog_s
 
     def has_room(self, worker: Worker) -> bool:
-        return self.has_room_in(worker, self.room_tokens(worker))
+        return worker.has_room and self.has_room_in(worker, self.room_tokens(worker))
 
     def has_room_in(self, worker: Worker, room_tokens: float) -> bool:
-        """Whether it would have if so many tokens of prompts might wait there."""
-        is_idle = len(worker.unstarted) < MIN_UNSTARTED
-        return worker.has_room and (is_idle or worker.unstarted_tokens < room_tokens)
+        """Whether a worker that takes requests would have if so many tokens of prompts might wait
+        there."""
+        return len(worker.unstarted) < MIN_UNSTARTED or worker.unstarted_tokens < room_tokens
 
     def room_tokens(self, worker: Worker) -> float:
         """Of prompts, that may wait at the worker."""

@@ -20,6 +20,17 @@ class Queue:
     requests: "dict[int, Request]" = field(default_factory=dict)  # by number
     passed_over: "dict[Request, None]" = field(default_factory=dict)  # some of them
     heaps: tuple[list[Turn], ...] = ()  # of the others, for each line; some have left
+    of_version: "Queues" = field(default_factory=lambda: Queues())  # those that are not empty
+
+
+class Queues(dict[str, Queue]):
+    """The queues of one version that are not empty, by tenant.
+
+    All requests of a version that wait or are at workers have the same one, so that a worker sees
+    which of its versions are waited for without looking them up.
+    """
+
+    __slots__ = ("__weakref__",)
 
 
 NOWHERE = Queue("", b"")  # is a request before it is queued

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from lorry.router.queue import Queues
 from lorry.router.request import Request
 from lorry.router.usage import Usage
 
@@ -52,6 +53,7 @@ class Worker:
     unstarted: dict[Request, int] = field(default_factory=dict)  # their tokens; no output came yet
     unstarted_tokens: int = 0
     num_requests: Counter[bytes] = field(default_factory=Counter)  # of `active`, by version
+    queues: dict[bytes, Queues] = field(default_factory=dict)  # of those versions' adapters
     num_tpots: Counter[float] = field(default_factory=Counter)  # of `active`, by what they ask for
     tightest_tpot_s: float = math.inf  # the least of them
     gpu: set[bytes] = field(default_factory=set)  # versions usable by the next step
@@ -96,6 +98,8 @@ class Worker:
         self.unstarted[request] = num_tokens
         self.unstarted_tokens += num_tokens
         self.num_requests[request.version] += 1
+        if request.version:
+            self.queues[request.version] = request.queue.of_version
         self.usage.add(request.tenant, request.num_charged_tokens)
         if request.slo.tpot_s is not None:
             self.num_tpots[request.slo.tpot_s] += 1
@@ -115,6 +119,7 @@ class Worker:
         self.num_requests[request.version] -= 1
         if not self.num_requests[request.version]:
             del self.num_requests[request.version]
+            self.queues.pop(request.version, None)
         self.usage.remove(request.tenant, request.num_charged_tokens)
         if request.slo.tpot_s is not None:
             self._forget_tpot(request.slo.tpot_s)
