@@ -83,18 +83,20 @@ tp-tests) # on two GPUs; a rank that fails or hangs leaves both ranks' traceback
 	tests tests/gpu/test_tensor_parallel.py --capture=no --maxfail=3 -o faulthandler_timeout=90
 	;;
 tp-rates) bench collectives ;; # on two GPUs: 60 s
-tp-bench) # on two GPUs: four engines of about 60 s, compilation left out
-	for lora in replicated slora silent; do bench tensor_parallel --lora $lora --limit-s 120; done
-	bench tensor_parallel --tensor-parallel 1 --limit-s 120
+tp-bench) # on two GPUs: four engines of 63 to 79 s
+	for ranks in "--lora replicated" "--lora slora" "--lora silent" "--tensor-parallel 1"; do
+		bench tensor_parallel $ranks --requests 500 --max-running 512 --batch 64 --limit-s 135
+	done
 	;;
 tp-bench-30b) # on two GPUs of 78 GiB; one of them has no room for its 65 GB and a pool
 	for lora in replicated slora silent; do
 		bench tensor_parallel --model llama-30b --max-context-tokens 2048 --requests 100 --lora $lora
 	done
 	;;
-tp-bench-70b) # on two H200: 141 GB of weights do not fit into two GPUs of 78 GiB
+tp-bench-70b) # on two H200, 100 s each: 141 GB of weights do not fit into two GPUs of 78 GiB
 	for lora in replicated slora silent; do
-		bench tensor_parallel --model llama-3-70b --ranks 16 --requests 100 --limit-s 400 --lora $lora
+		bench tensor_parallel --model llama-3-70b --ranks 16 --requests 100 --batch 16 64 --limit-s 190 \
+			--lora $lora
 	done
 	;;
 rates)
@@ -129,11 +131,11 @@ ablation-invariant) # a second capture of all steps, and six runs of 7 to 15 s
 ablation-launches) # two runs: 6 s, 20 s without graphs, 105 s of padded products
 	bench ablation --requests 125 --pool-gib 6 --runs 2 --variants "no graphs" "padded products"
 	;;
-merged) # three numbers of adapters, each three runs of merged copies and of one engine: five minutes
+merged) # three numbers of adapters, each three runs of merged copies and of one engine: four minutes
 	bench baselines.merged --model llama-3-8b
 	;;
-packed) # eleven engines of 13 s to build, six cases of three runs of 10 to 20 s
-	bench baselines.packed --model llama-3-8b
+packed) # eleven engines to build, six cases of three runs: seven minutes
+	bench baselines.packed --model llama-3-8b --requests 500
 	;;
 peft) # 60 s each for one adapter a batch and for mixed batches, and as much to make the adapters
 	bench baselines.peft --model llama-2-7b --adapters 200 --ranks 8 --seconds 60

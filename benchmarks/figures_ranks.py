@@ -85,8 +85,7 @@ def _sums(rows: Sequence[Result]) -> Iterator[str]:
 
 def _name(row: Result) -> str:
     config = row["config"]
-    # Results without a word of it are from when NCCL did all sums.
-    is_nccl = config["tensor_parallel"] > 1 and not config.get("one_shot_sums")
+    is_nccl = config["tensor_parallel"] > 1 and not config["one_shot_sums"]
     return NAMES[config["lora"]] + (", sums by NCCL" if is_nccl else "")
 
 
