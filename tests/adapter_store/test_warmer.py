@@ -10,7 +10,7 @@ from lorry.adapter_store.image import image_bytes
 from lorry.adapter_store.peft_config import resolve
 from lorry.adapter_store.pins import MAX_PINS, Pins
 from lorry.kernels.page_layout import Dtype, PageLayout
-from lorry.rpc.errors import AdapterNotFound, PermissionDenied, StoreFull
+from lorry.rpc.errors import AdapterNotFound, PermissionDenied, StoreFull, StoreUnavailable
 from lorry.rpc.identity import Caller, Role
 from lorry.rpc.names import AdapterName
 from lorry.v1 import store_admin_service_pb2 as pb
@@ -119,6 +119,25 @@ async def test_the_number_of_pins_is_bounded(running: RunningStore) -> None:
     with pytest.raises(StoreFull, match=f"{MAX_PINS} adapters"):
         pins.add(AdapterName("acme", "one-more"))
     assert pins.versions() == frozenset()
+
+
+async def test_a_pin_that_cannot_be_written_down_is_none(running: RunningStore) -> None:
+    await push(running.client, "a", 0)
+    (running.backend_dir / ".memory.json.new").mkdir()  # so that nothing can be written there
+    with pytest.raises(StoreUnavailable, match="memory"):
+        await pin(running, "adapters/a")
+    assert list(running.store.warmer.pins) == []
+
+
+async def test_a_store_that_cannot_write_down_its_memory_ends_as_it_should(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_store(tmp_path) as running:
+        version = await push(running.client, "a", 0)
+        (running.backend_dir / ".memory.json.new").mkdir()
+    assert "memory.json cannot be written" in caplog.text
+    async with running_store(tmp_path) as running:
+        await fetch(running, version)
 
 
 async def test_only_admins_pin(tmp_path: Path) -> None:

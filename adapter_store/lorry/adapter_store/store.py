@@ -213,7 +213,10 @@ class Store:
         await self.catalogue.close()
 
     async def close(self) -> None:
-        await self.warmer.save()
+        try:
+            await self.warmer.save()
+        except StoreUnavailable as error:
+            log.warning("what was wanted most since the last minute is forgotten: %s", error)
         await self.uploads.close()
         await self.catalogue.close()
         await self.images.close()
@@ -260,7 +263,8 @@ async def _at_work(store: Store, *, shared: bool) -> AsyncIterator[None]:
     finally:
         for task in background:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        for error in await asyncio.gather(*background, return_exceptions=True):
+            if isinstance(error, Exception):
+                log.error("work of the store's own ended early", exc_info=error)
         await store.start_draining()
         await store.close()

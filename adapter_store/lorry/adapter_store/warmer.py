@@ -64,18 +64,18 @@ class Warmer:
         self._tried = keys
 
     async def pin(self, name: AdapterName) -> None:
-        """Raises AdapterNotFound, or StoreFull and then it is not pinned."""
+        """Raises AdapterNotFound, or StoreFull or StoreUnavailable, and then it is not pinned."""
         if self._catalogue.get(name) is None:
             raise edits.not_found(name)
         was_pinned = name in set(self.pins)
         self.pins.add(name)
         try:
             await self._build_pinned(name)
+            await self.save()
         except BaseException:
             if not was_pinned:
                 self.pins.discard(name)
             raise
-        await self.save()
 
     async def unpin(self, name: AdapterName) -> None:
         self.pins.discard(name)
