@@ -86,6 +86,26 @@ def test_a_content_is_synchronised_before_it_has_its_name(
     backend.close()
 
 
+def test_an_uploads_bytes_are_synchronised_while_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contents are kept one at a time, and gigabytes take seconds to reach a disk."""
+    backend = opened(tmp_path)
+    backend.create_upload(UPLOAD)
+    backend.append(UPLOAD.key, 0, b"abcdef")
+    synchronised: list[int] = []
+    sync = os.fsync
+
+    def recording(descriptor: int) -> None:
+        sync(descriptor)
+        synchronised.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    with backend.staged(UPLOAD.key) as path:
+        assert synchronised == [path.stat().st_ino]
+    backend.close()
+
+
 def test_what_a_crash_left_half_done_is_removed(tmp_path: Path) -> None:
     opened(tmp_path).close()
     for path in (
