@@ -27,8 +27,10 @@ from benchmarks.figures_text import Result, source, spread
 from benchmarks.results_file import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
+MEASUREMENTS = DOCS / "measurements.md"
 SCHEDULING, PERFORMANCE = DOCS / "scheduling.md", DOCS / "performance.md"
 REPRODUCTION, RANKS = DOCS / "reproduction.md", DOCS / "tensor-parallelism.md"
+Parts = dict[str, Callable[[list[Result]], Iterator[str]]]  # what is told of each benchmark
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->"
 
 
@@ -40,12 +42,22 @@ def results(benchmark: str, directory: Path = RESULTS) -> list[Result]:
 
 
 def figures(directory: Path = RESULTS) -> str:
-    """The section between the markers."""
-    lines = list(_plot_of_throughput(directory))
-    for benchmark, tell in PARTS.items():
+    """README's section between the markers."""
+    throughput = [*_plot_of_throughput(directory), *_told(THROUGHPUT, directory)]
+    services = [*_told(OF_README, directory)]
+    between = ["Cold adapters, whole services, starts and faults:", ""] if services else []
+    return "\n".join([*throughput, *between, *services]) + "\n"
+
+
+def measurements_text(directory: Path = RESULTS) -> str:
+    """That of the page that tells the rest."""
+    return "\n".join(["", *_told(OF_MEASUREMENTS, directory), ""])
+
+
+def _told(parts: Parts, directory: Path) -> Iterator[str]:
+    for benchmark, tell in parts.items():
         if rows := results(benchmark, directory):
-            lines += tell(rows)
-    return "\n".join(lines) + "\n"
+            yield from tell(rows)
 
 
 def _plot_of_throughput(directory: Path) -> Iterator[str]:
@@ -55,7 +67,8 @@ def _plot_of_throughput(directory: Path) -> Iterator[str]:
         yield (
             "vLLM's figures are of version 0.26.0 on the same card and traces, in the settings "
             "named, which need not be its best (`benchmarks/recorded.py`). How far the engine is "
-            "from the ideal, and why: [docs/performance.md](docs/performance.md)."
+            "from the ideal, and why: [docs/performance.md](docs/performance.md). Steps, copies, "
+            "router and store: [docs/measurements.md](docs/measurements.md)."
         )
         yield ""
 
@@ -111,20 +124,22 @@ def _soak(rows: list[Result]) -> Iterator[str]:
         yield f"  {source(row)}."
 
 
-PARTS: dict[str, Callable[[list[Result]], Iterator[str]]] = {
-    "engine": engine_figures,
-    "step": step_figures,
-    "copies": copies_figures,
+THROUGHPUT: Parts = {"engine": engine_figures}
+OF_README: Parts = {
     "cold": cold_figures,
     "cold_tiers": cold_tiers_figures,
     "live": live_figures,
     "start": start_figures,
+    "soak": _soak,
+}
+OF_MEASUREMENTS: Parts = {
+    "step": step_figures,
+    "copies": copies_figures,
     "router": _router,
     "store": _store,
     "store_scale": store_scale_figures,
     "store_fuzz": store_fuzz_figures,
     "store_flood": store_flood_figures,
-    "soak": _soak,
 }
 
 
@@ -142,6 +157,7 @@ def replace_figures(page: Path, text: str) -> None:
 
 def main() -> None:
     replace_figures(README, figures())
+    replace_figures(MEASUREMENTS, measurements_text())
     replace_figures(SCHEDULING, scheduling_text(studies()))
     replace_figures(PERFORMANCE, performance_text(results))
     replace_figures(REPRODUCTION, reproduction_text(results))
@@ -150,7 +166,7 @@ def main() -> None:
     draw_plots(results)
     for row in results("store_scale"):
         if not over_redis(row):
-            plot_memory(row, README.parent / PLOT)
+            plot_memory(row, DOCS / PLOT)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 
 from benchmarks.card import find_card
 from benchmarks.figures_text import Result, command
+from benchmarks.recorded import RECORDED_ALPHA, VLLM, vllm_runs
 from benchmarks.roofline import GIB, ideal_model, ideal_seconds
 from lorry.client.bench.trace import TraceSpec, make_trace
 
 OFFLINE = (
-    "Offline throughput of the engine on one GPU: all requests of a trace submitted at once, "
-    "median and spread of the runs; *ideal* is the yardstick of `benchmarks/roofline.py`."
+    "Offline throughput of the engine on one GPU, requests a second: all requests of a trace "
+    f"submitted at once, median of the runs. *{VLLM}* is the best of its runs in the plot, *ideal* "
+    "the yardstick of `benchmarks/roofline.py`."
 )
 
 
@@ -27,15 +29,14 @@ def engine_figures(rows: list[Result]) -> Iterator[str]:
 
 
 def _table(rows: list[Result]) -> Iterator[str]:
-    yield "| model | adapters | ranks | popularity | req/s | runs | ideal req/s | output tokens/s |"
-    yield "|---|---:|---|---|---:|---|---:|---:|"
+    yield f"| model | adapters | ranks | popularity | {VLLM} | Lorry | runs | ideal |"
+    yield "|---|---:|---|---|---:|---:|---|---:|"
     for row in rows:
-        metrics, runs = row["metrics"], row["metrics"]["req_per_s_of_runs"]
-        ideal = ideal_req_per_s(row)
+        runs = row["metrics"]["req_per_s_of_runs"]
         yield (
-            f"| {' | '.join(_workload(row))} | {metrics['req_per_s']:.1f} "
-            f"| {min(runs):.1f} to {max(runs):.1f} | {'-' if ideal is None else f'{ideal:.1f}'} "
-            f"| {metrics['out_tok_per_s']:,.0f} |"
+            f"| {' | '.join(_workload(row))} | {_number(vllm_req_per_s(row))} "
+            f"| **{row['metrics']['req_per_s']:.1f}** | {min(runs):.1f} to {max(runs):.1f} "
+            f"| {_number(ideal_req_per_s(row))} |"
         )
     yield ""
     yield f"{rows[0]['device']}; by"
@@ -44,6 +45,20 @@ def _table(rows: list[Result]) -> Iterator[str]:
         f"- {line}" for line in dict.fromkeys(f"{command(r)}, {r['date'][:10]}" for r in rows)
     )
     yield ""
+
+
+def _number(req_per_s: float | None) -> str:
+    return "-" if req_per_s is None else f"{req_per_s:.1f}"
+
+
+def vllm_req_per_s(row: Result) -> float | None:
+    """The best recorded one of the row's trace; None where there is none."""
+    config = row["config"]
+    if config["alpha"] != RECORDED_ALPHA:
+        return None
+    settings = vllm_runs(row["device"], config["model"], config["ranks"]).values()
+    found = [run for runs in settings for run in runs if run.adapters == config["adapters"]]
+    return max((run.req_per_s for run in found), default=None)
 
 
 def ideal_req_per_s(row: Result) -> float | None:

@@ -1,4 +1,4 @@
-"""What README tells of the engine's parts on a GPU."""
+"""What README and docs/measurements.md tell of the engine's parts on a GPU."""
 
 from collections.abc import Iterator
 
@@ -61,10 +61,14 @@ def _first(metrics: Result) -> str:
 
 def start_figures(rows: list[Result]) -> Iterator[str]:
     for row in rows:
-        seconds = ", ".join(
-            f"{name.replace('_', ' ')} {value:.1f}"
-            for name, value in row["metrics"].items()
-            if isinstance(value, int | float)
+        seconds = row["metrics"]
+        yield (
+            f"- A worker ({row['config']['model']}) has its first token "
+            f"{seconds['cold_first_token_s']:.1f} s after its start, "
+            f"{seconds['warm_first_token_s']:.1f} s where its kernels are in the cache on disk;"
         )
-        yield f"- Start of a worker ({row['config']['model']}), seconds: {seconds}."
+        yield (
+            f"  it listens after {seconds['cold_listening_s']:.1f} s, with its weights and graphs "
+            f"it is ready after {seconds['cold_ready_s']:.1f} and {seconds['warm_ready_s']:.1f} s."
+        )
         yield f"  {source(row)}."

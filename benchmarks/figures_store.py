@@ -1,4 +1,4 @@
-"""What README tells of the adapter store's measurements, and the plot of its memory."""
+"""What docs/measurements.md tells of the adapter store, and the plot of its memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.figures_text import Result, source
 
-PLOT = Path("docs") / "figures" / "store-memory.png"  # from the root of the repository
+PLOT = Path("figures") / "store-memory.png"  # in docs
 LRU, BELADY, MEASURED = "#264653", "#8d99ae", "#c8453b"
 
 

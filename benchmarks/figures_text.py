@@ -1,4 +1,4 @@
-"""How README words what result files hold."""
+"""How README and docs word what result files hold."""
 
 import re
 from typing import Any

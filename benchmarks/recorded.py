@@ -1,12 +1,13 @@
 """What other systems reached on the traces of `benchmarks/engine.py`, as it was recorded.
 
-One H200, bf16, all 1,000 requests submitted at once, adapters of q, k, v and o in host memory
-before the clock starts, at most 512 running sequences, no prefix cache.
+One H200, bf16, all 1,000 requests submitted at once, popularity Zipf, adapters of q, k, v and o in
+host memory before the clock starts, at most 512 running sequences, no prefix cache.
 """
 
 from dataclasses import dataclass
 
 DEVICE = "NVIDIA H200"
+RECORDED_ALPHA = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

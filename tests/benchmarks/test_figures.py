@@ -2,24 +2,29 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.figures import (
     BEGIN,
     END,
+    MEASUREMENTS,
     PERFORMANCE,
     RANKS,
     README,
     REPRODUCTION,
     SCHEDULING,
     figures,
+    measurements_text,
     results,
     studies,
 )
-from benchmarks.figures_engine import engine_figures
+from benchmarks.figures_engine import engine_figures, vllm_req_per_s
 from benchmarks.figures_performance import performance_text
 from benchmarks.figures_plots import DOCS, draw_plots, drawings
 from benchmarks.figures_ranks import ranks_text
 from benchmarks.figures_reproduction import NOTHING, reproduction_text
 from benchmarks.figures_scheduling import scheduling_text
+from benchmarks.recorded import DEVICE
 
 PLAIN = {"requests": 50, "trace_seed": 42, "alpha": 1.0, "pool_gib": 108.0}
 
@@ -27,6 +32,11 @@ PLAIN = {"requests": 50, "trace_seed": 42, "alpha": 1.0, "pool_gib": 108.0}
 def test_readme_holds_what_the_result_files_say() -> None:
     text = README.read_text()
     assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == figures()
+
+
+def test_the_page_of_measurements_holds_what_the_result_files_say() -> None:
+    text = MEASUREMENTS.read_text()
+    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == measurements_text()
 
 
 def test_the_page_of_scheduling_holds_what_the_studies_say() -> None:
@@ -196,16 +206,33 @@ def test_traces_are_told_by_model_and_adapters_with_the_commands_that_ran_them()
         )
     )
     rows = [line.split(" | ") for line in lines if line.startswith("| llama")]
-    assert [row[:5] for row in rows] == [
-        ["| llama-2-7b", "9", "8, 64", "uniform", "20.0"],
-        ["| llama-3-8b", "none", "-", "-", "20.0"],
-        ["| llama-3-8b", "9", "8", "Zipf 1", "20.0"],
+    assert [row[:6] for row in rows] == [
+        ["| llama-2-7b", "9", "8, 64", "uniform", "-", "**20.0**"],
+        ["| llama-3-8b", "none", "-", "-", "-", "**20.0**"],
+        ["| llama-3-8b", "9", "8", "Zipf 1", "-", "**20.0**"],
     ]
-    assert {row[5] for row in rows} == {"19.0 to 22.0"}
+    assert {row[6] for row in rows} == {"19.0 to 22.0"}
     assert [line for line in lines if line.startswith("- ")] == [
         "- `other`, 2026-01-02",
         "- `python -m benchmarks.engine --adapters 0 9`, 2026-01-02",
     ]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "changes", "recorded"),
+    [
+        (200, {"ranks": [8]}, 19.12),  # the best of three settings
+        (0, {"ranks": [8]}, 30.74),
+        (200, {"ranks": [8], "alpha": 0.0}, None),
+        (9, {"ranks": [8]}, None),
+    ],
+)
+def test_only_the_same_trace_is_held_against_what_was_recorded(
+    adapters: int, changes: dict[str, Any], recorded: float | None
+) -> None:
+    row = engine_result("llama-2-7b", adapters, "it", **changes)
+    assert vllm_req_per_s(row | {"device": DEVICE}) == recorded
+    assert vllm_req_per_s(row) is None
 
 
 def test_runs_at_arrivals_tell_latencies_apart_from_the_table() -> None:
