@@ -21,6 +21,7 @@ from benchmarks.figures_store import (
     plot_memory,
     store_flood_figures,
     store_fuzz_figures,
+    store_mixed_figures,
     store_scale_figures,
 )
 from benchmarks.figures_text import Result, source, spread
@@ -138,6 +139,7 @@ OF_MEASUREMENTS: Parts = {
     "router": _router,
     "store": _store,
     "store_scale": store_scale_figures,
+    "store_mixed": store_mixed_figures,
     "store_fuzz": store_fuzz_figures,
     "store_flood": store_flood_figures,
 }

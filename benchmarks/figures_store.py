@@ -72,6 +72,23 @@ def store_flood_figures(rows: list[Result]) -> Iterator[str]:
         yield f"  {source(row)}."
 
 
+def store_mixed_figures(rows: list[Result]) -> Iterator[str]:
+    for row in rows:
+        metrics, config = row["metrics"], row["config"]
+        p99_ms = {kind: metrics[f"{kind}_p99_ms"]["median"] for kind in ("quiet", "uploading")}
+        yield (
+            f"- Fetches through shared memory by {config['processes']} processes of "
+            f"{config['streams']} streams at half of what they can do on this machine: p99 "
+            f"{p99_ms['quiet']:.1f} ms,"
+        )
+        yield (
+            f"  and {p99_ms['uploading']:.1f} ms beside one upload after another: "
+            f"{_ratio(metrics['uploading_ratio'])} as much; beside a process that only keeps a"
+        )
+        yield f"  processor busy with what is left of it, {_ratio(metrics['hashing_ratio'])}."
+        yield f"  {source(row)}."
+
+
 def plot_memory(row: Result, path: Path) -> None:
     """Hit rates by the share of the bytes that memory holds."""
     zipf = row["metrics"]["zipf"]
@@ -98,6 +115,14 @@ def plot_memory(row: Result, path: Path) -> None:
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})  # the same bytes each time
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    """With what the half of the rounds in the middle gave."""
+    return (
+        f"{ratio['median']:.1f} times ({ratio['lower_quartile']:.1f} to "
+        f"{ratio['upper_quartile']:.1f})"
+    )
 
 
 def _times(milliseconds: dict[str, Any]) -> str:
