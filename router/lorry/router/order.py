@@ -7,10 +7,6 @@ from lorry.router.request import Request
 # What a request without an objective is taken to want, so that no stream of those with one starves
 # it: its turn comes when its arrival is this long ago.
 RELAXED_TTFT_S = 30.0
-
-
-# By how much of its time to first token a request of average size goes behind one of size 0.
-SIZE_SHARE = 0.7
 SMOOTHING = 0.02  # weight of the newest request in the average size
 OUTPUT_PRICE = 2  # of an output token, in prompt tokens
 
@@ -58,8 +54,9 @@ class SparingOrder:
     """The latest arrivals, but small requests before large ones of about the same time.
 
     Where not all can be served in time, each that is served costs others their turn: so many more
-    are served if those are that ask for little. Size is the prompt and the output that is asked
-    for; one that does not say how much counts as average.
+    are served if those are that ask for little: one of average size goes behind one of size 0 by
+    all of its time to first token. Size is the prompt and the output that is asked for; one that
+    does not say how much counts as average.
     """
 
     waits_for_older = False
@@ -70,7 +67,7 @@ class SparingOrder:
     def key(self, request: Request) -> float:
         size = self._size(request)
         self._mean_size += SMOOTHING * (size - self._mean_size) if self._mean_size else size
-        behind = SIZE_SHARE * size / self._mean_size if self._mean_size else 0.0
+        behind = size / self._mean_size if self._mean_size else 0.0
         return behind * _ttft_s(request) - request.arrival_s
 
     def _size(self, request: Request) -> float:
