@@ -13,7 +13,7 @@ import pytest
 from benchmarks import ablation
 from benchmarks.building import build, model_of
 from benchmarks.card import products_of
-from benchmarks.figures import figures
+from benchmarks.figures import figures, measurements_text
 from benchmarks.variants import variants_on
 from lorry.client.bench.trace import TraceSpec, make_trace
 from lorry.worker.step_graphs import StepGraphs
@@ -37,7 +37,8 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def run(name: str, tiny: Path, *options: str, common: Sequence[str] = ENGINE) -> dict[str, Any]:
-    """The one result file that a benchmark writes; README has words for most of them."""
+    """The one result file that a benchmark writes; README or the page of measurements has words for
+    most of them."""
     directory = tiny.parent / "results"
     command = [sys.executable, "-m", f"benchmarks.{name}", "--model", str(tiny), *common]
     subprocess.run(
@@ -45,7 +46,8 @@ def run(name: str, tiny: Path, *options: str, common: Sequence[str] = ENGINE) ->
     )
     [path] = directory.glob("**/*.json")
     result: dict[str, Any] = json.loads(path.read_text())
-    assert (result["device"] in figures(directory)) == (name not in ("products", "ablation"))
+    told = figures(directory) + measurements_text(directory)
+    assert (result["device"] in told) == (name not in ("products", "ablation"))
     return result
 
 

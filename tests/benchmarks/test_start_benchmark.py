@@ -30,7 +30,7 @@ def test_a_cold_and_a_warm_start_are_measured_up_to_the_first_token(tmp_path: Pa
     for name in ("cold", "warm"):
         seconds = [metrics[f"{name}_{what}_s"] for what in ("listening", "ready", "first_token")]
         assert 0 < seconds[0] < seconds[1] < seconds[2]
-    assert "Start of a worker (model)" in figures(tmp_path)
+    assert "A worker (model) has its first token" in figures(tmp_path)
 
 
 def test_a_worker_that_does_not_start_fails_the_benchmark(tmp_path: Path) -> None:
