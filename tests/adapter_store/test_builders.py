@@ -61,6 +61,22 @@ async def test_a_pattern_that_takes_too_long_is_refused_and_its_process_ended(
     await builders.check_config(json.dumps(CONFIG))
 
 
+async def test_weights_that_take_too_long_are_the_stores_failure(
+    builders: Builders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which all callers know, and go on after."""
+    monkeypatch.setattr(module, "_limit_s", lambda num_bytes: 1)
+    await builders.check_config(json.dumps(CONFIG))
+    (pid,) = pids(builders)
+    endless = tmp_path / "endless"
+    os.mkfifo(endless)  # to open it waits for a writer
+    spec = resolve(CONFIG, TINY)
+    with pytest.raises(StoreUnavailable, match="check_weights took longer than its limit"):
+        await builders.check_weights(endless, num_bytes=1, sha256=b"", spec=spec, dtype=Dtype.FP32)
+    assert not is_running(pid)
+    await builders.check_config(json.dumps(CONFIG))
+
+
 async def test_an_abandoned_request_ends_its_process(builders: Builders) -> None:
     await builders.check_config(json.dumps(CONFIG))
     (pid,) = pids(builders)

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from lorry.adapter_store.import_scan import scan
-from lorry.adapter_store.imports import TRANSITIONS, Import, Imports, ImportState
+from lorry.adapter_store import imports as module
+from lorry.adapter_store.import_scan import Found, scan
+from lorry.adapter_store.imports import TRANSITIONS, Import, Imports, ImportState, importing
+from lorry.adapter_store.ingest import Ingested, Source, ingest
 from lorry.adapter_store.limits import Limits, TenantLimits
+from lorry.adapter_store.store import Store
 from lorry.rpc.errors import AdapterNotFound
+from lorry.rpc.names import AdapterName
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1 import store_admin_service_pb2 as admin_pb
 from tests.support.adapter_store import RunningStore, running_store
 from tests.support.adapters import lora_config, lora_files, lora_tensors
+from tests.support.waiting import until
 
 CONFIG = lora_config(r=4)
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -179,6 +184,32 @@ async def test_hostile_directories_are_refused_and_told(running: RunningStore, r
     assert states["default/damaged"].try_again_s is None
     assert running.store.uploads.num_open == 0
     assert not list((running.backend_dir / "uploads").iterdir())
+
+
+async def test_no_defect_ends_the_watch(
+    running: RunningStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans: list[Path] = []
+
+    def scan_at_second_try(directory: Path) -> list[Found]:
+        scans.append(directory)
+        if len(scans) == 1:
+            raise RuntimeError
+        return scan(directory)
+
+    async def ingest_all_but_one(store: Store, name: AdapterName, source: Source) -> Ingested:
+        if name.adapter == "bad":
+            raise RuntimeError
+        return await ingest(store, name, source)
+
+    monkeypatch.setattr(module, "PERIOD_S", 0.01)
+    monkeypatch.setattr(module, "scan", scan_at_second_try)
+    monkeypatch.setattr(module, "ingest", ingest_all_but_one)
+    for name in ("bad", "good"):
+        write(root / "default" / name)
+    async with importing(running.store, root, delete=False) as imports:
+        states = {"default/bad": ImportState.FAILED, "default/good": ImportState.IMPORTED}
+        await until(lambda: {each.found.path: each.state for each in imports.all} == states)
 
 
 async def test_a_directory_that_is_swapped_for_a_link_is_not_followed(

@@ -60,10 +60,10 @@ class Builders:
     async def check_weights(
         self, weights: Path, *, num_bytes: int, sha256: bytes, spec: LoraSpec, dtype: Dtype
     ) -> Checked:
-        """Check an uploaded file; raises AdapterInvalid or DigestMismatch."""
-        found = await self._call(
+        """Check an uploaded file; raises AdapterInvalid, DigestMismatch or StoreUnavailable."""
+        found = await self._call_on_bytes(
             "check_weights",
-            _limit_s(num_bytes),
+            num_bytes,
             weights=str(weights),
             sha256=sha256.hex(),
             spec=spec.to_json(),
@@ -74,10 +74,13 @@ class Builders:
     async def build(
         self, image: Path, *, weights: Path, crc32c: int, spec: LoraSpec, layout: PageLayout
     ) -> int:
-        """Pack into the preallocated file `image`; returns its CRC-32C."""
-        checksum: int = await self._call(
+        """Pack into the preallocated file `image`; returns its CRC-32C.
+
+        Raises DigestMismatch or StoreUnavailable.
+        """
+        checksum: int = await self._call_on_bytes(
             "build",
-            _limit_s(image_bytes(spec, layout)),
+            image_bytes(spec, layout),
             weights=str(weights),
             image=str(image),
             crc32c=crc32c,
@@ -90,6 +93,13 @@ class Builders:
         """End the idle processes."""
         while self._idle:
             await _end(self._idle.pop())
+
+    async def _call_on_bytes(self, operation: str, num_bytes: int, **request: Any) -> Any:
+        """A call that may take as long as its bytes do; more raises StoreUnavailable."""
+        try:
+            return await self._call(operation, _limit_s(num_bytes), **request)
+        except BuilderTimeout as error:
+            raise StoreUnavailable(str(error)) from error
 
     async def _call(self, operation: str, limit_s: int, **request: Any) -> Any:
         line = json.dumps({"operation": operation, "limit_s": limit_s, **request}) + "\n"

@@ -91,6 +91,8 @@ class Imports:
                 self._failures.worked()
             except (OSError, LorryError) as error:
                 self._failures.failed(str(error), logging.ERROR, "import: %s", error)
+            except Exception:
+                log.exception("looking for imports failed; it is tried again")
             await asyncio.sleep(PERIOD_S)
 
     async def look(self) -> None:
@@ -122,6 +124,9 @@ class Imports:
             each.fail(str(error), try_again_s=time.monotonic() + TRY_AGAIN_S)
         except (LorryError, OSError) as error:
             each.fail(str(error))
+        except Exception:  # of this directory; the others are imported all the same
+            log.exception("unexpected error in the import of %s", each.found.path)
+            each.fail("unexpected error; see the log of the store")
         else:
             each.move_to(ImportState.IMPORTED)
             log.info("%s is imported as version %s", each.found.path, each.version.hex())
