@@ -13,6 +13,7 @@ from lorry.adapter_store.limits import Limits, TenantLimits
 from lorry.rpc.errors import (
     AdapterInvalid,
     AdapterNotFound,
+    DeadlineExpired,
     DigestMismatch,
     InvalidRequest,
     OffsetMismatch,
@@ -81,6 +82,18 @@ async def test_a_client_that_vanishes_in_mid_stream_may_resume(running: RunningS
     await until_received(running, upload_id, 3 * CHUNK_BYTES)
     call.cancel()
     await client.send(upload_id, WEIGHTS, start=3 * CHUNK_BYTES)
+
+
+async def test_a_stream_that_never_starts_is_ended(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorry.adapter_store.adapter_service.REQUEST_S", 0.1)
+    silent: Any = client.adapters.UploadAdapter(timeout=60)
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await silent
+    error = from_rpc(failed.value)
+    assert isinstance(error, DeadlineExpired)
+    assert str(error) == "start did not come within 0.1 s"
 
 
 async def test_an_upload_survives_a_restart_of_the_store(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`AdapterService`: what operators do, each within its tenant. Its methods translate."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -8,7 +9,8 @@ import grpc.aio
 from lorry.adapter_store import edits, listing, translation
 from lorry.adapter_store.records import Adapter, Published
 from lorry.adapter_store.store import Store
-from lorry.rpc.errors import InvalidRequest
+from lorry.rpc.boundary import REQUEST_S
+from lorry.rpc.errors import DeadlineExpired, InvalidRequest
 from lorry.rpc.identity import current_caller
 from lorry.rpc.names import AdapterName, check_id, check_sha256
 from lorry.rpc.weight_chunk import Chunk
@@ -126,13 +128,11 @@ class AdapterServicer(adapter_grpc.AdapterServiceServicer):
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[Chunk | pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
-        first = await anext(aiter(request_iterator), None)
-        if not isinstance(first, pb.UploadAdapterRequest) or not first.HasField("start"):
-            raise InvalidRequest.of("payload", "the first message must be start")
+        start = await read_start(request_iterator)
         published = await self._store.uploads.receive(
-            first.start.upload_id,
+            start.upload_id,
             current_caller().tenant,
-            first.start.offset,
+            start.offset,
             translation.only_chunks(request_iterator),
         )
         return pb.UploadAdapterResponse(
@@ -145,6 +145,18 @@ class AdapterServicer(adapter_grpc.AdapterServiceServicer):
         if adapter is None:
             raise edits.not_found(name)
         return adapter
+
+
+async def read_start(requests: AsyncIterator[Chunk | pb.UploadAdapterRequest]) -> pb.UploadStart:
+    """The first message of an upload's stream; it comes as soon as any request has to."""
+    try:
+        async with asyncio.timeout(REQUEST_S):
+            first = await anext(aiter(requests), None)
+    except TimeoutError:
+        raise DeadlineExpired(f"start did not come within {REQUEST_S:g} s") from None
+    if not isinstance(first, pb.UploadAdapterRequest) or not first.HasField("start"):
+        raise InvalidRequest.of("payload", "the first message must be start")
+    return first.start
 
 
 def visible_name(text: str, *, field: str = "name") -> AdapterName:
