@@ -6,6 +6,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ HOSTS = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
 
 @contextlib.asynccontextmanager
 async def named_workers(
-    model: Path, *listed: str
+    model: Path, *listed: str, **config: Any
 ) -> AsyncIterator[tuple[Stack, Names, dict[str, FakeWorker]]]:
     """A worker on every host, all on one port, of which the name has the `listed` ones."""
     digest, names = read_base_model(model).digest, Names()
@@ -43,6 +44,7 @@ async def named_workers(
             targets=(f"dns:///{NAME}:{port}",),
             dns_interval_s=0.05,
             wait=False,
+            **config,
         )
         yield await stack.enter_async_context(built), names, workers
 
@@ -103,6 +105,20 @@ async def test_an_outage_of_dns_loses_no_worker(model: Path) -> None:
         for worker in workers.values():
             worker.reply = lambda submit: Reply(tokens_of("ok"))
         assert (await stack.stream(SPEC)).text == "ok"
+
+
+async def test_a_damaged_token_file_neither_ends_the_router_nor_keeps_new_workers_out(
+    model: Path, tmp_path: Path
+) -> None:
+    first, second, _ = HOSTS
+    token_file = tmp_path / "token"
+    token_file.write_text("secret")
+    async with named_workers(model, first, token_file=token_file) as (stack, names, workers):
+        await until(lambda: attached(stack) == {first})
+        token_file.write_text("\n")
+        names.hosts[NAME] = [first, second]
+        await until(lambda: attached(stack) == {first, second})
+        assert workers[second].tokens == {"Bearer secret"}
 
 
 async def test_an_address_nobody_listens_on_is_forgotten_with_its_name(model: Path) -> None:

@@ -161,6 +161,27 @@ async def test_heartbeats_keep_an_idle_stream(model: Path) -> None:
         assert len(stack.worker.hellos) == 1
 
 
+async def test_a_message_that_does_not_fit_together_costs_its_worker_alone(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with router_stack(model, num_workers=2, worker_wait_s=60) as stack:
+        calls = [asyncio.ensure_future(stack.stream(SPEC)) for _ in range(2)]
+        await until(lambda: all(worker.submits for worker in stack.workers))
+        bad, good = stack.workers
+        good.draw(1, *tokens_of("a"))
+        bad.reply = good.reply = lambda submit: OK
+        bad.step(seqs=[1, 1], token_ids=tokens_of("o"))
+        await until(lambda: len(bad.hellos) == 2)
+        good.draw(1, *tokens_of("b"))
+        good.finish(1, LENGTH)
+        assert sorted([(await call).text for call in calls]) == ["ab", "ok"]
+        assert len(good.hellos) == 1
+        stack.check_idle()
+    [record] = [r for r in caplog.records if "cannot be taken" in r.getMessage()]
+    assert f"worker {bad.address}: what it sent cannot be taken: ValueError" in record.getMessage()
+    assert record.exc_info is not None
+
+
 async def test_late_tokens_of_a_lost_stream_are_ignored(model: Path) -> None:
     async with router_stack(model, worker_wait_s=10) as stack:
         call = asyncio.ensure_future(stack.stream(SPEC))

@@ -29,7 +29,7 @@ from lorry.router.translation import SpecReader
 from lorry.router.worker_link import WorkerLink
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.call_counts import CallCounts, call_metrics
-from lorry.rpc.channel import open_channel
+from lorry.rpc.channel import Channels, open_channel
 from lorry.rpc.metrics import TableCollector, registry_of
 from lorry.rpc.metrics_server import serving_metrics
 from lorry.rpc.server import Server, serving
@@ -126,6 +126,7 @@ def _dispatcher(config: Config, tenants: Tenants) -> Dispatcher:
 def _roster(config: Config, fleet: Fleet, base_model: BaseModel, resolve: Resolve) -> Roster:
     discovery = Discovery([Target.parse(text) for text in config.worker], resolve)
     router_id = uuid.uuid4().hex
+    channels = Channels(config.credentials())
 
     def make_link(address: str) -> WorkerLink:
         return WorkerLink(
@@ -133,7 +134,7 @@ def _roster(config: Config, fleet: Fleet, base_model: BaseModel, resolve: Resolv
             fleet,
             router_id=router_id,
             model_digest=base_model.digest,
-            credentials=config.credentials(),
+            channels=channels,
             server_name=discovery.host_of(address),
             silence_s=config.worker_silence_s,
         )

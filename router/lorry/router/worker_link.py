@@ -23,7 +23,7 @@ from lorry.router.worker_messages import (
     to_submit,
 )
 from lorry.rpc.backoff import Backoff
-from lorry.rpc.channel import MIB, Credentials, open_channel
+from lorry.rpc.channel import MIB, Channels
 from lorry.rpc.errors import LorryError, ModelMismatch, NoWorker, WorkerLost
 from lorry.rpc.protocol import PROTOCOL_REVISION
 from lorry.rpc.repeated_log import RepeatedLog
@@ -60,7 +60,8 @@ class WorkerEvents(Protocol):
 class WorkerLink:
     """`run` holds the stream until cancelled. Between streams what is sent is dropped.
 
-    Where the credentials have TLS, the worker's certificate must be for `server_name`.
+    Whatever a worker sends, it costs that worker alone. Where the channels have TLS, the worker's
+    certificate must be for `server_name`.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class WorkerLink:
         *,
         router_id: str,
         model_digest: bytes,
-        credentials: Credentials,
+        channels: Channels,
         server_name: str,
         silence_s: float,
     ) -> None:
@@ -79,7 +80,7 @@ class WorkerLink:
         self._hello = pb.Hello(
             router_id=router_id, protocol_revision=PROTOCOL_REVISION, model_digest=model_digest
         )
-        self._credentials = credentials
+        self._channels = channels
         self._server_name = server_name
         self._silence_s = silence_s
         self._loop = asyncio.get_running_loop()
@@ -112,11 +113,8 @@ class WorkerLink:
     async def run(self) -> None:
         """Attach again and again."""
         backoff = Backoff()
-        async with open_channel(
-            self._address,
-            self._credentials,
-            max_receive_bytes=16 * MIB,
-            server_name=self._server_name,
+        async with self._channels.open(
+            self._address, max_receive_bytes=16 * MIB, server_name=self._server_name
         ) as channel:
             while True:
                 try:
@@ -127,6 +125,8 @@ class WorkerLink:
                     self._log(from_rpc(failure))
                 except LorryError as error:
                     self._log(error)
+                except Exception as error:  # of a message that does not fit together
+                    self._log_unexpected(error)
                 await backoff.wait()
 
     def _log(self, error: LorryError) -> None:
@@ -137,6 +137,13 @@ class WorkerLink:
             level = logging.INFO
         kind = error.reason or error.code.name
         self._failures.failed(kind, level, "worker %s: %s %s", self._address, kind, error)
+
+    def _log_unexpected(self, error: Exception) -> None:
+        kind = type(error).__name__
+        message = "worker %s: what it sent cannot be taken: %s %s"
+        self._failures.failed(
+            kind, logging.ERROR, message, self._address, kind, error, traceback_of=error
+        )
 
     async def _attach(self, channel: grpc.aio.Channel, attached: Callable[[], None]) -> None:
         """One stream, from Hello to its end."""

@@ -38,33 +38,58 @@ class Credentials:
 ANONYMOUS = Credentials()
 
 
+class Channels:
+    """Opens channels that share credentials: where their files are being replaced or damaged, new
+    channels too begin with what was read last."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        """Raises ValueError for credentials that cannot be read."""
+        self._anonymous = credentials == ANONYMOUS
+        self._metadata = credentials.read_metadata()
+        self._tls = None if credentials.tls is None else ClientTls(credentials.tls)
+
+    def open(
+        self,
+        address: str,
+        *,
+        max_receive_bytes: int = 4 * MIB,
+        server_name: str | None = None,
+        spread: bool = False,
+    ) -> grpc.aio.Channel:
+        """A channel that notices a dead peer within 20 s; it is its opener's to close.
+
+        `server_name` is what the service's certificate must be for, if not the address's host. With
+        `spread`, calls go in turns to all that the address stands for, where that is a name.
+        """
+        options = _options(max_receive_bytes, server_name)
+        if spread:
+            options.append(("grpc.service_config", ROUND_ROBIN))
+        plain, secure = grpc.aio.insecure_channel, grpc.aio.secure_channel
+        if self._anonymous:
+            return plain(address, options=options)
+        if self._tls is None:
+            return RenewedChannel(
+                lambda: None, lambda _: plain(address, options=options), self._metadata
+            )
+        return RenewedChannel(
+            self._tls.credentials,
+            lambda current: secure(address, current, options=options),
+            self._metadata,
+        )
+
+
 def open_channel(
     address: str,
     credentials: Credentials = ANONYMOUS,
     *,
     max_receive_bytes: int = 4 * MIB,
-    server_name: str | None = None,
     spread: bool = False,
+    server_name: str | None = None,
 ) -> grpc.aio.Channel:
-    """A channel that notices a dead peer within 20 s; it is its opener's to close.
-
-    `server_name` is what the service's certificate must be for, if not the address's host. With
-    `spread`, calls go in turns to all that the address stands for, where that is a name. Raises
-    ValueError for credentials that cannot be read.
-    """
-    options = _options(max_receive_bytes, server_name)
-    if spread:
-        options.append(("grpc.service_config", ROUND_ROBIN))
-    if credentials == ANONYMOUS:
-        return grpc.aio.insecure_channel(address, options=options)
-    metadata = credentials.read_metadata()
-    if credentials.tls is None:
-        plain = grpc.aio.insecure_channel
-        return RenewedChannel(lambda: None, lambda _: plain(address, options=options), metadata)
-    tls = ClientTls(credentials.tls)
-    secure = grpc.aio.secure_channel
-    return RenewedChannel(
-        tls.credentials, lambda current: secure(address, current, options=options), metadata
+    """A single one, as `Channels` opens it; raises ValueError for credentials that cannot be
+    read."""
+    return Channels(credentials).open(
+        address, max_receive_bytes=max_receive_bytes, server_name=server_name, spread=spread
     )
 
 

@@ -16,13 +16,20 @@ class RepeatedLog:
         self._kind: Hashable = None
         self._logged_s = -repeat_s
 
-    def failed(self, kind: Hashable, level: int, message: str, *values: object) -> None:
+    def failed(
+        self,
+        kind: Hashable,
+        level: int,
+        message: str,
+        *values: object,
+        traceback_of: Exception | None = None,
+    ) -> None:
         now_s = time.monotonic()
         if kind == self._kind and now_s < self._logged_s + self._repeat_s:
             level = logging.DEBUG
         else:
             self._kind, self._logged_s = kind, now_s
-        self._log.log(level, message, *values)
+        self._log.log(level, message, *values, exc_info=traceback_of)
 
     def worked(self) -> None:
         """The next failure is new."""
