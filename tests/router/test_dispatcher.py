@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from lorry.router.actions import Prefetch, Submit
 from lorry.router.dispatcher import MAX_RESUBMITS, Dispatcher, Place
 from lorry.router.request import AT_WORKER, Request, RequestState
+from lorry.router.slo import Slo
 from lorry.rpc.errors import (
     AdapterIncompatible,
     ContextLengthExceeded,
@@ -96,6 +97,24 @@ def test_a_full_worker_is_passed_over() -> None:
     router.attach(worker("w2"))
     arrive(router, request(version=b"v"))
     assert [submit.worker.name for submit in submits(router)] == ["w2"]
+
+
+def test_who_has_left_is_not_held_until_its_objective_would_have_passed() -> None:
+    router = dispatcher(admission="early-abort")
+    router.attach(worker(submit_limit=0))
+    slo = Slo(ttft_s=3600.0)
+    stays = arrive(router, request(slo=slo))
+    for _ in range(300):
+        router.end(arrive(router, request(slo=slo)), S.CANCELLED)
+        router.check_integrity()
+    held = router._planner._latest_starts
+    assert len(held) < 100
+    queued = [arrive(router, request(slo=slo)) for _ in range(90)]
+    for left in queued:
+        router.end(left, S.CANCELLED)
+        router.check_integrity()
+    assert len(held) < 100
+    assert stays in {start[2] for start in held}, "it is looked at again"
 
 
 def test_without_a_worker_arrivals_are_refused() -> None:

@@ -115,6 +115,7 @@ class Dispatcher:
         request.move_to(state)
         self._places.free(request)
         self._backlog.remove(request)
+        self._planner.forget_left()
         self._leave_worker(request)
         del self._requests[request.tenant, request.generation.request_id]
         return None if state is S.FINISHED else place
@@ -173,6 +174,7 @@ class Dispatcher:
         actions: list[Action] = [*aborts]
         for action in self._planner.sends(now_s):
             actions.append(self._submit(action, now_s) if isinstance(action, Send) else action)
+        self._planner.forget_left()
         num_submitted = sum([isinstance(action, Submit) for action in actions])
         self._policies.admission.planned(len(self._backlog), num_submitted, now_s)
         actions += self._planner.prefetches(now_s)
@@ -187,6 +189,7 @@ class Dispatcher:
         """Every request is in exactly one place."""
         self._places.check_integrity()
         self._backlog.check_integrity()
+        self._planner.check_integrity()
         at_workers = [r for worker in self._workers.values() for r in worker.active.values()]
         assert len(set(at_workers)) == len(at_workers)
         active = set(self._requests.values())

@@ -19,6 +19,7 @@ MAX_SET_ASIDE = 256
 # a pick does.
 PREFETCH_PERIOD_S = 0.1
 MAX_AHEAD = 64  # requests that are ranked for it
+SPARE_STARTS = 64  # that may be held beside twice as many as requests wait
 RECHECK_S = 0.05  # after which a request is looked at again that is late and not aborted
 
 
@@ -87,6 +88,15 @@ class Planner:
         """Look at a request that is queued again at the next plan."""
         if self._latest_start_s(request, 0.0) is not None:
             heapq.heappush(self._latest_starts, (0.0, request.number, request))
+
+    def forget_left(self) -> None:
+        """Let go of requests that have left the backlog, once they are the most that is held."""
+        starts, backlog = self._latest_starts, self._backlog
+        if len(starts) > 2 * len(backlog) + SPARE_STARTS:
+            waiting = sorted((entry for entry in starts if entry[2] in backlog), reverse=True)
+            earliest = {number: (look_s, number, r) for look_s, number, r in waiting}
+            starts[:] = earliest.values()
+            heapq.heapify(starts)
 
     def aborts(self, now_s: float) -> list[Abort]:
         """Of those whose latest start has passed; where it has moved, look again then."""
@@ -169,6 +179,10 @@ class Planner:
             if worker.prefetched != versions:
                 worker.prefetched = versions
                 yield Prefetch(worker, versions)
+
+    def check_integrity(self) -> None:
+        starts = self._latest_starts
+        assert len(starts) <= 2 * len(self._backlog) + SPARE_STARTS, "requests that left are held"
 
     def _chosen(self, request: Request, worker: Worker, now_s: float) -> Request:
         """Who goes to the worker now that it is the request's turn."""
