@@ -7,8 +7,15 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import ParseDict
 
-from lorry.router.generation import Chat, ChatMessage, Completion, FinishReason
+from lorry.router.generation import (
+    Chat,
+    ChatMessage,
+    Completion,
+    FinishReason,
+    largest_num_tokens,
+)
 from lorry.router.slo import Slo
+from lorry.router.tokenizer import LONG_PROMPT_BYTES
 from lorry.router.translation import SpecReader, to_completed
 from lorry.rpc.base_model import read_base_model
 from lorry.rpc.errors import (
@@ -155,6 +162,13 @@ INVALID: list[tuple[dict[str, Any], type[LorryError], str, str]] = [
     ({"response": {"top_logprobs": 21}}, InvalidRequest, "response.top_logprobs", "got 21"),
     ({"response": {"prompt_logprobs": 21}}, InvalidRequest, "response.prompt_logprobs", "got 21"),
     ({"chat": {}}, InvalidRequest, "chat.messages", "at least one"),
+    ({"chat": {"messages": [{"role": "u"}] * 2049}}, InvalidRequest, "chat.messages", "got 2049"),
+    (
+        {"chat": {"messages": [{"role": "tool", "tool_call_id": "x" * (1 << 20)}]}},
+        InvalidRequest,
+        "chat",
+        "got 1048580",
+    ),
     ({"chat": {"messages": [{"content": "x"}]}}, InvalidRequest, "chat.messages[0].role", "empty"),
     (
         {"chat": {"messages": [{"role": "user"}], "tools_json": "{}"}},
@@ -266,6 +280,15 @@ def test_a_chat_ends_as_asked(
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
     )
+
+
+def test_a_chat_of_very_many_messages_counts_as_long(reader: SpecReader) -> None:
+    """What a template adds is most of it."""
+    chat = {"messages": [{"role": "u"}] * 2048}
+    prompt = reader.read(spec(chat=chat), tenant="t").prompt
+    assert isinstance(prompt, Chat)
+    assert len(prompt.messages) == 2048
+    assert largest_num_tokens(prompt) > LONG_PROMPT_BYTES
 
 
 def completion(**fields: Any) -> Completion:

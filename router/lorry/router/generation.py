@@ -23,14 +23,14 @@ class Chat:
     tools: Sequence[Any] = ()
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    num_bytes: int = field(default=0, compare=False)  # of all its texts
+    num_bytes: int = field(default=0, compare=False)  # of its texts and a template, about
 
 
 Prompt = str | Sequence[int] | Chat
 
 
 def largest_num_tokens(prompt: Prompt) -> int:
-    """How many tokens a prompt has at most, but for those that a template adds."""
+    """How many tokens a prompt has at most; of what a template adds this is only an estimate."""
     if isinstance(prompt, Chat):
         return prompt.num_bytes
     return len(prompt.encode()) if isinstance(prompt, str) else len(prompt)

@@ -8,6 +8,7 @@ from lorry.rpc.errors import InvalidRequest, InvalidSampling
 from lorry.v1 import common_pb2
 
 MAX_PROMPT_BYTES = 1 << 20  # of text, or of all texts of a chat
+MAX_CHAT_MESSAGES = 2048
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 64
 MAX_STOP_TOKEN_IDS = 64

@@ -18,6 +18,7 @@ from lorry.router.generation import (
 )
 from lorry.router.slo import Slo
 from lorry.router.spec_limits import (
+    MAX_CHAT_MESSAGES,
     check,
     check_prompt_size,
     check_response,
@@ -37,6 +38,7 @@ from lorry.v1 import common_pb2
 from lorry.v1 import inference_service_pb2 as pb
 
 MAX_REQUEST_ID_CHARS = 128
+TEMPLATE_BYTES = 64  # that a template adds to a message of a chat, about
 
 FINISH_REASONS = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
@@ -231,8 +233,15 @@ def _adapter(text: str, tenant: str) -> AdapterName | None:
 
 
 def _chat(chat: pb.ChatPrompt) -> Chat:
-    check("chat.messages", bool(chat.messages), "must hold at least one message")
-    texts = (text for m in chat.messages for text in (m.role, m.content, m.tool_calls_json))
+    num_messages = len(chat.messages)
+    check("chat.messages", num_messages > 0, "must hold at least one message")
+    what = f"must be at most {MAX_CHAT_MESSAGES}"
+    check("chat.messages", num_messages <= MAX_CHAT_MESSAGES, what, num_messages)
+    texts = (
+        text
+        for message in chat.messages
+        for text in (message.role, message.content, message.tool_calls_json, message.tool_call_id)
+    )
     num_bytes = check_prompt_size("chat", (chat.tools_json, *texts))
     opened = chat.continue_final_message
     if opened and chat.HasField("add_generation_prompt") and chat.add_generation_prompt:
@@ -245,7 +254,7 @@ def _chat(chat: pb.ChatPrompt) -> Chat:
         add_generation_prompt=not opened
         and (chat.add_generation_prompt or not chat.HasField("add_generation_prompt")),
         continue_final_message=opened,
-        num_bytes=num_bytes,
+        num_bytes=num_bytes + num_messages * TEMPLATE_BYTES,
     )
 
 

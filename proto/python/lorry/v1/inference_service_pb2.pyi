@@ -134,7 +134,7 @@ class ChatPrompt(_message.Message):
     """A JSON array of tool definitions in OpenAI's form; empty = none."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """At least one."""
+        """1 to 2048."""
 
     def __init__(
         self,
