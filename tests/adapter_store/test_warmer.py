@@ -1,5 +1,6 @@
 """Pins and prefetch through real stores."""
 
+import re
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from lorry.adapter_store.image import image_bytes
+from lorry.adapter_store.memory_file import Memory, MemoryFile
 from lorry.adapter_store.peft_config import resolve
 from lorry.adapter_store.pins import MAX_PINS, Pins
 from lorry.kernels.page_layout import Dtype, PageLayout
@@ -18,6 +20,7 @@ from tests.support.adapter_store import Client, RunningStore, running_store
 from tests.support.adapters import TINY, lora_config, lora_files, lora_tensors
 from tests.support.waiting import until
 
+ROOT = Path(__file__).parents[2]
 CONFIG = lora_config(r=4)
 IMAGE_BYTES = image_bytes(resolve(CONFIG, TINY), PageLayout(geometry=TINY, dtype=Dtype.FP32))
 
@@ -138,6 +141,24 @@ async def test_a_store_that_cannot_write_down_its_memory_ends_as_it_should(
     assert "memory.json cannot be written" in caplog.text
     async with running_store(tmp_path) as running:
         await fetch(running, version)
+
+
+def test_a_store_without_a_place_for_its_memory_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert MemoryFile(tmp_path, TINY).read() == Memory()
+    assert not caplog.records
+    assert MemoryFile(None, TINY).read() == Memory()
+    assert "there is no --memory-dir" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "path", ["docker-compose.redis.yml", "deploy/kubernetes/components/redis/adapter-store.yaml"]
+)
+def test_stores_over_a_redis_are_deployed_with_a_place_for_their_memory(path: str) -> None:
+    """Which is their volume; a file:// backend has a directory by itself."""
+    content = (ROOT / path).read_text()
+    assert re.search(r"LORRY_ADAPTER_STORE_MEMORY_DIR(:|, value:) /var/lib/lorry\b", content)
 
 
 async def test_only_admins_pin(tmp_path: Path) -> None:

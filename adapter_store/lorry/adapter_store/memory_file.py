@@ -34,7 +34,10 @@ class MemoryFile:
 
     def read(self) -> Memory:
         """Empty if there is none. A damaged one costs time, not adapters, so it is only logged."""
-        if self._path is None or not self._path.exists():
+        if self._path is None:
+            log.warning("there is no --memory-dir: after a restart pins are gone, no image is warm")
+            return Memory()
+        if not self._path.exists():
             return Memory()
         try:
             return self._memory(json.loads(self._path.read_bytes()))
