@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from lorry.router.request import Request
 from lorry.rpc.errors import Draining, NoWorker, StoreUnavailable, WorkerLost
+from lorry.rpc.status import to_status
 from lorry.v1 import common_pb2, worker_service_pb2
 from lorry.v1 import inference_service_pb2 as pb
 from tests.support.byte_model import tokens_of
@@ -180,6 +182,37 @@ async def test_a_message_that_does_not_fit_together_costs_its_worker_alone(
     [record] = [r for r in caplog.records if "cannot be taken" in r.getMessage()]
     assert f"worker {bad.address}: what it sent cannot be taken: ValueError" in record.getMessage()
     assert record.exc_info is not None
+
+
+async def test_requests_that_a_worker_gives_back_are_looked_at_together(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_requests, num_looks = 40, 0
+    async with router_stack(model) as stack:
+        calls = [asyncio.ensure_future(stack.stream(SPEC)) for _ in range(num_requests)]
+        await submitted(stack, num_requests)
+        dispatcher = stack.running.router._dispatcher
+        stranded = dispatcher.stranded
+
+        def look() -> list[Request]:
+            nonlocal num_looks
+            num_looks += 1
+            return stranded()
+
+        monkeypatch.setattr(dispatcher, "stranded", look)
+        given_back = to_status(Draining("the worker is draining"))
+        seqs = list(stack.worker.active)
+        stack.worker.active.clear()
+        stack.worker.step(
+            finished=[
+                worker_service_pb2.Finished(seq=seq, reason=ABORTED, error=given_back)
+                for seq in seqs
+            ]
+        )
+        errors = [await error_of(call) for call in calls]
+        assert {type(error) for error in errors} == {NoWorker}
+        assert 1 < num_looks < 10
+        stack.check_idle()
 
 
 async def test_late_tokens_of_a_lost_stream_are_ignored(model: Path) -> None:

@@ -18,6 +18,7 @@ from lorry.router.worker import Worker, WorkerStatus
 from lorry.router.worker_messages import Ended
 from lorry.rpc.errors import Draining, LorryError, SlowReader, WorkerLost
 
+STRANDED_LOOK_S = 0.05  # in which all that happens to workers is looked at once
 S = RequestState
 
 log = logging.getLogger(__name__)
@@ -190,14 +191,20 @@ class Fleet:
     def _workers_changed(self) -> None:
         """Plan again; requests that no worker can serve now wait for one, but not for long."""
         self._on_workers(sum(worker.accepting for worker in self._dispatcher.workers))
-        self._check_stranded()
+        self._check_stranded_by(self._loop.time() + STRANDED_LOOK_S)
         self.plan_soon()
+
+    def _check_stranded_by(self, time_s: float) -> None:
+        handle = self._stranded_handle
+        if handle is not None:
+            if handle.when() <= time_s:
+                return
+            handle.cancel()
+        self._stranded_handle = self._loop.call_at(time_s, self._check_stranded)
 
     def _check_stranded(self) -> None:
         """Give up what has been stranded for too long, and look again when the next will have."""
-        if self._stranded_handle is not None:
-            self._stranded_handle.cancel()
-            self._stranded_handle = None
+        self._stranded_handle = None
         now_s, wait_s = self._loop.time(), self._config.worker_wait_s
         since_s = {r: self._stranded_s.get(r, now_s) for r in self._dispatcher.stranded()}
         expired = [request for request, start_s in since_s.items() if start_s + wait_s <= now_s]
@@ -206,8 +213,7 @@ class Fleet:
             self._active.give_up(request, no_worker(), WorkerLost)
         self._stranded_s = since_s
         if since_s:
-            next_s = min(since_s.values()) + wait_s
-            self._stranded_handle = self._loop.call_at(next_s, self._check_stranded)
+            self._check_stranded_by(min(since_s.values()) + wait_s)
 
     def _request_ended(self, place: Place | None) -> None:
         if place is not None:
