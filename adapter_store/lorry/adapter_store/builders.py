@@ -20,9 +20,10 @@ from lorry.kernels.page_layout import Dtype, ModelGeometry, PageLayout
 from lorry.rpc.errors import AdapterInvalid, StoreUnavailable
 from lorry.rpc.status import from_status
 
-CONFIG_LIMIT_S = 5
+CONFIG_LIMIT_S = 5  # 64 KiB of ranks need half a second of an idle processor
 MIN_BYTES_PER_S = 20 << 20  # slower than any disk that is worth serving from
 MAX_REPLY_BYTES = 1 << 20
+START_S = 10.0  # for a process, before the time of its first request begins
 EXIT_S = 1.0
 
 
@@ -108,7 +109,7 @@ class Builders:
             assert process.stdout is not None
             reply = b""
             with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(limit_s + 5):
+                async with asyncio.timeout(limit_s + START_S):
                     process.stdin.write(line.encode())
                     await process.stdin.drain()
                     reply = await process.stdout.readline()

@@ -9,7 +9,7 @@ from lorry.adapter_store.catalogue import Catalogue
 from lorry.adapter_store.records import UploadRecord
 from lorry.kernels.page_layout import MAX_RANK
 from lorry.rpc.errors import InvalidRequest, TenantLimit
-from lorry.rpc.names import check_id
+from lorry.rpc.names import AdapterName, check_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,26 +34,36 @@ class Limits:
         return self.tenants.get(tenant, self.tenant)
 
     def check(
-        self, new: UploadRecord, under_way: Iterable[UploadRecord], catalogue: Catalogue
+        self,
+        name: AdapterName,
+        weights_bytes: int,
+        under_way: Iterable[UploadRecord],
+        catalogue: Catalogue,
     ) -> None:
-        """Raise InvalidRequest or TenantLimit if the upload may not begin.
+        """Raise InvalidRequest or TenantLimit if an upload may not begin, whatever its rank.
 
         Counts what the tenant itself has uploaded, whether or not others have the same content.
         """
-        if not 0 < new.weights_bytes <= self.max_weights_bytes:
+        if not 0 < weights_bytes <= self.max_weights_bytes:
             raise InvalidRequest.of(
-                "weights_bytes",
-                f"must be in [1, {self.max_weights_bytes}], got {new.weights_bytes}",
+                "weights_bytes", f"must be in [1, {self.max_weights_bytes}], got {weights_bytes}"
             )
-        limits, tenant = self.of(new.name.tenant), new.name.tenant
+        limits, tenant = self.of(name.tenant), name.tenant
         uploads = [u for u in under_way if u.name.tenant == tenant]
-        begun = {new.name, *(u.name for u in uploads)}
-        new_names = sum(catalogue.get(name) is None for name in begun)
-        promised = sum(u.weights_bytes for u in uploads) + new.weights_bytes
-        _check("rank", new.spec.max_rank, limits.rank)
-        _check("uploads", len(uploads) + 1, limits.uploads)
+        begun = {name, *(u.name for u in uploads)}
+        new_names = sum(catalogue.get(each) is None for each in begun)
+        promised = sum(u.weights_bytes for u in uploads) + weights_bytes
+        self.check_uploads(tenant, len(uploads) + 1)
         _check("adapters", catalogue.adapters_of(tenant) + new_names, limits.adapters)
         _check("bytes", catalogue.bytes_of(tenant) + promised, limits.bytes)
+
+    def check_uploads(self, tenant: str, num_uploads: int) -> None:
+        """Raise TenantLimit if the tenant may not have so many under way."""
+        _check("uploads", num_uploads, self.of(tenant).uploads)
+
+    def check_rank(self, tenant: str, rank: int) -> None:
+        """Raise TenantLimit if no adapter of the tenant may have this rank."""
+        _check("rank", rank, self.of(tenant).rank)
 
 
 def read_tenant_limits(path: Path, default: TenantLimits) -> dict[str, TenantLimits]:

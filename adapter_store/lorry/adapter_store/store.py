@@ -13,6 +13,7 @@ from lorry.adapter_store import edits
 from lorry.adapter_store.backend import Backend, Loaded
 from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.catalogue import Catalogue
+from lorry.adapter_store.config_checks import ConfigChecks
 from lorry.adapter_store.contents import Contents
 from lorry.adapter_store.counts import FetchCounts
 from lorry.adapter_store.follower import Follower
@@ -80,8 +81,9 @@ class Store:
             shared, budget_bytes=budget_bytes, storage=storage, builders=builders
         )
         self.pace = Pace(settings.clock)
-        self._checkers, self._now_ns = checkers, settings.now_ns
-        self.uploads = self._uploads(settings, storage, loaded)
+        self.config_checks = ConfigChecks(checkers, settings.limits)
+        self._now_ns = settings.now_ns
+        self.uploads = self._uploads(settings, storage, loaded, checkers)
         self.warmer = Warmer(
             MemoryFile(settings.memory_dir, settings.geometry),
             catalogue=self.catalogue,
@@ -94,10 +96,12 @@ class Store:
         self._sweep_wanted = asyncio.Event()
         self._sweep_log = RepeatedLog(log)
 
-    def _uploads(self, settings: Settings, storage: Storage, loaded: Loaded) -> Uploads:
+    def _uploads(
+        self, settings: Settings, storage: Storage, loaded: Loaded, checkers: Builders
+    ) -> Uploads:
         publisher = Publisher(
             storage=storage,
-            builders=self._checkers,
+            builders=checkers,
             catalogue=self.catalogue,
             contents=self.contents,
             limits=settings.limits,
@@ -129,10 +133,11 @@ class Store:
         check_labels(labels)
         await self.catalogue.catch_up()
         edits.check_replaceable(self.catalogue.get(name), name, expected_etag)
+        self.uploads.check_room(name, weights_bytes)
         record = UploadRecord(
             key="",
             name=name,
-            spec=await self._checkers.check_config(config_json),
+            spec=await self.config_checks.check(name.tenant, config_json),
             weights_bytes=weights_bytes,
             weights_sha256=weights_sha256,
             config_sha256=sha256(config_json.encode()).digest(),

@@ -30,6 +30,7 @@ from lorry.rpc.errors import (
     Superseded,
     UploadNotFound,
 )
+from lorry.rpc.names import AdapterName
 from lorry.rpc.protocol import MAX_CHUNK_BYTES
 from lorry.rpc.weight_chunk import Chunk
 
@@ -62,6 +63,10 @@ class Uploads:
         # That have ended, with their bytes still there: so are those whose store died in between.
         self._leftovers = {r.key for r in stored if catalogue.published(r.key) is not None}
         self._tasks = Tasks()
+
+    def check_room(self, name: AdapterName, weights_bytes: int) -> None:
+        """Refuse what `create` would refuse, by what this store alone knows."""
+        self._check_limits(name, weights_bytes, [])
 
     async def create(self, record: UploadRecord) -> tuple[str, Upload]:
         """Begin an upload; returns its id, which is kept nowhere, and the upload."""
@@ -166,9 +171,10 @@ class Uploads:
     async def _create(self, record: UploadRecord) -> Upload:
         """Begin it unless a limit says no, and count it from now on."""
         tenant = record.name.tenant
+        self._limits.check_rank(tenant, record.spec.max_rank)
         while True:
             under_way = await self._storage.run(self._backend.uploads_of, tenant)
-            self._limits.check(record, self._open_records(under_way.records), self._catalogue)
+            self._check_limits(record.name, record.weights_bytes, under_way.records)
             upload = self._uploads[record.key] = Upload(record, self._clock())
             try:
                 await self._storage.run(
@@ -260,6 +266,11 @@ class Uploads:
         for key in list(self._leftovers):
             await self._storage.run(self._backend.drop_upload, key)
             self._leftovers.discard(key)
+
+    def _check_limits(
+        self, name: AdapterName, weights_bytes: int, stored: list[UploadRecord]
+    ) -> None:
+        self._limits.check(name, weights_bytes, self._open_records(stored), self._catalogue)
 
     def _open_records(self, stored: list[UploadRecord]) -> list[UploadRecord]:
         """Those that the backend has and those that are about to be there."""
