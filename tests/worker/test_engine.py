@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lorry.worker import messages as m
+from lorry.worker.residency import AdapterState
 from tests.support.engines import EngineHarness
 from tests.support.models import make_adapter, make_llama
 
@@ -123,14 +124,73 @@ def test_pin_answers_once_resident_and_keeps_the_adapter(
     harness.engine.handle([m.EvictAdapter(2, version)])
     harness.engine.handle([m.UnpinAdapter(3, version), m.EvictAdapter(4, version)])
     harness.step()
-    results = {
-        event.call: event.failure and event.failure.reason
+    assert results_of(harness) == {1: None, 2: "ADAPTER_IN_USE", 3: None, 4: None}
+    assert events_of(harness, m.ReleaseImage) == [m.ReleaseImage(version)]
+    assert harness.engine.scheduler.residency.find(version) is None
+
+
+def results_of(harness: EngineHarness) -> dict[int, str | None]:
+    """The failure of each answered command, by call."""
+    return {
+        event.call: event.failure.reason if event.failure else None
         for event in events_of(harness, m.AdminResult)
         if isinstance(event, m.AdminResult)
     }
-    assert results == {1: None, 2: "ADAPTER_IN_USE", 3: None, 4: None}
+
+
+def test_unpin_ends_a_pin_that_still_waits_for_its_adapter(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    harness = EngineHarness(model, tmp_path)
+    version = harness.version_of(adapter)
+    harness.engine.handle([m.PinAdapter(1, version)])
+    harness.step()
+    harness.engine.handle([m.UnpinAdapter(2, version), m.Prefetch([version])])
+    for _ in range(4):
+        harness.step()
+    assert results_of(harness) == {1: "SUPERSEDED", 2: None}
+    loaded = harness.engine.scheduler.residency.find(version)
+    assert loaded is not None
+    assert loaded.is_idle
+
+
+@pytest.mark.parametrize("state", [AdapterState.FETCHING, AdapterState.LOADING])
+def test_eviction_of_an_adapter_on_its_way_is_done_once_it_is_here(
+    model: Path, adapter: Path, tmp_path: Path, state: AdapterState
+) -> None:
+    harness = EngineHarness(model, tmp_path)
+    version = harness.version_of(adapter)
+    residency = harness.engine.scheduler.residency
+    harness.engine.handle([m.Prefetch([version])])
+    harness.engine.step()
+    if state is AdapterState.LOADING:
+        harness.engine.handle([harness.image(version)])
+        harness.engine.step()
+    on_its_way = residency.find(version)
+    assert on_its_way is not None
+    assert on_its_way.state is state
+    harness.engine.handle([m.Prefetch([]), m.EvictAdapter(1, version)])
+    assert not any(isinstance(event, m.AdminResult) for event in harness.engine.take_events())
+    if state is AdapterState.FETCHING:
+        harness.engine.handle([harness.image(version)])
+    for _ in range(3):
+        harness.step()
+    assert results_of(harness) == {1: None}
     assert events_of(harness, m.ReleaseImage) == [m.ReleaseImage(version)]
-    assert harness.engine.scheduler.residency.find(version) is None
+    assert residency.find(version) is None
+
+
+def test_eviction_of_an_adapter_that_a_pin_waits_for_is_refused(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    harness = EngineHarness(model, tmp_path)
+    version = harness.version_of(adapter)
+    harness.engine.handle([m.PinAdapter(1, version)])
+    harness.step()
+    harness.engine.handle([m.EvictAdapter(2, version)])
+    for _ in range(4):
+        harness.step()
+    assert results_of(harness) == {1: None, 2: "ADAPTER_IN_USE"}
 
 
 def test_pin_that_finds_no_room_is_refused(model: Path, adapter: Path, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class Engine:
         self._in_flight: deque[_Launched] = deque()
         self._reclaims: set[bytes] = set()  # of images that a load still reads
         self._pin_calls: dict[int, bytes] = {}
+        self._evict_calls: dict[int, bytes] = {}  # of versions that are on their way
         self._events: list[m.Event] = []
         self._fetched: dict[bytes, str] = {}  # source of images that were not loaded yet
         self._loads_under_way = 0
@@ -69,6 +70,7 @@ class Engine:
     def step(self) -> bool:
         """Plan and launch a step and read the one before; False if there was nothing to do."""
         self._finish_loads()
+        self._answer_evictions()
         planning_s = self._clock()
         plan = self.scheduler.plan(planning_s, list(self._pin_calls.values()))
         self.host_time.plan_s += self._clock() - planning_s
@@ -187,21 +189,41 @@ class Engine:
         adapter = self.scheduler.residency.find(unpin.version)
         if adapter is not None and adapter.pinned:
             self.scheduler.residency.set_pinned(adapter, False)
+        text = f"version {unpin.version.hex()} was unpinned before it was resident"
+        self._refuse_pins(unpin.version, m.Failure("SUPERSEDED", text))
         self._events.append(m.AdminResult(unpin.call))
 
     def _evict(self, evict: m.EvictAdapter) -> None:
-        adapter = self.scheduler.residency.find(evict.version)
-        if adapter is None or adapter.state in (AdapterState.FETCHING, AdapterState.LOADING):
-            self._events.append(m.AdminResult(evict.call))
-        elif adapter.pinned or adapter.references:
-            failure = m.Failure("ADAPTER_IN_USE", f"version {evict.version.hex()} is in use")
-            self._events.append(m.AdminResult(evict.call, failure))
-        else:
-            if adapter.state is AdapterState.RESIDENT:
-                self.scheduler.residency.evict(adapter)
-                self.gauges.adapter_evictions += 1
-            self._reclaim_image(m.ReclaimImage(evict.version))
-            self._events.append(m.AdminResult(evict.call))
+        self._evict_calls[evict.call] = evict.version
+        self._answer_evictions()
+
+    def _answer_evictions(self) -> None:
+        """Evict what was asked for; a version on its way goes once it is here."""
+        for call, version in list(self._evict_calls.items()):
+            adapter = self.scheduler.residency.find(version)
+            if adapter is not None and self._is_in_use(adapter):
+                failure = m.Failure("ADAPTER_IN_USE", f"version {version.hex()} is in use")
+                self._events.append(m.AdminResult(call, failure))
+            elif adapter is None or not adapter.is_on_its_way:
+                self._give_up(adapter)
+                self._events.append(m.AdminResult(call))
+            else:
+                continue
+            del self._evict_calls[call]
+
+    def _is_in_use(self, adapter: Adapter) -> bool:
+        is_asked_for = adapter.version in self._pin_calls.values()
+        return adapter.pinned or is_asked_for or adapter.references > 0
+
+    def _give_up(self, adapter: Adapter | None) -> None:
+        """Free its pages and its image."""
+        if adapter is None:
+            return
+        if adapter.state is AdapterState.RESIDENT:
+            self.scheduler.residency.evict(adapter)
+            self.gauges.adapter_evictions += 1
+        if adapter.image is not None:
+            self._give_up_image(adapter)
 
     def _give_up_image(self, adapter: Adapter) -> None:
         self.runner.adapters.unmap(adapter.version)
@@ -211,8 +233,11 @@ class Engine:
 
     def _fail(self, adapter: Adapter, failure: m.Failure) -> None:
         self._events.extend(self.scheduler.fail_adapter(adapter, failure))
+        self._refuse_pins(adapter.version, failure)
+
+    def _refuse_pins(self, pinned: bytes, failure: m.Failure) -> None:
         for call, version in list(self._pin_calls.items()):
-            if version == adapter.version:
+            if version == pinned:
                 del self._pin_calls[call]
                 self._events.append(m.AdminResult(call, failure))
 
@@ -220,7 +245,7 @@ class Engine:
         """A pin is kept once its adapter is resident, and refused if a load found no room."""
         for call, version in list(self._pin_calls.items()):
             adapter = self.scheduler.residency.find(version)
-            if adapter is None or adapter.state in (AdapterState.FETCHING, AdapterState.LOADING):
+            if adapter is None or adapter.is_on_its_way:
                 continue
             del self._pin_calls[call]
             if adapter.state is AdapterState.RESIDENT:

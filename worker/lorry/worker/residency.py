@@ -61,6 +61,10 @@ class Adapter:
     def is_idle(self) -> bool:
         return self.state is S.RESIDENT and not self.references and not self.pinned
 
+    @property
+    def is_on_its_way(self) -> bool:
+        return self.state is S.FETCHING or self.state is S.LOADING
+
     def move_to(self, target: AdapterState) -> None:
         if target not in TRANSITIONS[self.state]:
             raise IllegalTransition(self.version, self.state, target)

@@ -224,9 +224,7 @@ class Scheduler:
 
     def _is_fetching(self, request: Request) -> bool:
         adapter = self.residency.find(request.version)
-        return bool(request.version) and (
-            adapter is None or adapter.state in (AdapterState.FETCHING, AdapterState.LOADING)
-        )
+        return bool(request.version) and (adapter is None or adapter.is_on_its_way)
 
     def _start(self, request: Request, rows: BatchBuilder, cached: list[int], now_s: float) -> None:
         slot = BASE_MODEL
