@@ -7,13 +7,13 @@ for. The scheduler does not know when a request will end.
 """
 
 import bisect
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
 
 from lorry.kernels.page_layout import BASE_MODEL
 from lorry.worker.adapter_loader import AdapterLoader
+from lorry.worker.deadlines import Deadlines
 from lorry.worker.drawn import Drawn
 from lorry.worker.feasibility import refusal
 from lorry.worker.integrity import check_integrity
@@ -54,7 +54,7 @@ class Scheduler:
         self.preemptions = 0
         self._waiting: list[Request] = []  # by number
         self._prefilling: list[Request] = []  # by number
-        self._deadlines: list[tuple[float, int]] = []
+        self._deadlines = Deadlines(self.requests)
         self._prefetch: list[bytes] = []
         self._sharing = PageSharing(table, self.prefixes, is_on=limits.prefix_cache)
 
@@ -74,8 +74,7 @@ class Scheduler:
             return request.finished(FinishReason.ABORTED, failure)
         self.requests[request.number] = request
         bisect.insort(self._waiting, request, key=_number)
-        if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_s, request.number))
+        self._deadlines.add(request)
         return None
 
     def cancel(self, numbers: list[int]) -> list[Finished]:
@@ -148,11 +147,9 @@ class Scheduler:
         return refusal(request, context, self.pool, self.residency, self.table.page_tokens)
 
     def _expire(self, plan: Plan, now_s: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, number = heapq.heappop(self._deadlines)
-            if request := self.requests.get(number):
-                failure = Failure("DEADLINE_EXPIRED", "the deadline passed")
-                plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
+        for request in self._deadlines.expired(now_s):
+            failure = Failure("DEADLINE_EXPIRED", "the deadline passed")
+            plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
 
     def _decode(self, plan: Plan, rows: BatchBuilder, room: Room) -> None:
         """One row for each sequence that can still draw a token."""
@@ -270,6 +267,7 @@ class Scheduler:
             self._leave_row(request)
         request.move_to(RequestState.FINISHED)
         del self.requests[request.number]
+        self._deadlines.forget_ended()
         return request.finished(reason, failure)
 
     def _leave_row(self, request: Request) -> None:
