@@ -131,6 +131,26 @@ def test_rows_of_nans_draw_a_token_and_disturb_no_others(device):
     check_rows_of_nans(device)
 
 
+@pytest.mark.parametrize("logit", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "cut", [{"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 2, "top_p": 0.5}]
+)
+def test_the_reference_draws_a_token_whatever_the_logits(logit, cut):
+    logits = torch.randn(4, 100)
+    logits[0] = logit
+    logits[1, 3] = logit
+    logits[2, 1:] = logit
+    rows, number = rows_of(rows=4, **cut), torch.arange(4)
+    threshold = truncation_reference(logits, *rows)
+    token = sample_reference(logits, rows.temperature_T, number, number, threshold)
+    assert ((token >= 0) & (token < 100)).all()
+    if logit == torch.inf:
+        assert (logits[torch.arange(3), token[:3]] == torch.inf).all()
+    else:
+        assert not (logits[torch.arange(1, 4), token[1:]] == logit).any()
+        assert not logits[torch.arange(1, 4), token[1:]].isnan().any()
+
+
 def test_a_threshold_of_nothing_changes_no_draw(device):
     logits, row = torch.randn(16, 3000), torch.arange(16)
     plain, kept = torch.full((16,), -1), torch.full((16,), -2)

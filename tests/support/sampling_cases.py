@@ -133,6 +133,9 @@ def check_rows_of_nans(device: torch.device) -> None:
         out = unpacked(packed_logprobs(rows, device))
         write_logprobs(values, ranked, token, number.int(), out)
         drawn.append(token)
+        is_asked = torch.arange(MAX_TOP, device=device) < number[:, None]
+        top_id = out.top_id_TX[is_asked]
+        assert ((top_id >= 0) & (top_id < vocabulary)).all()
     assert ((drawn[0] >= 0) & (drawn[0] < vocabulary)).all()
     assert torch.isin(drawn[0][1::3].cpu(), torch.tensor([0, vocabulary - 1])).all()
     assert torch.equal(drawn[0][2::3], drawn[1][2::3])

@@ -379,6 +379,27 @@ async def test_a_worker_without_room_for_the_copy_fails_the_fetch(
         assert not images_in(remote.local)
 
 
+async def test_copies_make_room_for_the_next_where_their_memory_is_full(
+    base_model, tmp_path, monkeypatch
+):
+    create = SharedDirectory.create
+
+    def create_alone(directory, num_bytes):
+        if list(directory.path.glob("*.new.*")):
+            raise StoreFull("no room", retry_after_s=0.01)
+        return create(directory, num_bytes)
+
+    monkeypatch.setattr(SharedDirectory, "create", create_alone)
+    async with bench_of(base_model, tmp_path, shared=False) as remote:
+        first = await remote.fetch(remote.add())
+        remote.fetcher.fetch(second := remote.add(r=16))
+        await until(lambda: ReclaimImage(first.version) in remote.sent)
+        remote.fetcher.release(first.version)
+        await until(
+            lambda: isinstance(remote.sent[-1], ImageReady) and remote.sent[-1].version == second
+        )
+
+
 async def test_a_store_that_starts_late_is_waited_for(base_model, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]

@@ -90,6 +90,7 @@ def _rank_kernel(
         in_row = token < vocabulary
         logits = tl.load(logits_ptr + row * stride_lt + token, mask=in_row, other=-float("inf"))
         logits = logits.to(tl.float32)
+        logits = tl.where(logits == logits, logits, -float("inf"))  # a NaN's place is arbitrary
         most = tl.max(logits, 0)
         at = row * tl.num_programs(1) + chunk
         tl.store(most_ptr + at, most)

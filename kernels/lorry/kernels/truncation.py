@@ -35,14 +35,16 @@ def truncation_reference(
 ) -> torch.Tensor:
     """The least logit that each row may draw (float32), -inf where nothing is cut off.
 
-    A top_k of 0, a top_p of 1 and a min_p of 0 are off, as all are of rows of temperature 0.
+    A top_k of 0, a top_p of 1 and a min_p of 0 are off, as all are of rows of temperature 0. NaNs
+    are not drawn, and what is infinite is as likely as what else is.
     """
     threshold_T = torch.full_like(temperature_T, -torch.inf)
     is_cut_T = (temperature_T > 0) & ((top_k_T > 0) | (top_p_T < 1) | (min_p_T > 0))
     row = is_cut_T.nonzero()[:, 0]
     if row.numel():
         columns = (values[row, None] for values in (temperature_T, top_k_T, top_p_T, min_p_T))
-        threshold_T[row] = _thresholds(logits_TV[row].float(), *columns)
+        logits = logits_TV[row].float()
+        threshold_T[row] = _thresholds(logits.masked_fill(logits.isnan(), -torch.inf), *columns)
     return threshold_T
 
 
@@ -57,11 +59,12 @@ def _thresholds(
     most, vocabulary = logits_TV[:, :1], logits_TV.shape[1]
     place = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary).long() - 1
     kth = logits_TV.gather(1, place)
-    weight_TV = ((logits_TV - most).double() / temperature).exp().where(logits_TV >= kth, 0)
+    below_TV = (logits_TV - most).where(logits_TV < most, 0).double()  # infinite ones differ by NaN
+    weight_TV = (below_TV / temperature).exp().where(logits_TV >= kth, 0)
     above_TV = weight_TV.cumsum(dim=-1) - weight_TV
     num_kept = (above_TV < top_p * weight_TV.sum(dim=-1, keepdim=True)).sum(dim=-1, keepdim=True)
     nucleus = logits_TV.gather(1, num_kept - 1)
-    floor = most + temperature * min_p.log().clamp(max=0)
+    floor = (most + temperature * min_p.log().clamp(max=0)).where(min_p > 0, -torch.inf)
     threshold = torch.maximum(
         kth.where(top_k > 0, -torch.inf), nucleus.where(top_p < 1, -torch.inf)
     )

@@ -1,5 +1,6 @@
 """One fetch of a page image from the adapter store, with all that it says checked."""
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import grpc.aio
 import msgspec
 from crc32c import crc32c
 
-from lorry.rpc.errors import DigestMismatch, StoreUnavailable
+from lorry.rpc.errors import DigestMismatch, StoreFull, StoreUnavailable
 from lorry.rpc.shared_directory import SharedDirectory
 from lorry.rpc.shared_memory import SharedFileRefused, open_shared, shm_namespace_id
 from lorry.rpc.status import from_rpc
@@ -23,6 +24,10 @@ from lorry.worker.messages import ImageFile, ImageReady
 Call = grpc.aio.UnaryStreamCall[Any, Any]
 
 log = logging.getLogger(__name__)
+
+
+class CopiesFull(StoreFull):
+    """It is the worker's own memory for copies of images that has no room."""
 
 
 class Held(NamedTuple):
@@ -109,7 +114,7 @@ class ImageSource:
         owner: contextlib.ExitStack,
     ) -> ImageReady:
         """Copy the chunks to a local file: 1 MiB takes less than the way to a thread and back."""
-        path = self._local.create(header.image_bytes)
+        path = await self._create(header.image_bytes)
         owner.callback(self._local.remove, path)
         received, image_crc = 0, 0
         with path.open("r+b") as file:
@@ -127,6 +132,21 @@ class ImageSource:
         if image_crc != header.image_crc32c:
             raise DigestMismatch("the page image has another CRC than its header says")
         return to_image(header, str(path), 0, copied=True)
+
+    async def _create(self, num_bytes: int) -> Path:
+        """A file for a copy, whose memory a thread reserves: that takes up to a second."""
+        creating = asyncio.create_task(asyncio.to_thread(self._local.create, num_bytes))
+        try:
+            return await asyncio.shield(creating)
+        except StoreFull as error:
+            raise CopiesFull(str(error), retry_after_s=error.retry_after_s) from error
+        except asyncio.CancelledError:
+            creating.add_done_callback(self._discard)
+            raise
+
+    def _discard(self, created: asyncio.Task[Path]) -> None:
+        if not created.cancelled() and created.exception() is None:
+            self._local.remove(created.result())
 
 
 async def read_message(call: Call, *expected: str) -> Any:

@@ -7,6 +7,7 @@ to a file of this worker's own, and their call ends.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import Counter
@@ -29,7 +30,7 @@ from lorry.rpc.errors import (
     VersionNotFound,
 )
 from lorry.worker.failures import to_failure
-from lorry.worker.image_source import Call, Held, ImageSource, read_message
+from lorry.worker.image_source import Call, CopiesFull, Held, ImageSource, read_message
 from lorry.worker.messages import Command, ImageFailed, ImageReady, ReclaimImage
 from lorry.worker.statistics import fetches
 
@@ -94,8 +95,7 @@ class ImageFetcher:
     async def _hold(self, version: bytes) -> None:
         try:
             with contextlib.ExitStack() as owner:
-                async with self._slots:
-                    held = await self._timed_fetch(version, owner)
+                held = await self._timed_fetch(version, owner)
                 self._send(held.image)
                 if held.image.copied:
                     owner.callback(self._copied.pop, version)
@@ -120,6 +120,11 @@ class ImageFetcher:
             self._send(ReclaimImage(version))
         self._copied[image.version] = image_bytes
 
+    def _reclaim_oldest(self, count: int) -> None:
+        """Ask for copies back; some may be in use, so each time a fetch finds no room for more."""
+        for version in itertools.islice(self._copied, count):
+            self._send(ReclaimImage(version))
+
     async def _timed_fetch(self, version: bytes, owner: contextlib.ExitStack) -> Held:
         started_s = time.monotonic()
         held = await self._fetch(version, owner)
@@ -130,7 +135,7 @@ class ImageFetcher:
     async def _fetch(self, version: bytes, owner: contextlib.ExitStack) -> Held:
         """Try until it works, cannot work, or takes too long."""
         last: LorryError = StoreUnavailable("the adapter store did not answer in time")
-        backoff = Backoff()
+        backoff, times_full = Backoff(), 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._timeout_s):
                 while True:
@@ -140,14 +145,18 @@ class ImageFetcher:
                         last = error
                         if not _may_pass(error):
                             break
+                        if isinstance(error, CopiesFull):
+                            times_full += 1
+                            self._reclaim_oldest(times_full)
                     await backoff.wait()
         log.warning("page image %s: %s %s", version.hex(), last.code.name, last)
         raise _for_clients(last)
 
     async def _attempt(self, version: bytes, owner: contextlib.ExitStack) -> Held:
-        with contextlib.ExitStack() as attempt:
-            held = await self._source.open(version, attempt)
-            owner.push(attempt.pop_all())
+        async with self._slots:
+            with contextlib.ExitStack() as attempt:
+                held = await self._source.open(version, attempt)
+                owner.push(attempt.pop_all())
         return held
 
     async def _pass_on(self, version: bytes, lease: Call) -> NoReturn:
