@@ -16,11 +16,10 @@ from lorry.worker.engine_faults import explain
 from lorry.worker.following_rank import FollowingRank
 from lorry.worker.meeting import meet
 from lorry.worker.rank_arguments import MAX_REASON_BYTES, RankArguments
-from lorry.worker.rank_messages import RankCodec, RankMessage
+from lorry.worker.rank_link import receive
+from lorry.worker.rank_messages import RankMessage
 from lorry.worker.ring import Ring
 from lorry.worker.vital_sign import beating
-
-WAIT_S = 1.0  # for messages, at a time
 
 log = logging.getLogger("lorry.worker.rank_process")  # __name__ is __main__ here
 
@@ -30,15 +29,6 @@ def follow(follower: FollowingRank, messages: Iterator[RankMessage]) -> None:
     for message in messages:
         if not follower.handle(message):
             return
-
-
-def read(ring: Ring) -> Iterator[RankMessage]:
-    """What the first rank tells, without end; a dead front ends this process."""
-    codec = RankCodec()
-    while True:
-        ring.wait(WAIT_S)
-        for record in ring.read_all():
-            yield codec.decode(record)
 
 
 def end(code: int) -> NoReturn:
@@ -61,7 +51,7 @@ def main() -> None:
         try:
             collectives = meet(arguments.port, config, rank=rank)
             base_model = read_base_model(config.model)
-            follow(build_following_rank(config, base_model, rank, collectives), read(ring))
+            follow(build_following_rank(config, base_model, rank, collectives), receive(ring))
             end(0)
         except Exception as error:
             reason = explain(error)

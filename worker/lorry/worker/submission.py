@@ -67,17 +67,26 @@ def to_submit(message: worker_service_pb2.Submit, number: int, limits: RequestLi
 
 
 def _check_tokens(message: worker_service_pb2.Submit, limits: RequestLimits) -> None:
-    num_prompt = len(message.token_ids) - message.generated_tokens
+    generated = message.generated_tokens
+    num_prompt = len(message.token_ids) - generated
     if message.version:
         check_sha256(message.version, field="version")
     if num_prompt < 1:
-        raise InvalidRequest.of("token_ids", "must hold a prompt before generated_tokens")
-    if max(message.token_ids) >= limits.vocab_size:
-        raise InvalidRequest.of("token_ids", f"must be below {limits.vocab_size}")
-    if message.max_tokens <= message.generated_tokens:
-        raise InvalidRequest.of("max_tokens", "must be above generated_tokens")
+        raise InvalidRequest.of(
+            "token_ids",
+            f"must hold a prompt before {generated} generated_tokens, got {len(message.token_ids)}",
+        )
+    if (largest := max(message.token_ids)) >= limits.vocab_size:
+        raise InvalidRequest.of("token_ids", f"must be below {limits.vocab_size}, got {largest}")
+    if message.max_tokens <= generated:
+        raise InvalidRequest.of(
+            "max_tokens", f"must be above generated_tokens, {generated}, got {message.max_tokens}"
+        )
     if message.min_tokens > message.max_tokens:
-        raise InvalidRequest.of("min_tokens", "must not exceed max_tokens")
+        raise InvalidRequest.of(
+            "min_tokens",
+            f"must not exceed max_tokens, {message.max_tokens}, got {message.min_tokens}",
+        )
     total = num_prompt + message.max_tokens
     if total > limits.max_context_tokens:
         text = f"prompt and max_tokens are {total} tokens, of at most {limits.max_context_tokens}"
