@@ -74,6 +74,66 @@ def test_prefetch_loads_an_adapter_that_no_request_needs_yet() -> None:
     assert adapter.state is AdapterState.RESIDENT
 
 
+def fail_fetches(driver: Driver, versions: list[bytes]) -> None:
+    for version in versions:
+        adapter = driver.scheduler.residency.find(version)
+        assert adapter is not None
+        failure = m.Failure("VERSION_NOT_FOUND", "no such version")
+        driver.note(*driver.scheduler.fail_adapter(adapter, failure, driver.now_s))
+
+
+def test_prefetch_that_fails_is_tried_again_after_seconds_not_steps() -> None:
+    driver = Driver(instant_fetch=False)
+    driver.scheduler.set_prefetch([b"gone", b"lost"])
+    tried = list[tuple[float, bytes]]()
+    for _ in range(200):
+        fetches = driver.step().fetches
+        driver.now_s -= 0.875  # eight steps in a second
+        tried += [(driver.now_s, version) for version in fetches]
+        fail_fetches(driver, fetches)
+    for version in (b"gone", b"lost"):
+        times_s = [now_s for now_s, tried_version in tried if tried_version == version]
+        assert times_s == [0.125, 10.25, 20.375]
+
+
+def test_prefetch_that_failed_is_tried_again_when_it_is_newly_wanted() -> None:
+    driver = Driver(instant_fetch=False)
+    for versions, fetched in [
+        ([b"gone"], [b"gone"]),
+        ([b"other", b"gone"], [b"other"]),  # wanted still
+        ([b"third"], [b"third"]),
+        ([b"gone"], [b"gone"]),
+    ]:
+        driver.scheduler.set_prefetch(versions)
+        fetches = driver.step().fetches
+        assert fetches == fetched
+        fail_fetches(driver, fetches)
+
+
+def test_request_needs_no_retry_time_of_a_prefetch() -> None:
+    driver = Driver(adapter_pages={b"late": 1}, instant_fetch=False)
+    driver.scheduler.set_prefetch([b"late"])
+    fail_fetches(driver, driver.step().fetches)
+    assert driver.step().fetches == []
+    driver.submit(1, 2, 4, version=b"late")
+    assert driver.step().fetches == [b"late"]
+    driver.finish_fetch(b"late")
+    driver.run()
+    assert len(driver.tokens[1]) == 4
+
+
+def test_prefetches_leave_fetches_to_requests() -> None:
+    driver = Driver(adapter_pages={b"%d" % n: 1 for n in range(9)}, instant_fetch=False)
+    driver.scheduler.set_prefetch([b"%d" % n for n in range(8)])
+    assert driver.step().fetches == [b"0", b"1", b"2", b"3"]
+    assert driver.step().fetches == []
+    driver.submit(1, 2, 4, version=b"8")
+    assert driver.step().fetches == [b"8"]
+    driver.finish_fetch(b"0")
+    driver.finish_fetch(b"1")
+    assert driver.step().fetches == [b"4"]
+
+
 def test_a_full_step_brings_the_next_requests_adapters_nearer() -> None:
     driver = Driver(max_running=1, adapter_pages={b"a": 2, b"b": 2})
     driver.submit(1, 4, 30, version=b"a")
@@ -179,7 +239,7 @@ def test_failed_fetch_ends_the_requests_that_wait_for_it() -> None:
     adapter = driver.scheduler.residency.find(b"gone")
     assert adapter is not None
     failure = m.Failure("VERSION_NOT_FOUND", "no such version")
-    driver.note(*driver.scheduler.fail_adapter(adapter, failure))
+    driver.note(*driver.scheduler.fail_adapter(adapter, failure, driver.now_s))
     driver.run()
     assert driver.finished[1].failure == failure
     assert len(driver.tokens[2]) == 4

@@ -232,7 +232,7 @@ class Engine:
         self._events.append(m.ReleaseImage(adapter.version))
 
     def _fail(self, adapter: Adapter, failure: m.Failure) -> None:
-        self._events.extend(self.scheduler.fail_adapter(adapter, failure))
+        self._events.extend(self.scheduler.fail_adapter(adapter, failure, self._clock()))
         self._refuse_pins(adapter.version, failure)
 
     def _refuse_pins(self, pinned: bytes, failure: m.Failure) -> None:

@@ -21,6 +21,7 @@ from lorry.worker.messages import Failure, Finished, FinishReason, StepTokens, S
 from lorry.worker.page_sharing import PageSharing
 from lorry.worker.plan import Batch, BatchBuilder, Plan
 from lorry.worker.pool import PagePool
+from lorry.worker.prefetches import Prefetches
 from lorry.worker.prefix_cache import PrefixCache
 from lorry.worker.request import NO_ROW, Request, RequestState
 from lorry.worker.residency import Adapter, AdapterState, Residency
@@ -34,6 +35,7 @@ class SchedulerLimits:
     max_running: int
     max_context_tokens: int
     max_fetches: int = 32  # under way at once
+    max_prefetches: int = 4  # fetches for no request begin below it: half of what the front does
     max_passed_over: int = 64  # admissions of younger requests that an older one puts up with
     max_considered: int = 256  # waiting requests looked at in a step
     max_ahead: int = 32  # of them after the step is full, to bring their adapters nearer
@@ -55,7 +57,7 @@ class Scheduler:
         self._waiting: list[Request] = []  # by number
         self._prefilling: list[Request] = []  # by number
         self._deadlines = Deadlines(self.requests)
-        self._prefetch: list[bytes] = []
+        self._prefetches = Prefetches()
         self._sharing = PageSharing(table, self.prefixes, is_on=limits.prefix_cache)
 
     @property
@@ -82,15 +84,16 @@ class Scheduler:
         found = [self.requests[n] for n in dict.fromkeys(numbers) if n in self.requests]
         return [self._end(request, FinishReason.CANCELLED) for request in found]
 
-    def fail_adapter(self, adapter: Adapter, failure: Failure) -> list[Finished]:
+    def fail_adapter(self, adapter: Adapter, failure: Failure, now_s: float) -> list[Finished]:
         """The image of `adapter` cannot be had: end the requests that wait for it."""
         self.residency.fail_fetch(adapter)
+        self._prefetches.fail(adapter.version, now_s)
         waiting = [r for r in self._waiting if r.version == adapter.version]
         return [self._end(request, FinishReason.ABORTED, failure) for request in waiting]
 
     def set_prefetch(self, versions: list[bytes]) -> None:
         """Replace the versions that will be wanted next, most urgent first."""
-        self._prefetch = versions
+        self._prefetches.replace(versions)
 
     def plan(self, now_s: float, pins: list[bytes]) -> Plan:
         """Decide the next step; `pins` are versions that operators wait for."""
@@ -105,7 +108,7 @@ class Scheduler:
         self._decode(plan, rows, room)
         self._continue_prompts(rows)
         self._admit(plan, rows, loader, room, now_s)
-        self._load_ahead(loader)
+        self._load_ahead(loader, now_s)
         plan.batch = rows.build(self.steps + 1)
         self.steps += plan.batch is not None
         return plan
@@ -246,9 +249,12 @@ class Scheduler:
             request.move_to(RequestState.DECODE)
             self._prefilling.remove(request)
 
-    def _load_ahead(self, loader: AdapterLoader) -> None:
-        for version in self._prefetch:
-            loader.want(version, watermark=self.num_running)
+    def _load_ahead(self, loader: AdapterLoader, now_s: float) -> None:
+        """Bring nearer what no request needs yet; most of the fetches are left to those."""
+        for version in self._prefetches.due(now_s):
+            may_fetch = self.residency.num_fetching < self.limits.max_prefetches
+            if may_fetch or self.residency.find(version):
+                loader.want(version, watermark=self.num_running)
 
     def _preempt(self, request: Request, plan: Plan) -> None:
         self._leave_row(request)
