@@ -10,12 +10,14 @@ from lorry.client.retry import RetryPolicy
 from lorry.rpc.errors import (
     AdapterExists,
     AdapterNotFound,
+    EtagMismatch,
     InvalidRequest,
     NoWorker,
     StoreFull,
     StoreUnavailable,
 )
 from lorry.rpc.protocol import MAX_CHUNK_BYTES
+from lorry.v1 import adapter_service_pb2 as pb
 from tests.support.scripted import ScriptedAdapters, serving_scripted
 
 IMPATIENT = RetryPolicy(attempts=3, first_delay_s=0.001, max_delay_s=0.002)
@@ -137,6 +139,26 @@ async def test_delete_succeeds_when_only_its_answer_was_lost(directory: Path) ->
         adapters.script.fail_next(NoWorker("lost"))
         await client.adapters.delete("reverse")
     assert not adapters.adapters
+
+
+async def test_update_succeeds_when_only_its_answer_was_lost(directory: Path) -> None:
+    adapters = ScriptedAdapters()
+    async with client_of(adapters) as client:
+        await client.adapters.push(directory, labels={"team": "a"})
+        adapters.lose_next_update(pb.Adapter())
+        updated = await client.adapters.update("reverse", labels={"team": "b"}, description="")
+        assert updated.labels == {"team": "b"}
+        assert updated == await client.adapters.show("reverse")
+
+
+async def test_update_fails_when_another_took_its_place_before_the_retry(directory: Path) -> None:
+    adapters = ScriptedAdapters()
+    async with client_of(adapters) as client:
+        await client.adapters.push(directory)
+        adapters.lose_next_update(pb.Adapter(description="theirs"))
+        with pytest.raises(EtagMismatch):
+            await client.adapters.update("reverse", description="ours")
+        assert (await client.adapters.show("reverse")).description == "theirs"
 
 
 async def test_delete_of_an_unknown_adapter_fails_unless_it_may_be_missing() -> None:

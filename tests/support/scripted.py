@@ -13,6 +13,7 @@ from lorry.rpc.errors import (
     AdapterExists,
     AdapterNotFound,
     DigestMismatch,
+    EtagMismatch,
     LorryError,
     OffsetMismatch,
 )
@@ -175,6 +176,11 @@ class ScriptedAdapters(AdapterServiceServicer):
         self.offsets: list[int] = []  # where each upload stream has begun
         self._created = adapter_service_pb2.CreateUploadRequest()
         self._break_at_byte = break_at_byte
+        self._change_of_others: adapter_service_pb2.Adapter | None = None
+
+    def lose_next_update(self, change_of_others: adapter_service_pb2.Adapter) -> None:
+        """End it UNAVAILABLE once it has been made, and then that of somebody else."""
+        self._change_of_others = change_of_others
 
     async def GetAdapter(
         self, request: adapter_service_pb2.GetAdapterRequest, context: Any
@@ -218,10 +224,17 @@ class ScriptedAdapters(AdapterServiceServicer):
     async def UpdateAdapter(
         self, request: adapter_service_pb2.UpdateAdapterRequest, context: Any
     ) -> adapter_service_pb2.UpdateAdapterResponse:
-        """Changes what the mask names."""
+        """Changes what the mask names; the answer is lost if `lose_next_update` says so."""
         self.script.step()
         adapter = self._find(request.adapter.name)
+        if adapter.etag != request.adapter.etag:
+            raise EtagMismatch(f"{adapter.name} has etag {adapter.etag!r}")
         request.update_mask.MergeMessage(request.adapter, adapter, replace_repeated_field=True)
+        adapter.etag += "+"
+        if self._change_of_others is not None:
+            adapter.MergeFrom(self._change_of_others)
+            self._change_of_others = None
+            raise _Broken("the connection broke")
         return adapter_service_pb2.UpdateAdapterResponse(adapter=adapter)
 
     async def ListAdapterVersions(

@@ -11,11 +11,11 @@ import grpc.aio
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from lorry.client.generation import adapter_name
-from lorry.client.retry import RetryPolicy, retrying
+from lorry.client.retry import RetryPolicy, retrying, typed
 from lorry.client.upload import Progress, send
 from lorry.client.weights import AdapterFiles, default_id
 from lorry.rpc.channel import Credentials, open_blocking_channel
-from lorry.rpc.errors import AdapterNotFound
+from lorry.rpc.errors import AdapterNotFound, EtagMismatch
 from lorry.rpc.names import check_id
 from lorry.v1 import adapter_service_pb2 as pb
 from lorry.v1.adapter_service_pb2_grpc import AdapterServiceStub
@@ -203,7 +203,8 @@ class Adapters:
     ) -> Adapter:
         """Change what is given; `version`, in hex, publishes one of `versions`.
 
-        Raises EtagMismatch if somebody else changes the adapter meanwhile.
+        Raises EtagMismatch if somebody else changes the adapter meanwhile. An answer that was lost
+        on the way does not make a retry fail.
         """
         known = await self.show(name)
         fields = {"labels": labels, "description": description, "version": version}
@@ -217,10 +218,25 @@ class Adapters:
             ),
             update_mask=FieldMask(paths=[key for key in fields if fields[key] is not None]),
         )
-        response = await self._retrying(
-            lambda _, remaining_s: self._stub.UpdateAdapter(request, timeout=remaining_s)
+        updated = await self._retrying(
+            lambda attempt, remaining_s: self._update(request, attempt, remaining_s)
         )
-        return Adapter.from_proto(response.adapter)
+        return Adapter.from_proto(updated)
+
+    async def _update(
+        self, request: pb.UpdateAdapterRequest, attempt: int, remaining_s: float
+    ) -> pb.Adapter:
+        """One attempt; that the etag has changed may be an earlier one's doing."""
+        try:
+            return (await self._stub.UpdateAdapter(request, timeout=remaining_s)).adapter
+        except grpc.RpcError as error:
+            if not attempt or not isinstance(typed(error), EtagMismatch):
+                raise
+            known = pb.GetAdapterRequest(name=request.adapter.name)
+            found = (await self._stub.GetAdapter(known, timeout=remaining_s)).adapter
+            if not _is_updated(found, request):
+                raise
+            return found
 
     async def _etag(self, adapter_id: str) -> str:
         """Of the adapter that a push replaces; empty if there is none."""
@@ -271,6 +287,14 @@ class Adapters:
 
     async def _retrying(self, call: Callable[[int, float], Awaitable[Response]]) -> Response:
         return await retrying(call, policy=self._retry, timeout_s=self._timeout_s)
+
+
+def _is_updated(adapter: pb.Adapter, request: pb.UpdateAdapterRequest) -> bool:
+    """Whether the update would leave the adapter as it is."""
+    after = pb.Adapter()
+    after.CopyFrom(adapter)
+    request.update_mask.MergeMessage(request.adapter, after, replace_repeated_field=True)
+    return after == adapter
 
 
 def _silent(sent_bytes: int, total_bytes: int) -> None:
