@@ -64,6 +64,51 @@ def test_nothing_waits_for_a_fetch_but_the_requests_that_need_it() -> None:
     assert driver.finished[1].adapter_load_s > 0
 
 
+def test_any_number_of_requests_may_wait_for_fetches_beside_those_that_need_none() -> None:
+    slow = [b"slow %d" % number for number in range(500)]
+    driver = Driver(adapter_pages=dict.fromkeys([*slow, b"here"], 1), instant_fetch=False)
+    driver.submit(0, 2, 4, version=b"here")
+    driver.step()
+    driver.finish_fetch(b"here")
+    driver.run()
+    for number, version in enumerate(slow, start=1):
+        driver.submit(number, 2, 4, version=version)
+    driver.submit(501, 2, 4)
+    driver.submit(502, 2, 4, version=b"here")
+    for _ in range(6):
+        driver.step()
+    assert set(driver.finished) == {0, 501, 502}
+
+
+def test_fetches_are_of_the_oldest_requests_and_these_start_first() -> None:
+    versions = [b"%d" % number for number in range(8)]
+    driver = Driver(adapter_pages=dict.fromkeys(versions, 1), instant_fetch=False, max_fetches=2)
+    for number, version in enumerate(versions):
+        driver.submit(number, 2, 4, version=version)
+    fetches = list[bytes]()
+    for _ in range(4):
+        fetches += driver.step().fetches
+        for version in reversed(fetches[-2:]):
+            driver.finish_fetch(version)
+    assert fetches == versions
+    driver.run()
+    assert list(driver.finished) == list(range(8))
+
+
+def test_only_so_many_requests_that_find_no_room_are_tried_in_a_step() -> None:
+    driver = Driver(pages=12, max_considered=2, max_passed_over=100)
+    driver.submit(1, 4, 40)
+    driver.step()
+    driver.submit(2, 44, 4)
+    driver.submit(3, 44, 4)
+    driver.submit(4, 2, 4)
+    driver.step()
+    assert driver.tokens[4] == []
+    driver.note(*driver.scheduler.cancel([3]))
+    driver.step()
+    assert len(driver.tokens[4]) == 1
+
+
 def test_prefetch_loads_an_adapter_that_no_request_needs_yet() -> None:
     driver = Driver(adapter_pages={b"next": 3})
     driver.scheduler.set_prefetch([b"next"])

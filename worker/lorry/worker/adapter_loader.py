@@ -16,6 +16,7 @@ class AdapterLoader:
         self._residency = residency
         self._room = room
         self._plan = plan
+        self._away: set[bytes] = set()  # as of the last look, since many requests may ask
         self._fetches_left = max_fetches - residency.num_fetching
 
     def want(self, version: bytes, *, watermark: int) -> Adapter | None:
@@ -30,6 +31,21 @@ class AdapterLoader:
         elif adapter.state is AdapterState.HOST:
             self._load(adapter, watermark)
         return adapter if adapter and adapter.state is AdapterState.RESIDENT else None
+
+    def is_away(self, version: bytes) -> bool:
+        """Whether `version` is ABSENT or on its way, not to be had in this step.
+
+        If it is ABSENT, its fetch begins as soon as one is free. The base model is never away.
+        """
+        if not version or version in self._away:
+            return bool(version)
+        adapter = self._residency.find(version)
+        if adapter is None:
+            self._fetch(version)
+        elif not adapter.is_on_its_way:
+            return False
+        self._away.add(version)
+        return True
 
     def _fetch(self, version: bytes) -> None:
         if self._fetches_left > 0:

@@ -37,7 +37,7 @@ class SchedulerLimits:
     max_fetches: int = 32  # under way at once
     max_prefetches: int = 4  # fetches for no request begin below it: half of what the front does
     max_passed_over: int = 64  # admissions of younger requests that an older one puts up with
-    max_considered: int = 256  # waiting requests looked at in a step
+    max_considered: int = 256  # waiting requests tried in a step; others wait for adapters
     max_ahead: int = 32  # of them after the step is full, to bring their adapters nearer
     prefix_cache: bool = True
 
@@ -193,19 +193,24 @@ class Scheduler:
         self, plan: Plan, rows: BatchBuilder, loader: AdapterLoader, room: Room, now_s: float
     ) -> None:
         """Start waiting requests that fit, oldest first."""
-        waiting = self._waiting[: self.limits.max_considered]
+        waiting, considered = list(self._waiting), 0
         passed_over: list[Request] = []
         for index, request in enumerate(waiting):
             if not rows.left or self.num_running >= self.limits.max_running:
                 self._bring_nearer(waiting[index : index + self.limits.max_ahead], loader)
                 return
+            if loader.is_away(request.version):
+                continue
+            if considered == self.limits.max_considered:
+                return
+            considered += 1
             if failure := self._refusal(request):
                 plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
             elif (cached := self._borrow(request, loader, room)) is not None:
                 self._start(request, rows, cached, now_s)
                 for older in passed_over:
                     older.times_passed_over += 1
-            elif not self._is_fetching(request):
+            elif not loader.is_away(request.version):
                 passed_over.append(request)
                 if request.times_passed_over >= self.limits.max_passed_over:
                     return
@@ -221,10 +226,6 @@ class Scheduler:
         if request.version and loader.want(request.version, watermark=watermark) is None:
             return None
         return self._sharing.borrow(request, room, watermark=watermark)
-
-    def _is_fetching(self, request: Request) -> bool:
-        adapter = self.residency.find(request.version)
-        return bool(request.version) and (adapter is None or adapter.is_on_its_way)
 
     def _start(self, request: Request, rows: BatchBuilder, cached: list[int], now_s: float) -> None:
         slot = BASE_MODEL
