@@ -135,7 +135,9 @@ async def test_an_error_comes_at_once_and_drops_what_was_not_sent() -> None:
     """So that the number of sent tokens in the error stays true."""
     stream = output()
     push(stream, "a")
+    stream.push_prompt(PROMPT[0])
     stream.fail(NoWorker("gone"))
+    assert stream.num_unsent == 0, "it would be held for as long as the client does not read"
     with pytest.raises(NoWorker):
         await stream.next_chunk()
     assert stream.num_sent == 0

@@ -100,8 +100,9 @@ class Output:
         self._end()
 
     def fail(self, error: LorryError) -> None:
-        """End with an error, which the client gets before tokens that it has not taken."""
+        """End with an error, which the client gets instead of tokens that it has not taken."""
         self._error = error
+        self._drop_unsent()
         self._end()
 
     async def next_chunk(self) -> Chunk | None:
@@ -139,9 +140,12 @@ class Output:
             return chunk
         logprobs = tuple(self._unsent_logprobs)
         chunk = Chunk(self._unsent_ids, self._unsent_text, logprobs, tuple(self._unsent_prompt))
+        self._drop_unsent()
+        return chunk
+
+    def _drop_unsent(self) -> None:
         self._unsent_ids, self._unsent_text, self._unsent_logprobs = [], "", []
         self._unsent_prompt = []
-        return chunk
 
     def _end(self) -> None:
         self._ended = True
