@@ -392,6 +392,7 @@ async def test_copies_make_room_for_the_next_where_their_memory_is_full(
     monkeypatch.setattr(SharedDirectory, "create", create_alone)
     async with bench_of(base_model, tmp_path, shared=False) as remote:
         first = await remote.fetch(remote.add())
+        assert isinstance(first, ImageReady)
         remote.fetcher.fetch(second := remote.add(r=16))
         await until(lambda: ReclaimImage(first.version) in remote.sent)
         remote.fetcher.release(first.version)
