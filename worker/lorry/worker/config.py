@@ -178,7 +178,7 @@ class Config(CallingServiceConfig):
     """Memory for page images of a store on another host, kept for loading them again."""
 
     fetch_timeout_s: float = 30.0
-    """Seconds that the fetch of a page image may take, attempts and pauses together."""
+    """Seconds that the fetch of a page image may take: its turn, attempts and pauses together."""
 
     start_timeout_s: float = 600.0
     """Seconds that the engine may take to load the model."""

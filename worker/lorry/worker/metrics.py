@@ -181,7 +181,8 @@ METRICS: Sequence[Metric[Source]] = (
     ),
     histogram(
         "lorry_worker_fetch_seconds",
-        "Of a fetch from the adapter store, attempts and pauses together, by source: shm or chunks",
+        "Of a fetch from the adapter store, its turn, attempts and pauses together, "
+        "by source: shm or chunks",
         lambda s: _labelled(s.images.fetches.seconds),
         ("source",),
     ),
