@@ -90,12 +90,14 @@ class Planner:
             heapq.heappush(self._latest_starts, (0.0, request.number, request))
 
     def forget_left(self) -> None:
-        """Let go of requests that have left the backlog, once they are the most that is held."""
+        """Let go of requests that have left the backlog, once they are the most that is held.
+
+        Of one that came back and so is there twice, the earlier look is kept.
+        """
         starts, backlog = self._latest_starts, self._backlog
         if len(starts) > 2 * len(backlog) + SPARE_STARTS:
-            waiting = sorted((entry for entry in starts if entry[2] in backlog), reverse=True)
-            earliest = {number: (look_s, number, r) for look_s, number, r in waiting}
-            starts[:] = earliest.values()
+            latest_first = sorted((entry for entry in starts if entry[2] in backlog), reverse=True)
+            starts[:] = {entry[1]: entry for entry in latest_first}.values()
             heapq.heapify(starts)
 
     def aborts(self, now_s: float) -> list[Abort]:
