@@ -16,7 +16,7 @@ class AdapterLoader:
         self._residency = residency
         self._room = room
         self._plan = plan
-        self._away: set[bytes] = set()  # as of the last look, since many requests may ask
+        self._awaited: set[bytes] = set()  # found so already, since many requests may ask
         self._fetches_left = max_fetches - residency.num_fetching
 
     def want(self, version: bytes, *, watermark: int) -> Adapter | None:
@@ -32,19 +32,19 @@ class AdapterLoader:
             self._load(adapter, watermark)
         return adapter if adapter and adapter.state is AdapterState.RESIDENT else None
 
-    def is_away(self, version: bytes) -> bool:
-        """Whether `version` is ABSENT or on its way, not to be had in this step.
+    def must_wait_for(self, version: bytes) -> bool:
+        """Whether `version` has no image yet or is on its way, so that no step can have it.
 
-        If it is ABSENT, its fetch begins as soon as one is free. The base model is never away.
+        Without an image it is fetched, if a fetch is free. The base model is always there.
         """
-        if not version or version in self._away:
+        if not version or version in self._awaited:
             return bool(version)
         adapter = self._residency.find(version)
         if adapter is None:
             self._fetch(version)
         elif not adapter.is_on_its_way:
             return False
-        self._away.add(version)
+        self._awaited.add(version)
         return True
 
     def _fetch(self, version: bytes) -> None:

@@ -205,7 +205,8 @@ class Engine:
                 failure = m.Failure("ADAPTER_IN_USE", f"version {version.hex()} is in use")
                 self._events.append(m.AdminResult(call, failure))
             elif adapter is None or not adapter.is_on_its_way:
-                self._give_up(adapter)
+                if adapter is not None:
+                    self._give_up(adapter)
                 self._events.append(m.AdminResult(call))
             else:
                 continue
@@ -215,10 +216,8 @@ class Engine:
         is_asked_for = adapter.version in self._pin_calls.values()
         return adapter.pinned or is_asked_for or adapter.references > 0
 
-    def _give_up(self, adapter: Adapter | None) -> None:
+    def _give_up(self, adapter: Adapter) -> None:
         """Free its pages and its image."""
-        if adapter is None:
-            return
         if adapter.state is AdapterState.RESIDENT:
             self.scheduler.residency.evict(adapter)
             self.gauges.adapter_evictions += 1

@@ -199,7 +199,7 @@ class Scheduler:
             if not rows.left or self.num_running >= self.limits.max_running:
                 self._bring_nearer(waiting[index : index + self.limits.max_ahead], loader)
                 return
-            if loader.is_away(request.version):
+            if loader.must_wait_for(request.version):
                 continue
             if considered == self.limits.max_considered:
                 return
@@ -210,7 +210,7 @@ class Scheduler:
                 self._start(request, rows, cached, now_s)
                 for older in passed_over:
                     older.times_passed_over += 1
-            elif not loader.is_away(request.version):
+            elif not loader.must_wait_for(request.version):
                 passed_over.append(request)
                 if request.times_passed_over >= self.limits.max_passed_over:
                     return
