@@ -138,13 +138,21 @@ def results_of(harness: EngineHarness) -> dict[int, str | None]:
     }
 
 
-def test_unpin_ends_a_pin_that_still_waits_for_its_adapter(
+def harness_with_a_pin_under_way(
     model: Path, adapter: Path, tmp_path: Path
-) -> None:
+) -> tuple[EngineHarness, bytes]:
+    """By call 1, and the version that it waits for."""
     harness = EngineHarness(model, tmp_path)
     version = harness.version_of(adapter)
     harness.engine.handle([m.PinAdapter(1, version)])
     harness.step()
+    return harness, version
+
+
+def test_unpin_ends_a_pin_that_still_waits_for_its_adapter(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    harness, version = harness_with_a_pin_under_way(model, adapter, tmp_path)
     harness.engine.handle([m.UnpinAdapter(2, version), m.Prefetch([version])])
     for _ in range(4):
         harness.step()
@@ -183,10 +191,7 @@ def test_eviction_of_an_adapter_on_its_way_is_done_once_it_is_here(
 def test_eviction_of_an_adapter_that_a_pin_waits_for_is_refused(
     model: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    harness = EngineHarness(model, tmp_path)
-    version = harness.version_of(adapter)
-    harness.engine.handle([m.PinAdapter(1, version)])
-    harness.step()
+    harness, version = harness_with_a_pin_under_way(model, adapter, tmp_path)
     harness.engine.handle([m.EvictAdapter(2, version)])
     for _ in range(4):
         harness.step()
