@@ -91,8 +91,9 @@ class Imports:
                 self._failures.worked()
             except (OSError, LorryError) as error:
                 self._failures.failed(str(error), logging.ERROR, "import: %s", error)
-            except Exception:
-                log.exception("looking for imports failed; it is tried again")
+            except Exception as error:
+                kind, message = repr(error), "looking for imports failed; it is tried again"
+                self._failures.failed(kind, logging.ERROR, message, traceback_of=error)
             await asyncio.sleep(PERIOD_S)
 
     async def look(self) -> None:

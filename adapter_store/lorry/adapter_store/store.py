@@ -208,8 +208,9 @@ class Store:
                 await self.sweep()
             except StoreUnavailable as error:
                 self._sweep_log.failed(str(error), logging.WARNING, "sweeping failed: %s", error)
-            except Exception:
-                log.exception("sweeping failed; it is tried again")
+            except Exception as error:
+                kind, message = repr(error), "sweeping failed; it is tried again"
+                self._sweep_log.failed(kind, logging.ERROR, message, traceback_of=error)
 
     async def start_draining(self) -> None:
         """End what would last: watches and leases."""
