@@ -10,7 +10,8 @@ from lorry.worker import messages as m
 from lorry.worker.drawn import Drawn
 from lorry.worker.plan import Batch, Plan
 from lorry.worker.pool import PagePool
-from lorry.worker.scheduler import Scheduler, SchedulerLimits
+from lorry.worker.scheduler import Scheduler
+from lorry.worker.scheduler_limits import SchedulerLimits
 from lorry.worker.sequences import SequenceTable
 
 PAGE_TOKENS = 4
@@ -121,7 +122,7 @@ class Driver:
         adapter = self.scheduler.residency.find(version)
         assert adapter is not None
         image = m.ImageReady(version, "", 0, 0, self.adapter_pages[version], 8, [])
-        self.scheduler.residency.finish_fetch(adapter, image)
+        self.scheduler.finish_fetch(adapter, image)
 
     def run(self, most_steps: int = 3000) -> None:
         for _ in range(most_steps):

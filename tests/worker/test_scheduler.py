@@ -1,6 +1,11 @@
+import gc
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,6 +83,54 @@ def test_any_number_of_requests_may_wait_for_fetches_beside_those_that_need_none
     for _ in range(6):
         driver.step()
     assert set(driver.finished) == {0, 501, 502}
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions `work` calls, those it calls in turn included."""
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    gc.disable()  # what it would free calls functions, too
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    return calls
+
+
+@pytest.mark.parametrize("are_alike", [False, True], ids=["own adapters", "one adapter"])
+def test_requests_that_await_fetches_cost_a_step_nothing(are_alike: bool) -> None:
+    calls = list[int]()
+    for num_waiting in (100, 1000):
+        driver = Driver(instant_fetch=False)
+        for number in range(num_waiting):
+            driver.submit(number, 2, 4, version=b"all" if are_alike else b"%d" % number)
+        driver.submit(num_waiting, 2, 40)
+        for _ in range(3):
+            driver.step()
+        calls.append(calls_of(partial(driver.scheduler.plan, driver.now_s, [])))
+    assert calls[0] == calls[1]
+
+
+def test_fetches_stay_in_the_order_of_arrival_whoever_leaves_or_comes_back() -> None:
+    driver = Driver(max_fetches=1, instant_fetch=False)
+    for number, version in enumerate([b"a", b"b", b"b", b"c", b"a"], start=1):
+        driver.submit(number, 2, 4, version=version)
+    assert driver.step().fetches == [b"a"]
+    driver.note(*driver.scheduler.cancel([2]))
+    assert driver.step().fetches == []
+    fail_fetches(driver, [b"a"])
+    assert set(driver.finished) == {1, 2, 5}
+    assert driver.step().fetches == [b"b"]
+    driver.submit(6, 2, 4, version=b"a")
+    driver.note(*driver.scheduler.cancel([3]))
+    fail_fetches(driver, [b"b"])
+    assert driver.step().fetches == [b"c"]
 
 
 def test_fetches_are_of_the_oldest_requests_and_these_start_first() -> None:

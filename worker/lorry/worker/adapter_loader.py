@@ -17,7 +17,7 @@ class AdapterLoader:
         self._room = room
         self._plan = plan
         self._awaited: set[bytes] = set()  # found so already, since many requests may ask
-        self._fetches_left = max_fetches - residency.num_fetching
+        self.fetches_left = max(0, max_fetches - residency.num_fetching)
 
     def want(self, version: bytes, *, watermark: int) -> Adapter | None:
         """Move `version` one stage nearer and return it if it is RESIDENT.
@@ -48,8 +48,8 @@ class AdapterLoader:
         return True
 
     def _fetch(self, version: bytes) -> None:
-        if self._fetches_left > 0:
-            self._fetches_left -= 1
+        if self.fetches_left > 0:
+            self.fetches_left -= 1
             self._residency.begin_fetch(version)
             self._plan.fetches.append(version)
 

@@ -35,7 +35,8 @@ from lorry.worker.model import Decoder
 from lorry.worker.pool import PagePool
 from lorry.worker.progress import logged
 from lorry.worker.runner import RankRunner
-from lorry.worker.scheduler import Scheduler, SchedulerLimits
+from lorry.worker.scheduler import Scheduler
+from lorry.worker.scheduler_limits import SchedulerLimits
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.torch_runner import TorchRunner
 from lorry.worker.vocabulary import SplitVocabulary, Vocabulary, WholeVocabulary

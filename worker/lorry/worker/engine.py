@@ -165,7 +165,7 @@ class Engine:
             self._fail(adapter, failure)
             self._events.append(m.ReleaseImage(image.version))
             return
-        self.scheduler.residency.finish_fetch(adapter, image)
+        self.scheduler.finish_fetch(adapter, image)
         self._fetched[image.version] = "chunks" if image.copied else "shm"
 
     def _image_failed(self, failed: m.ImageFailed) -> None:

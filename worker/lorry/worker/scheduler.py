@@ -6,40 +6,36 @@ order and skips one that does not fit, until it has been passed over too often: 
 for. The scheduler does not know when a request will end.
 """
 
-import bisect
-from dataclasses import dataclass
+from collections.abc import Iterable
+from itertools import chain, islice
 
 import numpy as np
 
-from lorry.kernels.page_layout import BASE_MODEL
 from lorry.worker.adapter_loader import AdapterLoader
 from lorry.worker.deadlines import Deadlines
 from lorry.worker.drawn import Drawn
 from lorry.worker.feasibility import refusal
 from lorry.worker.integrity import check_integrity
-from lorry.worker.messages import Failure, Finished, FinishReason, StepTokens, Submit
+from lorry.worker.messages import (
+    Failure,
+    Finished,
+    FinishReason,
+    ImageReady,
+    StepTokens,
+    Submit,
+)
 from lorry.worker.page_sharing import PageSharing
 from lorry.worker.plan import Batch, BatchBuilder, Plan
 from lorry.worker.pool import PagePool
 from lorry.worker.prefetches import Prefetches
 from lorry.worker.prefix_cache import PrefixCache
-from lorry.worker.request import NO_ROW, Request, RequestState
+from lorry.worker.request import Request, RequestState
 from lorry.worker.residency import Adapter, AdapterState, Residency
 from lorry.worker.room import Room
+from lorry.worker.running import RunningRequests
+from lorry.worker.scheduler_limits import SchedulerLimits
 from lorry.worker.sequences import SequenceTable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    step_tokens: int  # rows of a step; at least max_running
-    max_running: int
-    max_context_tokens: int
-    max_fetches: int = 32  # under way at once
-    max_prefetches: int = 4  # fetches for no request begin below it: half of what the front does
-    max_passed_over: int = 64  # admissions of younger requests that an older one puts up with
-    max_considered: int = 256  # waiting requests tried in a step; others wait for adapters
-    max_ahead: int = 32  # of them after the step is full, to bring their adapters nearer
-    prefix_cache: bool = True
+from lorry.worker.waiting import WaitingRequests
 
 
 class Scheduler:
@@ -54,11 +50,11 @@ class Scheduler:
         self.requests: dict[int, Request] = {}
         self.steps = 0
         self.preemptions = 0
-        self._waiting: list[Request] = []  # by number
-        self._prefilling: list[Request] = []  # by number
+        self._waiting = WaitingRequests(self.residency)
         self._deadlines = Deadlines(self.requests)
         self._prefetches = Prefetches()
         self._sharing = PageSharing(table, self.prefixes, is_on=limits.prefix_cache)
+        self._running = RunningRequests(table, pool, self.residency, self._sharing)
 
     @property
     def num_running(self) -> int:
@@ -75,7 +71,7 @@ class Scheduler:
             request.move_to(RequestState.FINISHED)
             return request.finished(FinishReason.ABORTED, failure)
         self.requests[request.number] = request
-        bisect.insort(self._waiting, request, key=_number)
+        self._waiting.add(request)
         self._deadlines.add(request)
         return None
 
@@ -84,11 +80,16 @@ class Scheduler:
         found = [self.requests[n] for n in dict.fromkeys(numbers) if n in self.requests]
         return [self._end(request, FinishReason.CANCELLED) for request in found]
 
+    def finish_fetch(self, adapter: Adapter, image: ImageReady) -> None:
+        """The image of `adapter` is mapped."""
+        self.residency.finish_fetch(adapter, image)
+        self._waiting.unpark(adapter.version)
+
     def fail_adapter(self, adapter: Adapter, failure: Failure, now_s: float) -> list[Finished]:
         """The image of `adapter` cannot be had: end the requests that wait for it."""
         self.residency.fail_fetch(adapter)
         self._prefetches.fail(adapter.version, now_s)
-        waiting = [r for r in self._waiting if r.version == adapter.version]
+        waiting = self._waiting.of(adapter.version)
         return [self._end(request, FinishReason.ABORTED, failure) for request in waiting]
 
     def set_prefetch(self, versions: list[bytes]) -> None:
@@ -106,7 +107,7 @@ class Scheduler:
             loader.want(version, watermark=self.num_running)
         rows = BatchBuilder(self.table, self.limits.step_tokens)
         self._decode(plan, rows, room)
-        self._continue_prompts(rows)
+        self._running.continue_prompts(rows)
         self._admit(plan, rows, loader, room, now_s)
         self._load_ahead(loader, now_s)
         plan.batch = rows.build(self.steps + 1)
@@ -128,12 +129,12 @@ class Scheduler:
             token_ids.tolist(),
             logprobs.to_message() if logprobs is not None else None,
         )
-        self._note_first_tokens(rows, now_s)
+        self._running.note_first_tokens(rows, now_s)
         self._sharing.note_done(batch, alive_S)
         stopped = table.is_stop(rows, token_ids)
         ended = stopped | (table.num_read_R[rows] >= table.most_tokens_R[rows])
         finished = [
-            self._end(self._at(row), FinishReason.STOP if is_stop else FinishReason.LENGTH)
+            self._end(self._running.at(row), FinishReason.STOP if is_stop else FinishReason.LENGTH)
             for row, is_stop in zip(rows[ended].tolist(), stopped[ended].tolist(), strict=True)
         ]
         return tokens, finished
@@ -143,7 +144,7 @@ class Scheduler:
         running = [r for r in self.requests.values() if r.state is not RequestState.WAITING]
         check_integrity(running, self.table, self.pool, self.prefixes, self.residency)
         assert len(running) == self.num_running
-        assert all(request.row == NO_ROW for request in self._waiting)
+        self._waiting.check_integrity()
 
     def _refusal(self, request: Request) -> Failure | None:
         context = self.limits.max_context_tokens
@@ -157,24 +158,20 @@ class Scheduler:
     def _decode(self, plan: Plan, rows: BatchBuilder, room: Room) -> None:
         """One row for each sequence that can still draw a token."""
         table = self.table
-        decoding = self._decoding_rows()
+        decoding = self._running.decoding_rows()
         full = table.num_computed_R[decoding] >= table.num_pages_R[decoding] * table.page_tokens
         room.make(int(full.sum()))  # for all at once, since it sorts what may go
         stalled = set[int]()
         for row in sorted(decoding[full].tolist(), key=table.number_R.__getitem__):
             if table.is_decoding_R[row] and not self._grow(row, plan, room):
                 stalled.add(row)
-        ready = self._decoding_rows()
+        ready = self._running.decoding_rows()
         rows.add_decodes(ready[~np.isin(ready, list(stalled))] if stalled else ready)
-
-    def _decoding_rows(self) -> np.ndarray:
-        table = self.table
-        return np.flatnonzero(table.is_decoding_R & (table.num_tokens_R < table.most_tokens_R))
 
     def _grow(self, row: int, plan: Plan, room: Room) -> bool:
         """Give the row a page, if need be a newer sequence's; False if it must wait for one."""
         while not room.make(1):
-            newest = max(self._running(), key=_number)
+            newest = self._running.newest()
             own = newest.row == row
             if own and any(a.state is AdapterState.LOADING for a in self.residency):
                 return False  # its pages can be had as soon as the copy is done
@@ -184,22 +181,18 @@ class Scheduler:
         self.table.append_pages(row, self.pool.allocate_kv(1))
         return True
 
-    def _continue_prompts(self, rows: BatchBuilder) -> None:
-        for request in list(self._prefilling):
-            if rows.left:
-                self._compute_chunk(request, rows)
-
     def _admit(
         self, plan: Plan, rows: BatchBuilder, loader: AdapterLoader, room: Room, now_s: float
     ) -> None:
         """Start waiting requests that fit, oldest first."""
-        waiting, considered = list(self._waiting), 0
+        waiting, considered = self._waiting.in_order(loader), 0
         passed_over: list[Request] = []
-        for index, request in enumerate(waiting):
+        for request in waiting:
             if not rows.left or self.num_running >= self.limits.max_running:
-                self._bring_nearer(waiting[index : index + self.limits.max_ahead], loader)
+                self._bring_nearer(islice(chain([request], waiting), self.limits.max_ahead), loader)
                 return
             if loader.must_wait_for(request.version):
+                self._waiting.park(request)
                 continue
             if considered == self.limits.max_considered:
                 return
@@ -207,7 +200,8 @@ class Scheduler:
             if failure := self._refusal(request):
                 plan.finished.append(self._end(request, FinishReason.ABORTED, failure))
             elif (cached := self._borrow(request, loader, room)) is not None:
-                self._start(request, rows, cached, now_s)
+                self._waiting.remove(request)
+                self._running.start(request, rows, cached, now_s)
                 for older in passed_over:
                     older.times_passed_over += 1
             elif not loader.must_wait_for(request.version):
@@ -215,10 +209,11 @@ class Scheduler:
                 if request.times_passed_over >= self.limits.max_passed_over:
                     return
 
-    def _bring_nearer(self, requests: list[Request], loader: AdapterLoader) -> None:
+    def _bring_nearer(self, requests: Iterable[Request], loader: AdapterLoader) -> None:
         for request in requests:
             if request.version:
                 loader.want(request.version, watermark=self.num_running)
+                self._waiting.park(request)
 
     def _borrow(self, request: Request, loader: AdapterLoader, room: Room) -> list[int] | None:
         """Its cached pages, if its adapter is resident and there are pages for its other tokens."""
@@ -226,29 +221,6 @@ class Scheduler:
         if request.version and loader.want(request.version, watermark=watermark) is None:
             return None
         return self._sharing.borrow(request, room, watermark=watermark)
-
-    def _start(self, request: Request, rows: BatchBuilder, cached: list[int], now_s: float) -> None:
-        slot = BASE_MODEL
-        if adapter := self.residency.find(request.version):
-            self.residency.acquire(adapter)
-            slot = adapter.slot
-            if request.prefill_started_s is None:
-                request.adapter_load_s = max(0.0, adapter.resident_since_s - request.arrival_s)
-        if request.prefill_started_s is None:
-            request.prefill_started_s = now_s
-        self._waiting.remove(request)
-        request.move_to(RequestState.PREFILL)
-        bisect.insort(self._prefilling, request, key=_number)
-        self.table.add(request, slot, cached)
-        pages = self.table.pages_short(request.row, len(request.token_ids))
-        self.table.append_pages(request.row, self.pool.allocate_kv(pages))
-        self._compute_chunk(request, rows)
-
-    def _compute_chunk(self, request: Request, rows: BatchBuilder) -> None:
-        """Plan as much of the known tokens as the step has room for; the last chunk samples."""
-        if rows.add_chunk(request.row):
-            request.move_to(RequestState.DECODE)
-            self._prefilling.remove(request)
 
     def _load_ahead(self, loader: AdapterLoader, now_s: float) -> None:
         """Bring nearer what no request needs yet; most of the fetches are left to those."""
@@ -258,9 +230,9 @@ class Scheduler:
                 loader.want(version, watermark=self.num_running)
 
     def _preempt(self, request: Request, plan: Plan) -> None:
-        self._leave_row(request)
+        self._running.leave(request, self.steps)
         request.move_to(RequestState.WAITING)
-        bisect.insort(self._waiting, request, key=_number)
+        self._waiting.add(request)
         plan.preempted.append(request.number)
         self.preemptions += 1
 
@@ -271,35 +243,8 @@ class Scheduler:
         if request.state is RequestState.WAITING:
             self._waiting.remove(request)
         else:
-            self._leave_row(request)
+            self._running.leave(request, self.steps)
         request.move_to(RequestState.FINISHED)
         del self.requests[request.number]
         self._deadlines.forget_ended()
         return request.finished(reason, failure)
-
-    def _leave_row(self, request: Request) -> None:
-        if request.state is RequestState.PREFILL:
-            self._prefilling.remove(request)
-        self._sharing.leave(request, self.steps)
-        if adapter := self.residency.find(request.version):
-            self.residency.release(adapter)
-
-    def _at(self, row: int) -> Request:
-        request = self.table.requests[row]
-        assert request is not None, f"row {row} is free"
-        return request
-
-    def _running(self) -> list[Request]:
-        return [request for request in self.table.requests if request is not None]
-
-    def _note_first_tokens(self, rows: np.ndarray, now_s: float) -> None:
-        first = rows[self.table.awaits_first_R[rows]]
-        self.table.awaits_first_R[first] = False
-        for row in first.tolist():
-            request = self._at(row)
-            if request.prefill_started_s is not None and not request.prefill_s:
-                request.prefill_s = now_s - request.prefill_started_s
-
-
-def _number(request: Request) -> int:
-    return request.number
