@@ -20,7 +20,7 @@ from lorry.worker.plan import Batch
 from lorry.worker.rope_table import rope_table
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.step_arrays import step_arrays
-from lorry.worker.step_input import build_step_input
+from lorry.worker.step_input import host_step_arrays, to_step_input
 from lorry.worker.torch_operations import TorchOperations
 from lorry.worker.torch_runner import TorchRunner
 from lorry.worker.triton_operations import TritonOperations, allocate_device_state
@@ -74,7 +74,7 @@ def states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states of the step's rows by the references and by the kernels."""
     cos_sin, options = rope_table(base_model), base_model.options
-    step = build_step_input(batch, table, torch.device("cpu"))
+    step = to_step_input(host_step_arrays(batch, table), torch.device("cpu"))
     expected = model.forward(
         step.token_id_T, TorchOperations(step, memory.tables, pool, cos_sin, options, Replicated())
     )

@@ -39,13 +39,17 @@ class AdapterMemory(Protocol):
         """Loads that are done since the last call; the next step may use them."""
         ...
 
+
+class RankAdapterMemory(AdapterMemory, Protocol):
+    """One that a tensor-parallel rank can have, whose loads the first rank counts."""
+
     def finish_loads(self, count: int) -> None:
         """Wait for the oldest `count` loads; the next step may use them."""
         ...
 
 
 class DirectAdapterMemory:
-    """Copies at once; see `AdapterMemory`."""
+    """Copies at once; see `RankAdapterMemory`."""
 
     def __init__(self, pool: PoolView, *, max_rank: int) -> None:
         self.pool = pool

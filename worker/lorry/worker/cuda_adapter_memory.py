@@ -43,7 +43,7 @@ class _Copy(NamedTuple):
 
 
 class CudaAdapterMemory:
-    """See `AdapterMemory`. A thread enqueues the copies; pages are written on the copy stream."""
+    """See `RankAdapterMemory`. A thread enqueues copies; pages are written on the copy stream."""
 
     def __init__(
         self, pool: PoolView, *, max_rank: int, registered_from_load: int = REGISTERED_FROM_LOAD

@@ -86,10 +86,6 @@ class LeadingAdapterMemory:
             tell(self._links, FinishLoads(len(finished)))
         return finished
 
-    def finish_loads(self, count: int) -> None:
-        tell(self._links, FinishLoads(count))
-        self._local.finish_loads(count)
-
 
 def tell(links: Sequence[RankLink], message: RankMessage) -> None:
     for link in links:

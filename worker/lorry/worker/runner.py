@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from lorry.worker.adapter_memory import AdapterMemory
+from lorry.worker.adapter_memory import AdapterMemory, RankAdapterMemory
 from lorry.worker.drawn import Drawn
 from lorry.worker.plan import Batch
 from lorry.worker.sequences import SequenceTable
@@ -40,6 +40,9 @@ class Runner(Protocol):
 
 class RankRunner(Runner, Protocol):
     """One whose steps other tensor-parallel ranks can run, too."""
+
+    @property
+    def adapters(self) -> RankAdapterMemory: ...
 
     def prepare(self, batch: Batch, table: SequenceTable) -> StepWork:
         """What a step needs of the host."""

@@ -70,14 +70,6 @@ class SequenceAdjustments:
         self._columns = columns
         self._admission_R = np.zeros(num_rows, dtype=np.int64)
 
-    def prepare(self, batch: Batch, table: SequenceTable) -> bool:
-        """Write what the step's samples need, in the current stream's order; False if nothing."""
-        change = self.change(batch, table)
-        if change is None:
-            return False
-        self.apply(change)
-        return True
-
     def change(self, batch: Batch, table: SequenceTable) -> StepChange | None:
         """What `apply` is to write for the step; None if nothing."""
         step = step_adjustments(batch, table)

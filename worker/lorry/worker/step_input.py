@@ -91,10 +91,6 @@ def to_step_input(arrays: Mapping[str, np.ndarray], device: torch.device) -> Ste
     )
 
 
-def build_step_input(batch: Batch, table: SequenceTable, device: torch.device) -> StepInput:
-    return to_step_input(host_step_arrays(batch, table), device)
-
-
 def _lora_tiles(batch: Batch) -> RowTiles:
     """Segments of consecutive rows that share a slot, cut into tiles; base rows left out."""
     slot_S = batch.slot_S
