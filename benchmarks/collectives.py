@@ -3,14 +3,16 @@
     python -m benchmarks.collectives --tensor-parallel 2
 
 Sums are of bf16 rows of a model's width, by NCCL and, where the platform allows it, by the one-shot
-kernel of torch's symmetric memory with the copy into its buffer; each is many calls in one CUDA
-graph. Products are one rank's, of a few layers that stand for all. Both extend the ideal engine:
+kernel of torch's symmetric memory with the copy into its buffer, and by the engine's own kernel,
+which adds the residual and takes the norm, too; each is many calls in one CUDA graph. Products are
+one rank's, of a few layers that stand for all. Both extend the ideal engine:
 ``products + sums + bytes read / rate``.
 """
 
 import argparse
 import dataclasses
 import faulthandler
+import itertools
 import os
 import socket
 import subprocess
@@ -31,7 +33,9 @@ from benchmarks.results_file import RESULTS, write_result
 from benchmarks.timing import copy_bytes_per_s, interleaved_ms, replayable
 from lorry.kernels.page_layout import Dtype, PageLayout, TpStrategy
 from lorry.kernels.partition import Partition
+from lorry.kernels.rank_sum import ROOMS, Rooms, sum_add_rms_norm
 from lorry.rpc.base_model import read_base_model
+from lorry.worker.row_sums import open_rooms, rooms_bytes
 from lorry.worker.weights import RandomWeights, load_weights
 
 BYTES = [1 << power for power in range(12, 25)]
@@ -42,6 +46,7 @@ LAYERS = 4
 MODELS = ["llama-2-13b", "llama-30b", "llama-2-70b", "llama-3-70b"]
 ONE_SHOT_BYTES = 1 << 23  # at most
 DTYPE = torch.bfloat16
+ROW_WIDTH = 4096
 
 
 def measure_sums(device: torch.device) -> dict[str, dict[int, float]]:
@@ -50,6 +55,8 @@ def measure_sums(device: torch.device) -> dict[str, dict[int, float]]:
     try:
         small = [size for size in BYTES if size <= ONE_SHOT_BYTES]
         found["one_shot_us"] = _time(small, _one_shot_sum, device)
+        of_rows = [size for size in BYTES if size >= ROW_WIDTH * DTYPE.itemsize]
+        found["with_norm_us"] = _time(of_rows, partial(_sum_with_norm, rooms_of(device)), device)
     except RuntimeError as error:  # of a platform without peer access
         print(f"no one-shot sums: {error}", flush=True)
     return found
@@ -89,6 +96,31 @@ def _one_shot_sum(size: int, device: torch.device) -> Callable[[], object]:
         torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", group.group_name)
 
     return call
+
+
+def rooms_of(device: torch.device) -> Rooms:
+    """For sums of any of the sizes."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    group = dist.group.WORLD
+    assert group is not None
+    size, rows = group.size(), max(BYTES) // (ROW_WIDTH * DTYPE.itemsize)
+    num_bytes = rooms_bytes(size, rows, ROW_WIDTH, DTYPE)
+    own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
+    torch.cuda.synchronize(device)
+    met = symmetric.rendezvous(own, group.group_name)
+    memory = [met.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(size)]
+    return open_rooms(memory, group.rank(), rows, ROW_WIDTH, DTYPE)
+
+
+def _sum_with_norm(rooms: Rooms, size: int, device: torch.device) -> Callable[[], object]:
+    x_TH = torch.zeros(size // (ROW_WIDTH * DTYPE.itemsize), ROW_WIDTH, dtype=DTYPE, device=device)
+    residual_TH, weight_H = (
+        torch.zeros_like(x_TH),
+        torch.ones(ROW_WIDTH, dtype=DTYPE, device=device),
+    )
+    turns = itertools.cycle(range(ROOMS))
+    return lambda: sum_add_rms_norm(x_TH, rooms, next(turns), residual_TH, weight_H, 1e-5)
 
 
 def measure_copy(device: torch.device) -> float:

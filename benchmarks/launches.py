@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-COLLECTIVE = re.compile("nccl|one_shot", re.IGNORECASE)
+COLLECTIVE = re.compile("nccl|one_shot|rank_sum", re.IGNORECASE)
 
 
 def launches_of(step: Callable[[], object], steps: int) -> dict[str, float]:

@@ -33,6 +33,9 @@ class Silent:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x.expand(self._size, *x.shape)
 
+    def share(self, num_bytes: int) -> None:
+        return None
+
 
 def _silent(layout: PageLayout, _: Collectives, *, max_rank: int) -> SharedProducts:
     return SharedProducts(layout, Silent(layout.tp_size), max_rank=max_rank)

@@ -36,6 +36,7 @@ def test_every_kernel_of_the_engine_is_compiled(kernels):
         "_plan_kernel",
         "_product_kernel",
         "_rank_kernel",
+        "_rank_sum_kernel",
         "_rms_norm_kernel",
         "_rope_write_kv_kernel",
         "_scores_kernel",

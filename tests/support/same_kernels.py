@@ -19,6 +19,7 @@ from lorry.worker.collectives import Alone
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.lora_sharing import OwnProducts
 from lorry.worker.model import Decoder
+from lorry.worker.row_sums import SeparateSums
 from lorry.worker.triton_operations import DeviceState, TritonOperations, allocate_device_state
 from lorry.worker.vocabulary import WholeVocabulary
 from lorry.worker.weights import RandomWeights, load_weights
@@ -61,7 +62,7 @@ def main() -> None:
         batch_invariant=True,
     )
     vocabulary = WholeVocabulary(base_model.vocab_size)
-    decoder = Decoder(weights, layout.geometry.head_dim, vocabulary, Alone())
+    decoder = Decoder(weights, layout.geometry.head_dim, vocabulary, SeparateSums(Alone()))
     model = decoder.first_layer().with_product(state.product)
     report = {}
     for rows in ROWS:

@@ -31,7 +31,9 @@ from lorry.kernels.lora_shrink import lora_shrink
 from lorry.kernels.page_layout import GROUPS, MAX_RANK, MODULES, TpStrategy
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import allocate_pool
+from lorry.kernels.rank_sum import sum_add_rms_norm
 from lorry.kernels.split_plan import allocate_partials, allocate_split_work, plan_splits
+from lorry.worker.row_sums import open_rooms, rooms_bytes
 from tests.support.kernel_cases import LAYERS, layout_of
 from tests.support.sm90 import compiling
 
@@ -135,6 +137,13 @@ def rows_of_8b() -> None:
         rope.rope_write_kv(q, k, v, table, empty(64), empty(64), pool, 1, norm_of_heads)
 
 
+def sum_over(ranks: int, hidden: int, dtype: torch.dtype) -> None:
+    x_TH = empty(MAX_ROWS, hidden, dtype=dtype)
+    memory = empty(rooms_bytes(ranks, MAX_ROWS, hidden, dtype), dtype=torch.uint8)
+    rooms = open_rooms([memory] * ranks, 1, MAX_ROWS, hidden, dtype)
+    sum_add_rms_norm(x_TH, rooms, 0, x_TH, x_TH[0], 1e-5)
+
+
 def draw(dtype: torch.dtype) -> None:
     logits, long = empty(64, 128256, dtype=dtype), empty(64, dtype=torch.int64)
     number, whole = empty(64, dtype=FP32), empty(64)
@@ -181,6 +190,13 @@ def shipped() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"lora of two ranks, {rows} rows", shared
     yield "lora float32", partial(adapt, FP32, lora_setting(FP32, 64), 64, 0)
     yield "rows", rows_of_8b
+    for ranks, hidden, dtype in (
+        (2, 4096, BF16),
+        (2, 8192, BF16),
+        (8, 8192, BF16),
+        (2, 4096, FP32),
+    ):
+        yield f"sum over {ranks} {hidden} {dtype}", partial(sum_over, ranks, hidden, dtype)
     for dtype in (BF16, FP16, FP32):
         yield f"draw {dtype}", partial(draw, dtype)
 

@@ -24,6 +24,9 @@ class TurnCollectives:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._turns.exchange(self._rank, x))
 
+    def share(self, num_bytes: int) -> None:
+        return None
+
 
 class Turns:
     def __init__(self, size: int) -> None:

@@ -1,5 +1,6 @@
 """Which sums are one-shot, and that all ranks choose alike."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,7 +9,7 @@ from torch._C._distributed_c10d import HashStore, _resolve_process_group
 
 from lorry.worker import one_shot
 from lorry.worker.collectives import Collectives, Group, join_by_gloo
-from lorry.worker.one_shot import OneShot, Sum, named_group, with_one_shot
+from lorry.worker.one_shot import OneShot, PeerMemory, named_group, with_one_shot
 
 CPU = torch.device("cpu")
 SIZE = 2
@@ -30,6 +31,16 @@ def test_small_sums_of_what_the_kernel_adds_are_one_shot(x: torch.Tensor, expect
     assert one_shot.is_small(x) is expected
 
 
+class Peers:
+    """See `PeerMemory`; threads share what they have anyway."""
+
+    def __init__(self, group: Group) -> None:
+        self.sum = group.all_reduce
+
+    def share(self, num_bytes: int) -> Sequence[torch.Tensor]:
+        return [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(SIZE)]
+
+
 def join(can_open: list[bool], can: list[bool]) -> list[Collectives]:
     """What each rank has, whose opening of its memory may raise."""
     store = HashStore()
@@ -37,12 +48,12 @@ def join(can_open: list[bool], can: list[bool]) -> list[Collectives]:
     def of_rank(rank: int) -> Collectives:
         group = join_by_gloo(store, rank=rank, size=SIZE)
 
-        def open_sum() -> Sum:
+        def open_peers() -> PeerMemory:
             if not can_open[rank]:
                 raise RuntimeError("no peer access")
-            return group.all_reduce
+            return Peers(group)
 
-        return with_one_shot(group, open_sum, CPU, can=can[rank])
+        return with_one_shot(group, open_peers, CPU, can=can[rank])
 
     with ThreadPoolExecutor(SIZE) as threads:
         return list(threads.map(of_rank, range(SIZE)))
@@ -57,6 +68,13 @@ def test_no_rank_is_one_shot_if_one_cannot(rank: int) -> None:
 
 def test_all_ranks_are_one_shot_if_all_can() -> None:
     assert all(isinstance(one, OneShot) for one in join([True] * SIZE, [True] * SIZE))
+
+
+def test_one_shot_ranks_share_memory_and_others_do_not() -> None:
+    for one in join([True] * SIZE, [True] * SIZE):
+        assert [len(of_rank) for of_rank in one.share(100) or ()] == [100, 100]
+    for one in join([False] * SIZE, [True] * SIZE):
+        assert one.share(100) is None
 
 
 def test_torch_finds_the_group_by_its_name() -> None:

@@ -18,6 +18,7 @@ from lorry.worker.lora_strategies import Replicated
 from lorry.worker.model import Decoder
 from lorry.worker.plan import Batch
 from lorry.worker.rope_table import rope_table
+from lorry.worker.row_sums import SeparateSums
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.step_arrays import step_arrays
 from lorry.worker.step_input import host_step_arrays, to_step_input
@@ -118,7 +119,7 @@ def test_mixed_steps_have_the_references_hidden_states(model: Path, tmp_path: Pa
     reader = CheckpointReader(base_model, torch.float32, torch.device("cpu"))
     weights = load_weights(base_model, reader, Partition(pool.layout))
     vocabulary = WholeVocabulary(base_model.vocab_size)
-    llama = Decoder(weights, base_model.geometry.head_dim, vocabulary, Alone())
+    llama = Decoder(weights, base_model.geometry.head_dim, vocabulary, SeparateSums(Alone()))
     compared = 0
     original = runner.launch
 

@@ -18,6 +18,7 @@ from lorry.worker.operations import Operations
 from lorry.worker.plan import Batch
 from lorry.worker.residency import Adapter
 from lorry.worker.rope_table import rope_table
+from lorry.worker.row_sums import SeparateSums
 from lorry.worker.runner import ReadTokens
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.step_arrays import step_arrays
@@ -94,7 +95,7 @@ class Rank:
             load_weights(base_model, reader, Partition(layout)),
             base_model.geometry.head_dim,
             SplitVocabulary(part, talk),
-            talk,
+            SeparateSums(talk),
         )
         self._vocabulary = SplitDeviceVocabulary(part, talk)
         self._lora = lora_sharing(layout, talk, max_rank=MAX_RANK)

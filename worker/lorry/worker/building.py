@@ -34,6 +34,7 @@ from lorry.worker.lora_strategies import lora_strategy
 from lorry.worker.model import Decoder
 from lorry.worker.pool import PagePool
 from lorry.worker.progress import logged
+from lorry.worker.row_sums import row_sums
 from lorry.worker.runner import RankRunner
 from lorry.worker.scheduler import Scheduler
 from lorry.worker.scheduler_limits import SchedulerLimits
@@ -95,13 +96,19 @@ def _build_runner(
     torch.set_num_threads(config.threads)
     device = open_device(config.device, rank, config.tensor_parallel)
     layout = config.page_layout(base_model, rank)
+    sums = row_sums(
+        collectives,
+        layout,
+        max_rows=limits.step_tokens,
+        norm_epsilon=base_model.options.norm_epsilon,
+    )
     own_pages = _pool_pages(config, base_model, layout, limits)
     pool_pages = _least(own_pages, device, collectives)
     vocabulary = _vocabulary(base_model, layout, collectives)
     with logged(log, "loaded the weights"):
         reader = _weight_reader(config, base_model, device)
         weights = load_weights(base_model, reader, Partition(layout))
-        model = Decoder(weights, base_model.geometry.head_dim, vocabulary, collectives)
+        model = Decoder(weights, base_model.geometry.head_dim, vocabulary, sums)
     with logged(log, f"allocated a pool of {pool_pages} pages of {layout.page_bytes} bytes"):
         pool = allocate_pool(pool_pages + 1, layout, device)  # with the dummy page
     with logged(log, "prepared the steps"):

@@ -4,6 +4,7 @@ Every rank makes the same calls in the same order, in the order of the current s
 compute on GPUs, so that CUDA graphs hold the calls too. One rank alone has nothing to tell.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -23,6 +24,13 @@ class Collectives(Protocol):
         """The tensors of all ranks, ``[ranks, *x.shape]``."""
         ...
 
+    def share(self, num_bytes: int) -> Sequence[torch.Tensor] | None:
+        """Zeros of each rank that all ranks read and write, uint8; None where none can be had.
+
+        All ranks must ask for as many. It lives as long as the process.
+        """
+        ...
+
 
 class Alone:
     """The collectives of one rank; see `Collectives`."""
@@ -32,6 +40,9 @@ class Alone:
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x[None]
+
+    def share(self, num_bytes: int) -> None:
+        return None
 
 
 class Group:
@@ -53,6 +64,9 @@ class Group:
         out = x.new_empty(self._size * x.numel())
         _wait(self.backend._allgather_base(out, x.flatten(), self._gathering))
         return out.view(self._size, *x.shape)
+
+    def share(self, num_bytes: int) -> None:
+        return None
 
 
 def _wait(work: Any) -> None:

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import TCPStore
 from lorry.worker.collectives import Collectives, join_by_gloo, join_by_nccl
 from lorry.worker.config import EngineConfig
 from lorry.worker.device_memory import open_device
-from lorry.worker.one_shot import SymmetricSum, can_read_others, with_one_shot
+from lorry.worker.one_shot import SymmetricMemory, can_read_others, with_one_shot
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 120.0  # until all ranks are there
@@ -42,5 +42,5 @@ def meet(
     group = join_by_nccl(store, rank=rank, size=size)
     if not config.one_shot_sums:
         return group
-    open_sum = partial(SymmetricSum, group.backend, store, rank=rank, size=size)
-    return with_one_shot(group, open_sum, device, can=can_read_others(rank, size))
+    open_peers = partial(SymmetricMemory, group.backend, store, rank=rank, size=size)
+    return with_one_shot(group, open_peers, device, can=can_read_others(rank, size))

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import linear
 
 from lorry.kernels.page_layout import GROUPS
-from lorry.worker.collectives import Collectives
 from lorry.worker.operations import Operations, Product
+from lorry.worker.row_sums import RowSums
 from lorry.worker.vocabulary import Vocabulary
 from lorry.worker.weights import LayerWeights, ModelWeights
 
@@ -25,7 +25,7 @@ class Decoder:
         weights: ModelWeights,
         head_dim: int,
         vocabulary: Vocabulary,
-        collectives: Collectives,
+        sums: RowSums,
         *,
         product: Product = linear,
     ) -> None:
@@ -33,7 +33,7 @@ class Decoder:
         self._weights = weights
         self._head_dim = head_dim
         self._vocabulary = vocabulary
-        self._collectives = collectives
+        self._sums = sums
         self._product = product
         layers = weights.layers
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]
@@ -53,12 +53,12 @@ class Decoder:
         x_TH = operations.rms_norm(residual_TH, self._weights.layers[0].input_norm)
         for index, layer in enumerate(self._weights.layers):
             o_TH = self._attend(x_TH, layer, index, operations)
-            x_TH, residual_TH = operations.add_rms_norm(
-                self._collectives.all_reduce(o_TH), residual_TH, layer.post_attention_norm
+            x_TH, residual_TH = self._sums.add_rms_norm(
+                o_TH, residual_TH, layer.post_attention_norm, operations
             )
             down_TH = self._feed_forward(x_TH, layer, index, operations)
-            x_TH, residual_TH = operations.add_rms_norm(
-                self._collectives.all_reduce(down_TH), residual_TH, self._next_norms[index]
+            x_TH, residual_TH = self._sums.add_rms_norm(
+                down_TH, residual_TH, self._next_norms[index], operations
             )
         return x_TH
 
@@ -67,9 +67,7 @@ class Decoder:
         return self._product(x_NH, self._weights.head)
 
     def _copy(self, weights: ModelWeights, product: Product) -> "Decoder":
-        return Decoder(
-            weights, self._head_dim, self._vocabulary, self._collectives, product=product
-        )
+        return Decoder(weights, self._head_dim, self._vocabulary, self._sums, product=product)
 
     def _attend(
         self, x_TH: torch.Tensor, layer: LayerWeights, index: int, operations: Operations
