@@ -13,7 +13,7 @@ from lorry.kernels.rank_sum import (
 from lorry.worker.row_sums import open_rooms, rooms_bytes
 
 EPS = 1e-5
-CAPACITY = 2 * PROGRAMS + 5
+CAPACITY = PROGRAMS + 5
 UNSET = -7.0
 # The interpreter cuts off what does not fit into bf16.
 RELATIVE = {torch.bfloat16: 2**-5, torch.float32: 1e-5}
