@@ -99,7 +99,7 @@ def test_a_program_tells_the_others_once_after_its_rows_are_there(rows: int) -> 
 def test_steps_of_different_sizes_follow_each_other() -> None:
     ranks = Ranks(2, 16, torch.float32, "cpu")
     weight_H = torch.ones(16)
-    for number, rows in enumerate([3, PROGRAMS + 9, 1, 2, PROGRAMS, 5]):
+    for number, rows in enumerate([3, CAPACITY, 1, 2, PROGRAMS, 5]):
         parts_RTH = parts_of(2, rows, 16, torch.float32, number)
         residual_TH = torch.zeros(rows, 16)
         x_TH = parts_RTH[1].clone()
