@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from lorry.router.actions import Abort, Submit
-from lorry.router.dispatcher import Dispatcher, slo_unattainable
+from lorry.router.dispatcher import Dispatcher
+from lorry.router.refusals import slo_unattainable
 from lorry.router.request import Request
 from lorry.router.slo import Slo
 from lorry.router.worker import Worker, WorkerStatus

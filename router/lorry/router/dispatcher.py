@@ -5,27 +5,19 @@ anything has changed, and by `next_plan_s` at the latest. Every method leaves th
 also when it raises.
 """
 
-from collections import Counter
 from typing import NamedTuple
 
-from lorry.router.actions import Abort, Action, Submit
+from lorry.router.actions import Action, Submit
 from lorry.router.backlog import Backlog
-from lorry.router.context_length import context_exceeded
 from lorry.router.places import RETRY_AFTER_S, Places
 from lorry.router.planner import Planner, Send
 from lorry.router.policies import Policies
 from lorry.router.predictor import PredictionErrors
 from lorry.router.rates import RateLimits, unlimited
+from lorry.router.refusals import no_worker, slo_unattainable, unable
 from lorry.router.request import AT_WORKER, Request, RequestState
 from lorry.router.worker import Worker, WorkerStatus
-from lorry.rpc.errors import (
-    AdapterIncompatible,
-    ContextLengthExceeded,
-    Draining,
-    DuplicateRequest,
-    NoWorker,
-    SloUnattainable,
-)
+from lorry.rpc.errors import Draining, DuplicateRequest
 
 MAX_RESUBMITS = 2
 CHARGE_TOKENS = 16  # output tokens that are counted as service at once
@@ -102,7 +94,7 @@ class Dispatcher:
         """
         workers = self._planner.able(request)
         if not workers:
-            raise self._why_unable(request)
+            raise unable(request, self._workers.values())
         abort = self._planner.arrive(request, workers, now_s)
         if abort is not None:
             raise slo_unattainable(abort)
@@ -198,14 +190,7 @@ class Dispatcher:
         assert set(self._backlog) == {r for r in active if r.state is S.QUEUED}
         assert not any(request.ended for request in active)
         for worker in self._workers.values():
-            active_there = worker.active.values()
-            assert worker.num_requests == Counter(r.version for r in active_there)
-            assert worker.queues == {
-                r.version: r.queue.of_version for r in active_there if r.version
-            }
-            usage = worker.usage
-            assert usage.requests.by_tenant == Counter(r.tenant for r in active_there)
-            assert usage.tokens.total == sum(r.num_charged_tokens for r in active_there)
+            worker.check_integrity()
 
     @property
     def max_context_tokens(self) -> int | None:
@@ -255,49 +240,3 @@ class Dispatcher:
             worker.remove(request)
             self._predictor.leave(request)
         request.worker_name, request.seq = "", 0
-
-    def _why_unable(
-        self, request: Request
-    ) -> AdapterIncompatible | ContextLengthExceeded | NoWorker:
-        ready = [worker for worker in self._workers.values() if worker.accepting]
-        if not ready:
-            return no_worker()
-        max_rank = max(worker.max_rank for worker in ready)
-        if request.rank > max_rank:
-            return AdapterIncompatible(
-                f"adapter {request.generation.adapter} has rank {request.rank}; "
-                f"the workers serve at most {max_rank}",
-                rank=request.rank,
-                maxRank=max_rank,
-            )
-        able = [worker for worker in ready if worker.max_rank >= request.rank]
-        return context_exceeded(
-            "stopping.max_tokens",
-            len(request.prompt_ids),
-            request.max_tokens,
-            max(worker.max_context_tokens for worker in able),
-        )
-
-
-def slo_unattainable(abort: Abort) -> SloUnattainable:
-    slo = abort.request.slo
-    if abort.tpot_s is not None:
-        assert slo.tpot_s is not None, "aborted for an objective that it has not"
-        return SloUnattainable(
-            f"a token would come every {abort.tpot_s:.4f} s, the request asks for {slo.tpot_s:g}",
-            retry_after_s=RETRY_AFTER_S,
-            predictedTpotS=f"{abort.tpot_s:.4f}",
-            askedTpotS=f"{slo.tpot_s:g}",
-        )
-    assert slo.ttft_s is not None, "aborted without an objective"
-    return SloUnattainable(
-        f"the first token would come after {abort.ttft_s:.3f} s, "
-        f"the request asks for {slo.ttft_s:g}",
-        retry_after_s=max(RETRY_AFTER_S, abort.ttft_s - slo.ttft_s),
-        predictedTtftS=f"{abort.ttft_s:.3f}",
-        askedTtftS=f"{slo.ttft_s:g}",
-    )
-
-
-def no_worker() -> NoWorker:
-    return NoWorker("no worker is attached", retry_after_s=RETRY_AFTER_S)

@@ -10,9 +10,10 @@ import grpc
 from lorry.router.actions import Abort, Prefetch, Submit
 from lorry.router.active import ActiveRequests
 from lorry.router.config import Config
-from lorry.router.dispatcher import Dispatcher, Place, no_worker, slo_unattainable
+from lorry.router.dispatcher import Dispatcher, Place
 from lorry.router.generation import Logprobs, PromptLogprobs, TokenLogprobs
 from lorry.router.output import Output
+from lorry.router.refusals import no_worker, slo_unattainable
 from lorry.router.request import Request, RequestState
 from lorry.router.worker import Worker, WorkerStatus
 from lorry.router.worker_messages import Ended

@@ -142,6 +142,14 @@ class Worker:
             known.difference_update(removed)
             known.update(added)
 
+    def check_integrity(self) -> None:
+        """What is counted is what it works on."""
+        active = self.active.values()
+        assert self.num_requests == Counter(r.version for r in active)
+        assert self.queues == {r.version: r.queue.of_version for r in active if r.version}
+        assert self.usage.requests.by_tenant == Counter(r.tenant for r in active)
+        assert self.usage.tokens.total == sum(r.num_charged_tokens for r in active)
+
     def _forget_tpot(self, tpot_s: float) -> None:
         self.num_tpots[tpot_s] -= 1
         if not self.num_tpots[tpot_s]:
