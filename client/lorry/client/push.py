@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorry.client.adapters import Adapter, Adapters
+from lorry.client.adapter import Adapter
+from lorry.client.adapters import Adapters
 from lorry.client.upload import Progress
 from lorry.client.weights import AdapterFiles, default_id
 from lorry.rpc.errors import LorryError

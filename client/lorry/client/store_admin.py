@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import grpc.aio
 
-from lorry.client.adapters import Adapter
+from lorry.client.adapter import Adapter
 from lorry.client.generation import adapter_name
 from lorry.client.retry import RetryPolicy, retrying
 from lorry.v1 import store_admin_service_pb2 as pb

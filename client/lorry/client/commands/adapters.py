@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from lorry.client.adapters import Adapter, AdapterVersion
+from lorry.client.adapter import Adapter, AdapterVersion
 from lorry.client.commands import backends, store_admin
 from lorry.client.commands.connection import DEFAULT, Connection
 from lorry.client.commands.push_bars import PushBars
