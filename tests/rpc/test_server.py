@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from lorry.rpc.errors import QueueFull
 from lorry.rpc.health_service import MAX_WATCHES
 from lorry.rpc.identity import Authenticator, Caller, Role
-from lorry.rpc.server import Server, check_address, serving, stop_requested
+from lorry.rpc.server import ConnectionAge, Server, check_address, serving, stop_requested
 from lorry.rpc.status import from_rpc
 from tests.support.services import METHODS, serving_all
 
@@ -255,3 +255,21 @@ async def test_an_open_watch_does_not_hold_the_server_up() -> None:
         async with asyncio.timeout(30):
             await stack.aclose()
             assert {answer.status async for answer in watch} <= {NOT_SERVING}
+
+
+async def test_a_call_that_would_never_end_ends_with_its_connection() -> None:
+    async with (
+        serving(
+            lambda server: None,
+            services=[],
+            address="127.0.0.1:0",
+            authenticator=Authenticator(lambda: TOKENS),
+            connection_age=ConnectionAge(renew_s=0.1, grace_s=0.1),
+        ) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async for _ in stub.Watch(health_pb2.HealthCheckRequest(), timeout=60):
+                pass
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import grpc.aio
 
@@ -32,11 +33,13 @@ from lorry.rpc.call_counts import CallCounts, call_metrics
 from lorry.rpc.channel import Channels, open_channel
 from lorry.rpc.metrics import TableCollector, registry_of
 from lorry.rpc.metrics_server import serving_metrics
-from lorry.rpc.server import Server, serving
+from lorry.rpc.server import ConnectionAge, Server, serving
 from lorry.rpc.tls import ServerTls
 from lorry.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 
 MAX_REQUEST_BYTES = 2 << 20
+CONNECTION_S = 3600.0  # after which a client's connection is renewed
+SPARE_S = 60.0  # for the status of a request that ends by its deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +63,14 @@ async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIt
     async with contextlib.AsyncExitStack() as stack:
         tokenizer = await _tokenizer(config)
         stack.callback(tokenizer.close)
-        store = Store(
-            await stack.enter_async_context(open_channel(config.store, config.credentials())),
-            silence_s=config.catalogue_silence_s,
-            timeout_s=config.store_timeout_s,
-            on_synced=readiness.set_catalogue_synced,
-        )
+        store = await stack.enter_async_context(_store(config, readiness))
         dispatcher = _dispatcher(config, tenants)
         active = ActiveRequests(dispatcher, SloCounts(tenants.named, config.slo_label))
         fleet = Fleet(config, dispatcher, active, on_workers=readiness.set_workers)
         roster = _roster(config, fleet, base_model, resolve)
         fleet.connect(roster.links)
-        router = Router(
-            config,
-            dispatcher,
-            active,
-            fleet,
-            tokenizer,
-            store,
-            tenants,
-            max_context_tokens=base_model.max_context_tokens,
-        )
+        parts = (dispatcher, active, fleet, tokenizer, store, tenants)
+        router = Router(config, *parts, max_context_tokens=base_model.max_context_tokens)
         calls = CallCounts()
         registry = registry_of(
             TableCollector(METRICS, Source(active, dispatcher, fleet, store)),
@@ -90,19 +80,37 @@ async def running(config: Config, *, resolve: Resolve = resolve_host) -> AsyncIt
         reader = SpecReader(base_model, served_model=config.served_model)
         service = InferenceService(router, reader)
         server = await stack.enter_async_context(_serving(config, tls, service, calls))
-        tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        works = [
+        works = (
             roster.run(),
             store.watch(),
             router.watch_clients(),
             readiness.report(server.set_ready),
-        ]
-        background = [tasks.create_task(work) for work in works]
+        )
+        await stack.enter_async_context(_at_work(*works))
+        yield Running(server, router)
+
+
+@contextlib.asynccontextmanager
+async def _at_work(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Ends the block if one of them fails, and cancels them when it is left."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(work) for work in works]
         try:
-            yield Running(server, router)
+            yield
         finally:
-            for task in background:
+            for task in tasks:
                 task.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _store(config: Config, readiness: Readiness) -> AsyncIterator[Store]:
+    async with open_channel(config.store, config.credentials()) as channel:
+        yield Store(
+            channel,
+            silence_s=config.catalogue_silence_s,
+            timeout_s=config.store_timeout_s,
+            on_synced=readiness.set_catalogue_synced,
+        )
 
 
 async def _tokenizer(config: Config) -> Tokenizer:
@@ -158,4 +166,5 @@ def _serving(
         health_address=config.health_address,
         max_receive_bytes=MAX_REQUEST_BYTES,
         calls=calls,
+        connection_age=ConnectionAge(CONNECTION_S, config.max_request_s + SPARE_S),
     )

@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
@@ -44,6 +45,24 @@ OPTIONS = (
 )
 
 log = logging.getLogger(__name__)
+
+
+class ConnectionAge(NamedTuple):
+    """When a connection takes no more calls, and how much later those that it has are ended.
+
+    Nothing else ends a call whose client neither reads nor leaves: its status waits behind what it
+    has not read. Clients of gRPC connect again by themselves, before their next call.
+    """
+
+    renew_s: float
+    grace_s: float
+
+    @property
+    def options(self) -> Sequence[tuple[str, int]]:
+        return (
+            ("grpc.max_connection_age_ms", round(self.renew_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", round(self.grace_s * 1000)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +105,25 @@ async def serving(
     grace_s: float = 5.0,
     max_receive_bytes: int = 4 * MIB,
     calls: CallCounts | None = None,
+    connection_age: ConnectionAge | None = None,
 ) -> AsyncIterator[Server]:
     """Serve what `register` adds; on exit drain for `grace_s` seconds.
 
     `services` are the full names of the registered services. They start NOT_SERVING: the owner
     calls `Server.set_ready`, and reads the `calls` that are counted. `health_address` is a second
-    port for health checks alone, in plain text. Raises ValueError for an address beyond loopback
-    unless there is `tls`, or `insecure`.
+    port for health checks alone, in plain text. Without a `connection_age` connections last as long
+    as clients like. Raises ValueError for an address beyond loopback unless there is `tls`, or
+    `insecure`.
     """
     check_address(address, guarded=insecure or tls is not None)
     boundary = Boundary(authenticator, calls or CallCounts())
     server = grpc.aio.server(
         interceptors=[boundary],
-        options=[*OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)],
+        options=[
+            *OPTIONS,
+            *(connection_age.options if connection_age else ()),
+            ("grpc.max_receive_message_length", max_receive_bytes),
+        ],
     )
     register(server)
     health_servicer = HealthService()
