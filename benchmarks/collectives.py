@@ -56,7 +56,8 @@ def measure_sums(device: torch.device) -> dict[str, dict[int, float]]:
         small = [size for size in BYTES if size <= ONE_SHOT_BYTES]
         found["one_shot_us"] = _time(small, _one_shot_sum, device)
         of_rows = [size for size in BYTES if size >= ROW_WIDTH * DTYPE.itemsize]
-        found["with_norm_us"] = _time(of_rows, partial(_sum_with_norm, rooms_of(device)), device)
+        rooms, _mapped = rooms_of(device)
+        found["with_norm_us"] = _time(of_rows, partial(_sum_with_norm, rooms), device)
     except RuntimeError as error:  # of a platform without peer access
         print(f"no one-shot sums: {error}", flush=True)
     return found
@@ -98,8 +99,8 @@ def _one_shot_sum(size: int, device: torch.device) -> Callable[[], object]:
     return call
 
 
-def rooms_of(device: torch.device) -> Rooms:
-    """For sums of any of the sizes."""
+def rooms_of(device: torch.device) -> tuple[Rooms, object]:
+    """For sums of any of the sizes; they are there as long as the other object is."""
     from torch.distributed import _symmetric_memory as symmetric
 
     group = dist.group.WORLD
@@ -110,7 +111,7 @@ def rooms_of(device: torch.device) -> Rooms:
     torch.cuda.synchronize(device)
     met = symmetric.rendezvous(own, group.group_name)
     memory = [met.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(size)]
-    return open_rooms(memory, group.rank(), rows, ROW_WIDTH, DTYPE)
+    return open_rooms(memory, group.rank(), rows, ROW_WIDTH, DTYPE), (own, met)
 
 
 def _sum_with_norm(rooms: Rooms, size: int, device: torch.device) -> Callable[[], object]:
