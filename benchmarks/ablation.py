@@ -27,6 +27,7 @@ from benchmarks.variants import (
     BATCH_INVARIANT,
     PADDED_RANKS,
     SPLIT_POOL,
+    UNFUSED,
     WHOLE,
     adapter_pages,
     variants_on,
@@ -91,7 +92,8 @@ def _check(
     """Raise SystemExit where a run shows nothing, or changed what it must not change."""
     if name == WHOLE and not metrics["adapter_evictions"]:
         raise SystemExit("no adapter was evicted: give a smaller --pool-gib or more --adapters")
-    if is_exact and name not in (PADDED_RANKS, BATCH_INVARIANT) and tokens[name] != tokens[WHOLE]:
+    other_sums = (PADDED_RANKS, BATCH_INVARIANT, UNFUSED)
+    if is_exact and name not in other_sums and tokens[name] != tokens[WHOLE]:
         raise SystemExit(f"{name!r} drew other tokens than the whole engine")
 
 

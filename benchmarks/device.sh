@@ -6,7 +6,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 PARTS="wheels kernel-tests engine-tests tp-tests rates latency llama-3-8b llama-3-8b-mixed llama-2-7b llama-2-7b-mixed"
-PARTS="$PARTS live cold-tiers ablation ablation-invariant ablation-launches merged packed peft paper-7b paper-13b"
+PARTS="$PARTS live cold-tiers ablation ablation-invariant ablation-launches fused merged packed peft paper-7b paper-13b"
 PARTS="$PARTS tp-rates tp-bench tp-bench-30b tp-bench-70b"
 PACKAGES="cffi crc32c cryptography cyclopts docstring_parser execnet googleapis-common-protos
 	grpcio-health-checking grpcio-reflection grpcio-status msgspec prometheus_client pytest-xdist redis
@@ -131,6 +131,9 @@ ablation-invariant) # a second capture of all steps, and six runs of 7 to 15 s
 	;;
 ablation-launches) # two runs: 6 s, 20 s without graphs, 105 s of padded products
 	bench ablation --requests 125 --pool-gib 6 --runs 2 --variants "no graphs" "padded products"
+	;;
+fused) # two captures of all steps, ten cases of ten runs: two minutes
+	bench fused --model llama-3-8b
 	;;
 merged) # three numbers of adapters, each three runs of merged copies and of one engine: four minutes
 	bench baselines.merged --model llama-3-8b

@@ -10,11 +10,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernel_attention, kernel_lora, kernel_rows
+from benchmarks import kernel_attention, kernel_fused, kernel_lora, kernel_rows
 from benchmarks.kernel_cases import Device, Measurement, open_device
 from benchmarks.results_file import RESULTS, write_result
 
-PARTS = {"attention": kernel_attention, "lora": kernel_lora, "rows": kernel_rows}
+PARTS = {
+    "attention": kernel_attention,
+    "lora": kernel_lora,
+    "fused": kernel_fused,
+    "rows": kernel_rows,
+}
 GIB = 1 << 30
 
 

@@ -57,6 +57,7 @@ class _PaddedTritonOperations(TritonOperations):
     def __init__(self, *arguments: Any, slot_T: torch.Tensor, **others: Any) -> None:
         super().__init__(*arguments, slot_T=slot_T, **others)
         self._segments = segments_of(slot_T)
+        self._expand_rotates = False
 
     def project(
         self, x_TI: torch.Tensor, base: Projection, group: int, layer: int

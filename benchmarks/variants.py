@@ -27,6 +27,7 @@ PADDED_RANKS = "padded ranks"
 NO_GRAPHS = "no graphs"
 PADDED_PRODUCTS = "padded products"
 BATCH_INVARIANT = "batch-invariant"
+UNFUSED = "unfused"
 
 
 def variants_on(device: str, adapter_share: float) -> dict[str, Variant]:
@@ -45,7 +46,8 @@ def variants_on(device: str, adapter_share: float) -> dict[str, Variant]:
         variants |= {
             "no overlap": without_overlap,
             NO_GRAPHS: without_graphs,
-            BATCH_INVARIANT: BatchInvariantSteps(),
+            BATCH_INVARIANT: OtherSteps(lambda runner: runner.captured(batch_invariant=True)),
+            UNFUSED: OtherSteps(lambda runner: runner.captured(fused=False)),
         }
     return variants
 
@@ -71,17 +73,18 @@ def without_graphs(engine: Engine) -> Iterator[None]:
         yield
 
 
-class BatchInvariantSteps:
-    """The steps of `--batch-invariant`, over the engine's memory; captured at the first use."""
+class OtherSteps:
+    """Steps that are computed otherwise, over the engine's memory; captured at the first use."""
 
-    def __init__(self) -> None:
+    def __init__(self, capture: Callable[[CudaRunner], StepGraphs]) -> None:
+        self._capture = capture
         self._graphs: StepGraphs | None = None
 
     @contextlib.contextmanager
     def __call__(self, engine: Engine) -> Iterator[None]:
         runner = engine.runner
         assert isinstance(runner, CudaRunner)
-        self._graphs = self._graphs or runner.captured(batch_invariant=True)
+        self._graphs = self._graphs or self._capture(runner)
         with patch.object(runner, "graphs", self._graphs):
             yield
 

@@ -110,6 +110,16 @@ def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
     assert plots == ["tensor-parallel.png"]
 
 
+def test_steps_with_and_without_fusion_are_told_with_the_spread_of_runs() -> None:
+    case: dict[str, Any] = {"batch": 64, "adapters": 8, "rank": 16}
+    case |= {"step_ms": 7.0, "unfused_step_ms": 7.08}
+    case |= {"saved_us": 80.4, "saved_us_of_runs": [75.0, 80.4, 90.0]}
+    fused: dict[str, Any] = {"device": "a GPU", "date": "2026-01-02", "command": "it"}
+    fused |= {"config": {"model": "llama-3-8b", "context": 512}, "metrics": {"cases": [case]}}
+    text = performance_text(lambda benchmark: [fused] if benchmark == "fused" else [])
+    assert "| 64 | 8 | 16 | 7.00 | 7.08 | 80 (75 to 90) |" in text
+
+
 def test_settings_and_baselines_are_told_as_far_as_they_are_measured() -> None:
     assert reproduction_text(lambda _: []).count(NOTHING) == 2
     some, mean = {"median": 9.0, "min": 8.0, "max": 10.0}, {"mean": 1.5}

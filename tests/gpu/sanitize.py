@@ -29,6 +29,7 @@ from tests.support.kernel_cases import (
     store_sequences,
 )
 from tests.support.kernel_checks import check_attention, check_lora
+from tests.support.rotation_checks import check_expand_rope
 from tests.support.sampling_cases import (
     check_logprobs,
     check_truncation,
@@ -53,7 +54,10 @@ def attention(device: torch.device, dtype: torch.dtype) -> None:
 def lora(device: torch.device, dtype: torch.dtype) -> None:
     pool, tables = store_adapters(MIXED_ADAPTERS[:4], layout_of("demo", dtype), device)
     for rows in LORA:
-        check_lora([0, 0, 0, 1, -1, 2, 3, 3], pool, tables, lora_setting(dtype, rows), (0, 1))
+        setting, slots = lora_setting(dtype, rows), [0, 0, 0, 1, -1, 2, 3, 3]
+        check_lora(slots, pool, tables, setting, groups=(0, 1))
+        if setting.expand_rotates:
+            check_expand_rope(slots, pool, tables, setting)
 
 
 def rows(device: torch.device, dtype: torch.dtype) -> None:

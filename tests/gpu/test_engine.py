@@ -144,9 +144,10 @@ def test_a_step_launches_a_known_number_of_kernels(gpu: torch.device, tmp_path: 
             launches[event.key] += event.count
     ours = {
         "_shrink_kernel": 4 * LAYERS,
-        "_expand_kernel": 4 * LAYERS,
+        "_expand_kernel": 3 * LAYERS,
+        "_expand_rope_kernel": LAYERS,
         "attention_kernel": 2 * LAYERS,
-        "_rope_write_kv_kernel": LAYERS,
+        "_rope_write_kv_kernel": 0,
         "_rms_norm_kernel": 2 * LAYERS + 1,
         "_swiglu_kernel": LAYERS,
     }

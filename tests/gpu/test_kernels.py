@@ -22,6 +22,7 @@ from tests.support.kernel_cases import (
     store_sequences,
 )
 from tests.support.kernel_checks import adapt, attend, check_attention, check_lora, check_rotation
+from tests.support.rotation_checks import check_expand_rope
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 MODELS = ["llama-2-7b", "llama-3-8b", "qwen2.5-0.5b", "llama-70b"]
@@ -30,6 +31,7 @@ CHUNKS = [(130, 37), (1, 1), (260, 260), (700, 129), (2000, 1), (40, 5), (512, 6
 MIXES = mixes(200, len(MIXED_ADAPTERS))
 # What ships, each once: float32 has one setting for steps of all sizes.
 LORA_SETTINGS = [(d, rows) for d in DTYPES for rows in LORA if d != torch.float32 or rows == 64]
+ROTATING_SETTINGS = [(d, r) for d, r in LORA_SETTINGS if lora_setting(d, r).expand_rotates]
 TWENTY = 20
 
 
@@ -125,6 +127,16 @@ def test_lora_of_large_steps_matches_the_reference(device, dtype, num_rows):
     for mix in ("uniform", "zipf"):
         slots = mixes(num_rows, len(MIXED_ADAPTERS))[mix]
         check_lora(slots, pool, tables, lora_setting(dtype, num_rows), groups=(0, 3))
+
+
+@pytest.mark.parametrize(("dtype", "rows"), ROTATING_SETTINGS, ids=str)
+@pytest.mark.parametrize("model", ["llama-3-8b", "llama-2-7b", "qwen2.5-0.5b"])
+def test_fused_rotation_matches_the_reference_and_two_kernels(device, dtype, model, rows):
+    pool, tables = store_adapters(MIXED_ADAPTERS, layout_of(model, dtype), device)
+    setting = lora_setting(dtype, rows)
+    for mix in MIXES.values():
+        check_expand_rope(mix[: min(rows, 64)], pool, tables, setting)
+    check_expand_rope([-1, 2] * 16 + [4] * 33 + [1], pool, tables, setting)
 
 
 @pytest.mark.parametrize("rows", [*LORA])

@@ -30,6 +30,7 @@ def test_every_kernel_of_the_engine_is_compiled(kernels):
         "_draw_best_kernel",
         "_edit_kernel",
         "_expand_kernel",
+        "_expand_rope_kernel",
         "_logprobs_kernel",
         "_merge_kernel",
         "_penalize_kernel",

@@ -62,7 +62,7 @@ def main() -> None:
         batch_invariant=True,
     )
     vocabulary = WholeVocabulary(base_model.vocab_size)
-    decoder = Decoder(weights, layout.geometry.head_dim, vocabulary, SeparateSums(Alone()))
+    decoder = Decoder(weights, vocabulary, SeparateSums(Alone()))
     model = decoder.first_layer().with_product(state.product)
     report = {}
     for rows in ROWS:

@@ -26,9 +26,10 @@ from lorry.kernels.launch_settings import (
 )
 from lorry.kernels.lora import AdapterTables
 from lorry.kernels.lora_expand import lora_expand_add
+from lorry.kernels.lora_expand_rope import expand_rope_write_kv
 from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
 from lorry.kernels.lora_shrink import lora_shrink
-from lorry.kernels.page_layout import GROUPS, MAX_RANK, MODULES, TpStrategy
+from lorry.kernels.page_layout import GROUPS, MAX_RANK, MODULES, QKV, TpStrategy
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import allocate_pool
 from lorry.kernels.rank_sum import sum_add_rms_norm
@@ -103,13 +104,7 @@ def adapt(
     if is_shared:
         layout = dataclasses.replace(layout, tp_size=2, tp_strategy=TpStrategy.SLORA)
     pool = allocate_pool(64, layout, DEVICE)
-    tables = AdapterTables(
-        empty(64, 640),
-        empty(64),
-        empty(64, len(MODULES)),
-        empty(64, len(MODULES)),
-        empty(64, LAYERS, len(MODULES), dtype=FP32),
-    )
+    tables = adapter_tables()
     work = allocate_lora_work(setting, layout, max_rows=rows, device=DEVICE)
     plan_lora(empty(rows), tables, work)
     shapes = [layout.local_geometry.module_shape(module) for module in GROUPS[group]]
@@ -119,6 +114,28 @@ def adapt(
     if is_shared:
         y_STY = empty(layout.tp_size, rows, 3 * MAX_RANK // 2, dtype=FP32)
     lora_expand_add(outputs, group, pool, tables, 1, work, y_STY)
+
+
+def expand_and_rotate(model: str, dtype: torch.dtype, setting: LoraSetting, rows: int) -> None:
+    layout = layout_of(model, dtype)
+    geometry, pool = layout.geometry, allocate_pool(64, layout, DEVICE)
+    work = allocate_lora_work(setting, layout, max_rows=rows, device=DEVICE, rotates=True)
+    tables = adapter_tables()
+    plan_lora(empty(rows), tables, work)
+    qkv_TO = empty(rows, sum(geometry.group_widths(QKV)), dtype=dtype)
+    step = (empty(8192, 2, geometry.head_dim, dtype=dtype), empty(rows), empty(rows))
+    y_STY = work.partial_sums(rows, geometry.hidden)
+    expand_rope_write_kv(qkv_TO, *step, pool, tables, 1, work, y_STY)
+
+
+def adapter_tables() -> AdapterTables:
+    return AdapterTables(
+        empty(64, 640),
+        empty(64),
+        empty(64, len(MODULES)),
+        empty(64, len(MODULES)),
+        empty(64, LAYERS, len(MODULES), dtype=FP32),
+    )
 
 
 def rows_of_8b() -> None:
@@ -188,6 +205,11 @@ def shipped() -> Iterator[tuple[str, Callable[[], None]]]:
     for rows in (64, MAX_ROWS):
         shared = partial(adapt, BF16, lora_setting(BF16, rows), rows, 0, is_shared=True)
         yield f"lora of two ranks, {rows} rows", shared
+    for dtype, rows in ((BF16, 16), (BF16, 64), (FP16, 16), (FP16, 64), (FP32, 64)):
+        rotate = partial(expand_and_rotate, "llama-3-8b", dtype, lora_setting(dtype, rows), rows)
+        yield f"expand and rotate {dtype}, {rows} rows", rotate
+    rotate = partial(expand_and_rotate, "qwen2.5-0.5b", BF16, lora_setting(BF16, 64), 64)
+    yield "expand and rotate heads of 64", rotate
     yield "lora float32", partial(adapt, FP32, lora_setting(FP32, 64), 64, 0)
     yield "rows", rows_of_8b
     for ranks, hidden, dtype in (

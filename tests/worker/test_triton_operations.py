@@ -89,6 +89,7 @@ def states(
         lora=OwnProducts(),
         max_rows=len(rows["slot"]),
     )
+    assert all(work.rotates is not options.qk_norm for work in device_state.lora_works)
     operations = TritonOperations(
         device_state,
         position_T=rows["position"],
@@ -119,7 +120,7 @@ def test_mixed_steps_have_the_references_hidden_states(model: Path, tmp_path: Pa
     reader = CheckpointReader(base_model, torch.float32, torch.device("cpu"))
     weights = load_weights(base_model, reader, Partition(pool.layout))
     vocabulary = WholeVocabulary(base_model.vocab_size)
-    llama = Decoder(weights, base_model.geometry.head_dim, vocabulary, SeparateSums(Alone()))
+    llama = Decoder(weights, vocabulary, SeparateSums(Alone()))
     compared = 0
     original = runner.launch
 

@@ -93,7 +93,6 @@ class Rank:
         part = Partition(layout).vocabulary(base_model.vocab_size)
         self._model = Decoder(
             load_weights(base_model, reader, Partition(layout)),
-            base_model.geometry.head_dim,
             SplitVocabulary(part, talk),
             SeparateSums(talk),
         )

@@ -3,7 +3,8 @@
 Rows of a step that follow each other and share an adapter form a run; runs are cut into tiles. For
 each group of modules that read the same input a tile becomes pieces of work: shrink pieces, blocks
 of rows of the group's stacked A, and expand pieces, row units of a module's output. Base rows and
-absent modules become no piece, and a small rank becomes few.
+absent modules become no piece, and a small rank becomes few. But no row goes without rotation: in a
+plan whose expand of q, k and v also rotates, their pieces cover all outputs, some at rank 0.
 
 Shape suffixes: T = rows of the step, S = slots, X = modules (in the order of MODULES), G = groups,
 N = pieces of a group, Y = columns of the intermediate.
@@ -19,13 +20,14 @@ import triton.language as tl
 
 from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
 from lorry.kernels.lora import AdapterTables
-from lorry.kernels.page_layout import GROUPS, MAX_RANK, MODULES, PageLayout
+from lorry.kernels.page_layout import GROUPS, MAX_RANK, MODULES, QKV, PageLayout
 from lorry.kernels.runs import run_bounds
 
 # shrink: row, rows, slot, first row of stacked A, rows of stacked A, unit of stacked A
 # expand: row, rows, slot, module of the group, row unit, unit of B, rank, first column of y
 PIECE_FIELDS = tl.constexpr(8)
 INTERMEDIATE_COLUMNS = max(len(group) for group in GROUPS) * MAX_RANK
+NO_GROUP = -1
 PLANNERS = 8  # programs of a group that share the writing of its pieces
 ROWS_OF_8_WARPS = 512  # more rows than these would spill registers
 FIRST_MODULE = tuple(MODULES.index(group[0]) for group in GROUPS)
@@ -51,6 +53,8 @@ class LoraSetting:
     expand_warps: int
     expand_stages: int  # of the matrix form
     expand_registers: int | None = None  # likewise
+    expand_rotates: bool = False  # that of q, k and v rotates too and writes KV, where it can
+    rotating_registers: int | None = None  # of a thread of such an expand
     has_vector_form: bool = True  # without, a row's sums do not depend on how many rows beside it
 
     @property
@@ -72,6 +76,7 @@ class LoraWork:
     expand_GN8: torch.Tensor  # int32
     count_G2: torch.Tensor  # int32, pieces of shrink and of expand
     y: torch.Tensor  # float32, splits * T * Y at most
+    rotates: bool  # the expand of q, k and v
 
     def splits(self, width: int) -> int:
         """Partial sums of a product with A whose input is `width` wide."""
@@ -84,9 +89,14 @@ class LoraWork:
 
 
 def allocate_lora_work(
-    setting: LoraSetting, layout: PageLayout, *, max_rows: int, device: torch.device
+    setting: LoraSetting,
+    layout: PageLayout,
+    *,
+    max_rows: int,
+    device: torch.device,
+    rotates: bool = False,
 ) -> LoraWork:
-    """Memory for plans of up to `max_rows` rows."""
+    """Memory for plans of up to `max_rows` rows; of `expand_rope_write_kv` where it `rotates`."""
     units = [layout.row_widths(module)[1] // layout.row_unit for module in MODULES]
     most_units = max(sum(units[MODULES.index(m)] for m in group) for group in GROUPS)
     most_pieces = max_rows * triton.cdiv(INTERMEDIATE_COLUMNS, setting.shrink_ranks)
@@ -102,6 +112,7 @@ def allocate_lora_work(
         expand_GN8=zeros(len(GROUPS), max_rows * most_units, PIECE_FIELDS.value),
         count_G2=zeros(len(GROUPS), 2),
         y=torch.empty(columns, dtype=torch.float32, device=device),
+        rotates=rotates,
     )
 
 
@@ -138,6 +149,7 @@ def _plan_kernel(
     FIRST_MODULE: tl.constexpr,
     GROUP_MODULES: tl.constexpr,
     WAYS: tl.constexpr,
+    WHOLE_GROUP: tl.constexpr,  # whose expand pieces cover all outputs of all rows
     TILE_ROWS: tl.constexpr,
     SHRINK_RANKS: tl.constexpr,
     VECTOR_UNITS: tl.constexpr,
@@ -151,7 +163,8 @@ def _plan_kernel(
     t = tl.arange(0, BLOCK_T)
     slot = tl.load(slot_ptr + t, mask=t < num_rows, other=-1)
     first, end = run_bounds(slot, slot_ptr, t, num_rows, BLOCK_T)
-    is_tile = (slot >= 0) & ((t - first) % TILE_ROWS == 0)
+    is_first = (t < num_rows) & ((t - first) % TILE_ROWS == 0)
+    is_tile = is_first & (slot >= 0)
     rows = tl.minimum(end - t, TILE_ROWS)
     rank = tl.load(rank_ptr + slot, mask=is_tile, other=0)
 
@@ -164,6 +177,7 @@ def _plan_kernel(
             group_modules = GROUP_MODULES[g]
             ways = WAYS[g]
     a_rows = (rank + ways - 1) // ways  # of a module
+    is_whole = is_first & (group == WHOLE_GROUP)
 
     a_ptr = a_offset_ptr + slot * MODULES + first_module
     b_ptr = b_offset_ptr + slot * MODULES + first_module
@@ -177,7 +191,7 @@ def _plan_kernel(
         stacked += tl.where(is_present, a_rows, 0)
         a_unit = tl.where(is_present, tl.minimum(a_unit, offset), a_unit)
         row_units = tl.load(row_units_ptr + first_module + module)
-        units += tl.where(is_present, (row_units + step - 1) // step, 0)
+        units += tl.where(is_present | is_whole, (row_units + step - 1) // step, 0)
 
     pieces = (stacked + SHRINK_RANKS - 1) // SHRINK_RANKS
     piece = tl.cumsum(pieces, 0) - pieces
@@ -199,17 +213,17 @@ def _plan_kernel(
         is_present = offset >= 0
         row_units = tl.load(row_units_ptr + first_module + module)
         for j in range(planner, row_units, PLANNERS):
-            is_mine = is_present & (j * step < row_units)
+            is_mine = (is_present | is_whole) & (j * step < row_units)
             tl.store(fields + j * PIECE_FIELDS, t, mask=is_mine)
             tl.store(fields + j * PIECE_FIELDS + 1, rows, mask=is_mine)
             tl.store(fields + j * PIECE_FIELDS + 2, slot, mask=is_mine)
             tl.store(fields + j * PIECE_FIELDS + 3, module + slot * 0, mask=is_mine)
             tl.store(fields + j * PIECE_FIELDS + 4, j * step, mask=is_mine)
             tl.store(fields + j * PIECE_FIELDS + 5, offset, mask=is_mine)
-            tl.store(fields + j * PIECE_FIELDS + 6, rank, mask=is_mine)
+            tl.store(fields + j * PIECE_FIELDS + 6, rank * is_present, mask=is_mine)
             tl.store(fields + j * PIECE_FIELDS + 7, y_column, mask=is_mine)
         pieces_here = (row_units + step - 1) // step
-        fields += tl.where(is_present, pieces_here * PIECE_FIELDS, 0)
+        fields += tl.where(is_present | is_whole, pieces_here * PIECE_FIELDS, 0)
         y_column += tl.where(is_present, a_rows, 0)
 
     if planner == 0:
@@ -239,6 +253,7 @@ def plan_lora(slot_T: torch.Tensor, tables: AdapterTables, work: LoraWork) -> No
         FIRST_MODULE=FIRST_MODULE,
         GROUP_MODULES=tuple(len(group) for group in GROUPS),
         WAYS=work.ways_G,
+        WHOLE_GROUP=QKV if work.rotates else NO_GROUP,
         TILE_ROWS=work.setting.tile_rows,
         SHRINK_RANKS=work.setting.shrink_ranks,
         VECTOR_UNITS=work.setting.vector_units,

@@ -29,6 +29,7 @@ BASE_MODEL = -1  # the slot of rows that use no adapter
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Modules of a group read the same input, so that one pass over their stacked A serves them all.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+QKV, OUTPUT, GATE_UP, DOWN = range(len(GROUPS))
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
 
 

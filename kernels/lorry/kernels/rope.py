@@ -118,7 +118,7 @@ def _rope_write_kv_kernel(
     first, second = _load_halves(q_ptrs, is_q, HEAD_DIM)
     if HAS_NORM:
         first, second = _normed(first, second, q_norm_ptr + half, epsilon, q_ptr, HEAD_DIM)
-    first, second = _rotated(first, second, cos_1, sin_1, cos_2, sin_2)
+    first, second = rotated(first, second, cos_1, sin_1, cos_2, sin_2)
     tl.store(q_ptrs, first.to(q_ptr.dtype.element_ty), mask=is_q)
     tl.store(q_ptrs + HEAD_DIM // 2, second.to(q_ptr.dtype.element_ty), mask=is_q)
 
@@ -131,7 +131,7 @@ def _rope_write_kv_kernel(
     first, second = _load_halves(k_ptrs, is_k, HEAD_DIM)
     if HAS_NORM:
         first, second = _normed(first, second, k_norm_ptr + half, epsilon, k_ptr, HEAD_DIM)
-    first, second = _rotated(first, second, cos_1, sin_1, cos_2, sin_2)
+    first, second = rotated(first, second, cos_1, sin_1, cos_2, sin_2)
     tl.store(cached, first.to(pool_ptr.dtype.element_ty), mask=is_k)
     tl.store(cached + HEAD_DIM // 2, second.to(pool_ptr.dtype.element_ty), mask=is_k)
 
@@ -165,7 +165,7 @@ def _normed(first, second, weight_ptrs, epsilon, x_ptr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _rotated(first, second, cos_1, sin_1, cos_2, sin_2):
+def rotated(first, second, cos_1, sin_1, cos_2, sin_2):
     """Both halves of the rotated heads in float32."""
     return first * cos_1 - second * sin_1, second * cos_2 + first * sin_2
 

@@ -108,7 +108,7 @@ def _build_runner(
     with logged(log, "loaded the weights"):
         reader = _weight_reader(config, base_model, device)
         weights = load_weights(base_model, reader, Partition(layout))
-        model = Decoder(weights, base_model.geometry.head_dim, vocabulary, sums)
+        model = Decoder(weights, vocabulary, sums)
     with logged(log, f"allocated a pool of {pool_pages} pages of {layout.page_bytes} bytes"):
         pool = allocate_pool(pool_pages + 1, layout, device)  # with the dummy page
     with logged(log, "prepared the steps"):

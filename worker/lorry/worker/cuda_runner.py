@@ -67,8 +67,8 @@ class CudaRunner:
         )
         self.graphs = self.captured(batch_invariant=batch_invariant)
 
-    def captured(self, *, batch_invariant: bool) -> StepGraphs:
-        """Graphs of all steps, over this runner's memory."""
+    def captured(self, *, batch_invariant: bool = False, fused: bool = True) -> StepGraphs:
+        """Graphs of all steps, over this runner's memory; see `allocate_device_state`."""
         base_model, pool = self._base_model, self._pool
         device, dtype = pool.slices.device, TORCH_DTYPES[pool.layout.dtype]
         state = allocate_device_state(
@@ -80,6 +80,7 @@ class CudaRunner:
             lora=self._lora,
             max_rows=self._max_rows,
             batch_invariant=batch_invariant,
+            fused=fused,
         )
         graphs = StepGraphs(
             self._model.with_product(state.product),

@@ -8,13 +8,11 @@ import dataclasses
 import torch
 from torch.nn.functional import linear
 
-from lorry.kernels.page_layout import GROUPS
+from lorry.kernels.page_layout import DOWN, GATE_UP, OUTPUT
 from lorry.worker.operations import Operations, Product
 from lorry.worker.row_sums import RowSums
 from lorry.worker.vocabulary import Vocabulary
 from lorry.worker.weights import LayerWeights, ModelWeights
-
-QKV, OUTPUT, GATE_UP, DOWN = range(len(GROUPS))
 
 
 class Decoder:
@@ -23,7 +21,6 @@ class Decoder:
     def __init__(
         self,
         weights: ModelWeights,
-        head_dim: int,
         vocabulary: Vocabulary,
         sums: RowSums,
         *,
@@ -31,7 +28,6 @@ class Decoder:
     ) -> None:
         """`product` multiplies by the head; the layers' products are those of the operations."""
         self._weights = weights
-        self._head_dim = head_dim
         self._vocabulary = vocabulary
         self._sums = sums
         self._product = product
@@ -67,15 +63,13 @@ class Decoder:
         return self._product(x_NH, self._weights.head)
 
     def _copy(self, weights: ModelWeights, product: Product) -> "Decoder":
-        return Decoder(weights, self._head_dim, self._vocabulary, self._sums, product=product)
+        return Decoder(weights, self._vocabulary, self._sums, product=product)
 
     def _attend(
         self, x_TH: torch.Tensor, layer: LayerWeights, index: int, operations: Operations
     ) -> torch.Tensor:
         """The attention block's output; on a rank, its part of the sum."""
-        q, k, v = operations.project(x_TH, layer.qkv, QKV, index)
-        q_TQD, k_TKD, v_TKD = (x.view(len(x), -1, self._head_dim) for x in (q, k, v))
-        q_TQD = operations.rope_write_kv(q_TQD, k_TKD, v_TKD, layer.head_norms, index)
+        q_TQD = operations.project_qkv(x_TH, layer.qkv, layer.head_norms, index)
         mixed = operations.attention(q_TQD, index).flatten(1)
         (o_TH,) = operations.project(mixed, layer.o, OUTPUT, index)
         return o_TH

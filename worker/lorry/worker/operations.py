@@ -47,17 +47,12 @@ class Operations(Protocol):
         """The norm of ``x + residual`` and that sum; neither argument may be used again."""
         ...
 
-    def rope_write_kv(
-        self,
-        q_TQD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        norms: HeadNorms | None,
-        layer: int,
+    def project_qkv(
+        self, x_TI: torch.Tensor, base: Projection, norms: HeadNorms | None, layer: int
     ) -> torch.Tensor:
-        """Rotated queries, perhaps in `q`; rotated keys and the values go to the pool.
+        """Rotated queries, ``[T, Q, D]``; rotated keys and the values go to the pool.
 
-        With norms, those of the queries and keys are rotated.
+        Projected as `project` does. With norms, those of the queries and keys are rotated.
         """
         ...
 

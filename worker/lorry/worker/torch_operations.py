@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 from lorry.kernels.activation import swiglu_reference
 from lorry.kernels.lora import AdapterTables
 from lorry.kernels.norm import add_rms_norm_reference, rms_norm_reference
+from lorry.kernels.page_layout import QKV
 from lorry.kernels.paged_attention import paged_attention_reference
 from lorry.kernels.pool_view import PoolView
 from lorry.kernels.rope import QkNorm, rope_write_kv_reference
@@ -44,15 +45,13 @@ class TorchOperations:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return add_rms_norm_reference(x_TH, residual_TH, weight_H, self._options.norm_epsilon)
 
-    def rope_write_kv(
-        self,
-        q_TQD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        norms: HeadNorms | None,
-        layer: int,
+    def project_qkv(
+        self, x_TI: torch.Tensor, base: Projection, norms: HeadNorms | None, layer: int
     ) -> torch.Tensor:
-        step = self._step
+        step, head_dim = self._step, self._pool.layout.geometry.head_dim
+        q_TQD, k_TKD, v_TKD = (
+            part.view(len(part), -1, head_dim) for part in self.project(x_TI, base, QKV, layer)
+        )
         return rope_write_kv_reference(
             q_TQD,
             k_TKD,

@@ -10,9 +10,11 @@ from lorry.kernels.activation import swiglu
 from lorry.kernels.launch_settings import LORA, invariant_lora_setting, lora_setting
 from lorry.kernels.lora import AdapterTables
 from lorry.kernels.lora_expand import lora_expand_add
+from lorry.kernels.lora_expand_rope import can_expand_rope, expand_rope_write_kv
 from lorry.kernels.lora_plan import LoraWork, allocate_lora_work, plan_lora
 from lorry.kernels.lora_shrink import lora_shrink
 from lorry.kernels.norm import add_rms_norm, rms_norm
+from lorry.kernels.page_layout import QKV
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.kernels.rope import QkNorm, rope_write_kv
 from lorry.rpc.model_families import DecoderOptions
@@ -62,10 +64,12 @@ def allocate_device_state(
     lora: LoraSharing,
     max_rows: int,
     batch_invariant: bool = False,
+    fused: bool = True,
 ) -> DeviceState:
     """Work lists for steps of up to `max_rows` rows.
 
-    `block_table_RP` (int32) is by row of the sequence table.
+    `block_table_RP` (int32) is by row of the sequence table. `fused` steps add LoRA to q, k and v
+    and rotate them in one kernel where that is faster.
     """
     cached, windows = CachedSequences(pool, block_table_RP), options.windows
     dtype, device = TORCH_DTYPES[pool.layout.dtype], pool.slices.device
@@ -77,6 +81,7 @@ def allocate_device_state(
         attention = balanced_attention(cached, windows, side, max_rows=max_rows)
         limits = sorted({min(limit, max_rows) for limit in LORA})
         lora_settings = {rows: lora_setting(dtype, rows) for rows in limits}
+    rotates = fused and not options.qk_norm and can_expand_rope(pool.layout)
     return DeviceState(
         pool=pool,
         tables=tables,
@@ -85,7 +90,13 @@ def allocate_device_state(
         attention=attention,
         lora=lora,
         lora_works=[
-            allocate_lora_work(setting, pool.layout, max_rows=rows, device=device)
+            allocate_lora_work(
+                setting,
+                pool.layout,
+                max_rows=rows,
+                device=device,
+                rotates=rotates and setting.expand_rotates,
+            )
             for rows, setting in lora_settings.items()
         ],
         side=side,
@@ -116,6 +127,7 @@ class TritonOperations:
         self._lora_work = state.lora_work(len(slot_T))
         if self._groups:
             plan_lora(slot_T, state.tables, self._lora_work)
+        self._expand_rotates = bool(self._groups) and self._lora_work.rotates
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         out_TH = torch.empty_like(x_TH)
@@ -128,15 +140,15 @@ class TritonOperations:
         add_rms_norm(x_TH, residual_TH, weight_H, self._state.options.norm_epsilon, x_TH)
         return x_TH, residual_TH
 
-    def rope_write_kv(
-        self,
-        q_TQD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        norms: HeadNorms | None,
-        layer: int,
+    def project_qkv(
+        self, x_TI: torch.Tensor, base: Projection, norms: HeadNorms | None, layer: int
     ) -> torch.Tensor:
-        state = self._state
+        if self._expand_rotates:
+            return self._project_rotating(x_TI, base, layer)
+        state, head_dim = self._state, self._state.pool.layout.geometry.head_dim
+        q_TQD, k_TKD, v_TKD = (
+            part.view(len(part), -1, head_dim) for part in self.project(x_TI, base, QKV, layer)
+        )
         rope_write_kv(
             q_TQD,
             k_TKD,
@@ -149,6 +161,24 @@ class TritonOperations:
             norms and QkNorm(*norms, state.options.norm_epsilon),
         )
         return q_TQD
+
+    def _project_rotating(self, x_TI: torch.Tensor, base: Projection, layer: int) -> torch.Tensor:
+        """`project_qkv` of rows that may have adapters, without head norms."""
+        state, work = self._state, self._lora_work
+        y_STY, qkv_TO = self._shrink_beside_product(x_TI, base, QKV, layer)
+        expand_rope_write_kv(
+            qkv_TO,
+            state.cos_sin_L2D,
+            self._position_T,
+            self._page_T,
+            state.pool,
+            state.tables,
+            layer,
+            work,
+            y_STY,
+        )
+        geometry = state.pool.layout.local_geometry
+        return qkv_TO.view(len(qkv_TO), -1, geometry.head_dim)[:, : geometry.heads]
 
     def attention(self, q_TQD: torch.Tensor, layer: int) -> torch.Tensor:
         attention = self._state.attention[self._state.options.windows[layer]]
@@ -163,14 +193,23 @@ class TritonOperations:
         widths = state.pool.layout.local_geometry.group_widths(group)
         if group not in self._groups:
             return torch.split(state.product(x_TI, *base), widths, dim=1)
-        side = state.side if len(x_TI) <= MAX_ROWS_BESIDE_PRODUCT else IN_ORDER
-        with side.forked():
-            y_STY = lora_shrink(x_TI, group, state.pool, state.tables, layer, work)
-        outputs = torch.split(state.product(x_TI, *base), widths, dim=1)
-        side.join()
+        y_STY, product_TO = self._shrink_beside_product(x_TI, base, group, layer)
+        outputs = torch.split(product_TO, widths, dim=1)
         shared = state.lora.share(y_STY, outputs, group)
         lora_expand_add(shared.outputs, group, state.pool, state.tables, layer, work, shared.y)
         return outputs
+
+    def _shrink_beside_product(
+        self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partial sums of the products with A, and the base model's product."""
+        state = self._state
+        side = state.side if len(x_TI) <= MAX_ROWS_BESIDE_PRODUCT else IN_ORDER
+        with side.forked():
+            y_STY = lora_shrink(x_TI, group, state.pool, state.tables, layer, self._lora_work)
+        product_TO = state.product(x_TI, *base)
+        side.join()
+        return y_STY, product_TO
 
     def swiglu(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
         out_TI = torch.empty(gate_TI.shape, dtype=gate_TI.dtype, device=gate_TI.device)
