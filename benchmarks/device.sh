@@ -132,8 +132,9 @@ ablation-invariant) # a second capture of all steps, and six runs of 7 to 15 s
 ablation-launches) # two runs: 6 s, 20 s without graphs, 105 s of padded products
 	bench ablation --requests 125 --pool-gib 6 --runs 2 --variants "no graphs" "padded products"
 	;;
-fused) # two captures of all steps, ten cases of ten runs: two minutes
+fused) # two engines, each with two captures of all steps; ten cases of ten runs, six runs of 7 s
 	bench fused --model llama-3-8b
+	bench ablation --requests 250 --pool-gib 12 --variants unfused
 	;;
 merged) # three numbers of adapters, each three runs of merged copies and of one engine: four minutes
 	bench baselines.merged --model llama-3-8b
