@@ -16,26 +16,27 @@ PLOTS = {  # beside the one in the README
 }
 LAYERS = 32  # of both models
 ROWS = 64
+EXPAND, ROPE = "expand of q, k, v", "RoPE and writing KV"
 # Kernels of a layer, of the case that was measured nearest to a decode step of ROWS sequences.
 PARTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "llama-3-8b": (
         ("attention, 64 at context 512", "attention", "8B B64 ctx512"),
         ("shrink of q, k, v; 64 adapters of rank 16", "lora", "8B B64 n64 r16 qkv shrink"),
-        ("expand of q, k, v", "lora", "8B B64 n64 r16 qkv expand"),
+        (EXPAND, "lora", "8B B64 n64 r16 qkv expand"),
         ("shrink of o", "lora", "8B B64 n64 r16 o shrink"),
         ("expand of o", "lora", "8B B64 n64 r16 o expand"),
     ),
     "llama-2-7b": (
         ("attention, 64 at context 1024", "attention", "7B B64 ctx1024"),
         ("shrink of q, k, v; 64 adapters of rank 16", "lora", "7B B64 n64 r16 qkv shrink"),
-        ("expand of q, k, v", "lora", "7B B64 n64 r16 qkv expand"),
+        (EXPAND, "lora", "7B B64 n64 r16 qkv expand"),
         ("shrink of o", "lora", "7B B64 n64 r16 o shrink"),
         ("expand of o", "lora", "7B B64 n64 r16 o expand"),
     ),
 }
 BETWEEN = (
     ("RMS norms, two", "add + RMSNorm, 64 rows", 2),
-    ("RoPE and writing KV", "RoPE + KV write, 64 rows", 1),
+    (ROPE, "RoPE + KV write, 64 rows", 1),
     ("SwiGLU", "SwiGLU, 64 rows", 1),
 )
 
@@ -76,10 +77,16 @@ def _parts(kernels: Result, model: str) -> Iterator[str]:
 
 
 def _of_layers(metrics: dict[str, Any], model: str) -> Iterator[tuple[str, float, float]]:
+    fused = metrics.get("fused")  # one kernel for two of the parts, where it was measured
     for name, kind, case in PARTS[model]:
-        yield name, *_ms(metrics[kind][case])
+        if fused and name == EXPAND:
+            one = case.replace("qkv expand", "expand + RoPE, one kernel")
+            yield f"{EXPAND}, {ROPE}", *_ms(fused[one])
+        else:
+            yield name, *_ms(metrics[kind][case])
     for name, case, count in BETWEEN:
-        yield name, *_ms(metrics["rows"][case], count)
+        if not (fused and name == ROPE):
+            yield name, *_ms(metrics["rows"][case], count)
 
 
 def _ms(case: dict[str, float], count: int = 1) -> tuple[float, float]:

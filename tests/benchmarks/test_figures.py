@@ -110,6 +110,18 @@ def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
     assert plots == ["tensor-parallel.png"]
 
 
+def test_what_one_kernel_computes_is_one_part_where_it_was_measured() -> None:
+    kernels = results("kernels")[0]
+    kernels["metrics"].pop("fused", None)
+    assert "| expand of q, k, v | " in performance_text(lambda b: [kernels] * (b == "kernels"))
+    one, name = {"us": 8.0, "floor_us": 3.0}, "B64 n64 r16 expand + RoPE, one kernel"
+    kernels["metrics"]["fused"] = {f"{size} {name}": one for size in ("7B", "8B")}
+    text = performance_text(lambda b: [kernels] * (b == "kernels"))
+    assert text.count("| expand of q, k, v, RoPE and writing KV | 0.26 | 0.10 | 2.67 |") == 2
+    assert "| expand of q, k, v | " not in text
+    assert "| RoPE and writing KV | " not in text
+
+
 def test_steps_with_and_without_fusion_are_told_with_the_spread_of_runs() -> None:
     case: dict[str, Any] = {"batch": 64, "adapters": 8, "rank": 16}
     case |= {"step_ms": 7.0, "unfused_step_ms": 7.08}
