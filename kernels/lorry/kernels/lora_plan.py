@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
+from lorry.kernels.device import multiprocessors
 from lorry.kernels.lora import AdapterTables
 from lorry.kernels.page_layout import GROUPS, MAX_RANK, MODULES, QKV, PageLayout
 from lorry.kernels.runs import run_bounds
@@ -99,17 +100,23 @@ def allocate_lora_work(
     """Memory for plans of up to `max_rows` rows; of `expand_rope_write_kv` where it `rotates`."""
     units = [layout.row_widths(module)[1] // layout.row_unit for module in MODULES]
     most_units = max(sum(units[MODULES.index(m)] for m in group) for group in GROUPS)
-    most_pieces = max_rows * triton.cdiv(INTERMEDIATE_COLUMNS, setting.shrink_ranks)
+    shrink_pieces = max_rows * triton.cdiv(INTERMEDIATE_COLUMNS, setting.shrink_ranks)
     zeros = partial(torch.zeros, dtype=torch.int32, device=device)
     columns = setting.shrink_splits * max_rows * INTERMEDIATE_COLUMNS
+
+    def pieces(most: int, programs_per_multiprocessor: int) -> torch.Tensor:
+        """A program loads the piece of its number before it knows how many there are."""
+        programs = multiprocessors(device) * programs_per_multiprocessor
+        return zeros(len(GROUPS), max(most, programs), PIECE_FIELDS.value)
+
     return LoraWork(
         setting=setting,
         layout=layout,
         max_rows=max_rows,
         row_units_X=torch.tensor(units, dtype=torch.int32, device=device),
         ways_G=tuple(layout.a_ways(group[0]) for group in GROUPS),
-        shrink_GN8=zeros(len(GROUPS), most_pieces, PIECE_FIELDS.value),
-        expand_GN8=zeros(len(GROUPS), max_rows * most_units, PIECE_FIELDS.value),
+        shrink_GN8=pieces(shrink_pieces, setting.shrink_programs_per_multiprocessor),
+        expand_GN8=pieces(max_rows * most_units, setting.expand_programs_per_multiprocessor),
         count_G2=zeros(len(GROUPS), 2),
         y=torch.empty(columns, dtype=torch.float32, device=device),
         rotates=rotates,
