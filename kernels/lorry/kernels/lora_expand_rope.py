@@ -276,6 +276,7 @@ def expand_rope_write_kv(
     The keys and values in `qkv_TO` stay the base model's. `work` is of a plan that rotates, and the
     layout one that `can_expand_rope`.
     """
+    assert work.rotates, "the plan is one of lora_expand_add"
     layout, setting = pool.layout, work.setting
     geometry, splits = layout.local_geometry, y_STY.shape[0]
     programs = multiprocessors(qkv_TO.device) * setting.expand_programs_per_multiprocessor
