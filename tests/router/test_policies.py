@@ -73,6 +73,18 @@ def test_a_full_cluster_passes_others_over_but_not_for_longer_than_it_may() -> N
         router.check_integrity()
 
 
+def test_a_full_cluster_passes_nobody_over_who_has_an_objective() -> None:
+    router, only = dispatcher(cluster_adapters=1, cluster_wait_s=1.0), worker(submit_limit=1)
+    router.attach(only)
+    first = arrive(router, request(version=b"a"))
+    assert sent(router) == [first]
+    other = arrive(router, request(version=b"b", slo=Slo(ttft_s=1000.0)))
+    mate = arrive(router, request(version=b"a", slo=Slo(ttft_s=2000.0)))
+    for expected in (other, mate):
+        only.raise_submit_limit(only.submit_limit + 1)
+        assert sent(router) == [expected]
+
+
 def test_a_full_cluster_leaves_no_room_empty() -> None:
     router = dispatcher(cluster_adapters=1)
     router.attach(worker())

@@ -45,9 +45,9 @@ class PolicyOptions:
     """Share of a worker's next step, of what running requests leave of it, from which on prompts of
     such tenants wait here, so that others' get into that step."""
 
-    cluster_adapters: int = 32
-    """Adapters of one worker from which on requests of others are passed over while its own have
-    some; 0: no request is ever passed over."""
+    cluster_adapters: int = 8
+    """Adapters of one worker from which on requests of others that ask for no time to first token
+    are passed over while its own have some; 0: no request is ever passed over."""
 
     cluster_wait_s: float = 1.0
     """Seconds that a request may be passed over, for that or because the worker that holds its
