@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.figures_clustering import clustering_plot, clustering_text
 from benchmarks.figures_slora import COLOURS, NAMES, slora_plot, slora_text
 from benchmarks.figures_text import Result
 
@@ -115,28 +116,6 @@ def _tpot_plot(figure: Figure, metrics: dict[str, Any]) -> None:
     _label(right, "load, by capacity", "goodput, requests/s")
 
 
-def _clustering(metrics: dict[str, Any]) -> Iterator[str]:
-    yield "| alpha | d | requests/s | attainment | satisfaction |"
-    yield "|---:|---:|---:|---:|---:|"
-    for cell in metrics["cells"]:
-        limit = f"{cell['limit']}" if cell["limit"] else "none"
-        yield (
-            f"| {cell['alpha']:g} | {limit} | {cell['req_per_s']:.3f} "
-            f"| {cell['attainment']:.3f} | {cell['satisfaction']:.3f} |"
-        )
-
-
-def _clustering_plot(figure: Figure, metrics: dict[str, Any]) -> None:
-    left, right = figure.subplots(1, 2)
-    for alpha in sorted({cell["alpha"] for cell in metrics["cells"]}):
-        cells = [cell for cell in metrics["cells"] if cell["alpha"] == alpha]
-        limits = [str(cell["limit"] or "none") for cell in cells]
-        for axes, metric in ((left, "req_per_s"), (right, "attainment")):
-            axes.plot(limits, [cell[metric] for cell in cells], "-o", label=f"alpha {alpha:g}")
-    _label(left, "most adapters of a batch", "requests/s")
-    _label(right, "most adapters of a batch", "attainment")
-
-
 def _fairness(metrics: dict[str, Any]) -> Iterator[str]:
     yield (
         "| fairness | modest tenant's TTFT beside load, p50, s | p99 | beside greed, p50, s | p99 "
@@ -211,7 +190,7 @@ TABLES = {
     "slora": slora_text,
     "load": _load,
     "tpot": _tpot,
-    "clustering": _clustering,
+    "clustering": clustering_text,
     "fairness": _fairness,
     "placement": _placement,
     "scale": _scale,
@@ -220,5 +199,5 @@ PLOTS = {
     "slora": slora_plot,
     "load": _load_plot,
     "tpot": _tpot_plot,
-    "clustering": _clustering_plot,
+    "clustering": clustering_plot,
 }

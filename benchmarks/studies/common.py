@@ -46,7 +46,18 @@ def interval(differences: Sequence[float]) -> dict[str, float]:
 
 
 # Quantiles of Student's t at 97.5 %, by degrees of freedom.
-T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+T_95 = {
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    19: 2.093,
+    29: 2.045,
+}
 
 
 def write_study(
