@@ -1,6 +1,8 @@
 """What docs/scheduling.md tells of the study of clustering: its tables and its plot."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -25,9 +27,9 @@ def clustering_text(metrics: dict[str, Any]) -> Iterator[str]:
         columns = [name for name in names if name in cells[0]]
         yield from [title, "", f"| alpha | d | {' | '.join(names[name] for name in columns)} |"]
         yield "|---:|---:" + "|---:" * len(columns) + "|"
-        for cell in cells:
-            values = " | ".join(_beside_default(cell[name]) for name in columns)
-            yield f"| {cell['alpha']:g} | {cell['limit'] or 'none'} | {values} |"
+        for (alpha, values), alike in groupby(cells, partial(_values, columns)):
+            limits = ", ".join(str(cell["limit"] or "none") for cell in alike)
+            yield f"| {alpha:g} | {limits} | {values} |"
         yield ""
     yield (
         "In brackets: minus Lorry's defaults over the same traces, which pass over those without "
@@ -36,22 +38,28 @@ def clustering_text(metrics: dict[str, Any]) -> Iterator[str]:
 
 
 def clustering_plot(figure: Figure, metrics: dict[str, Any]) -> None:
-    axes_of = dict(zip(("patient", "all passed over"), figure.subplots(1, 2), strict=True))
-    metric_of = {"patient": "req_per_s", "all passed over": "attainment"}
-    for kind, axes in axes_of.items():
+    shown = (
+        ("patient", "req_per_s", "d, no request has an objective", "requests/s"),
+        ("all passed over", "attainment", "d, all have one", "attainment"),
+        ("all passed over", "satisfaction", "d, all have one", "satisfaction"),
+    )
+    for axes, (kind, metric, x, y) in zip(figure.subplots(1, 3), shown, strict=True):
         of_kind = [cell for cell in metrics["cells"] if cell["kind"] == kind]
         for alpha in sorted({cell["alpha"] for cell in of_kind}):
             cells = [cell for cell in of_kind if cell["alpha"] == alpha]
             limits = [str(cell["limit"] or "none") for cell in cells]
-            values = [cell[metric_of[kind]]["value"] for cell in cells]
+            values = [cell[metric]["value"] for cell in cells]
             axes.plot(limits, values, "-o", label=f"alpha {alpha:g}")
-    axes_of["patient"].set(xlabel="d, no request has an objective", ylabel="requests/s")
-    axes_of["all passed over"].set(xlabel="d, all have one", ylabel="attainment")
-    for axes in axes_of.values():
+        axes.set(xlabel=x, ylabel=y)
         axes.legend(frameon=False, fontsize=8)
 
 
+def _values(columns: Sequence[str], cell: dict[str, Any]) -> tuple[float, str]:
+    return cell["alpha"], " | ".join(_beside_default(cell[name]) for name in columns)
+
+
 def _beside_default(found: dict[str, float]) -> str:
-    return (
-        f"{found['value']:.3f} ({found['mean']:+.3f}: {found['low']:+.3f} to {found['high']:+.3f})"
-    )
+    value, mean, low, high = (found[name] for name in ("value", "mean", "low", "high"))
+    if low == high == 0:
+        return f"{value:.3f} (the same)"
+    return f"{value:.3f} ({mean:+.3f}: {low:+.3f} to {high:+.3f})"
