@@ -14,7 +14,11 @@ from benchmarks.simulation.run import Setting, Simulation
 from benchmarks.simulation.worker import PAGE_TOKENS, WorkerLimits
 from lorry.client.bench.record import Record, Slo
 from lorry.client.bench.trace import TraceRequest, TraceSpec, make_trace
+from lorry.router.actions import Submit
+from lorry.router.clustering import AdapterClustering
+from lorry.router.policies import make_policies
 from lorry.router.policy_options import PolicyOptions
+from lorry.router.request import Request
 
 COSTS = LinearCosts(step_ms=10.0, row_ms=0.02, kv_token_ms=0.0001, rank_ms=0.01)
 PLAIN = PolicyOptions(order="arrival", admission="all", fairness="none", cluster_adapters=0)
@@ -152,6 +156,32 @@ def test_twenty_thousand_requests_under_every_policy_end_once_each() -> None:
     assert drawn == sum(record.output_tokens for record in records)  # aborts cost nothing
     pages = -(-max(r.prompt_tokens + r.output_tokens for r in make_trace(spec)) // PAGE_TOKENS)
     assert all(worker.pool.free > pages for worker in simulation.workers)
+
+
+def test_nobody_goes_before_whoever_was_passed_over_for_as_long_as_may_be() -> None:
+    passed_s, num_overdue = dict[Request, float](), 0
+
+    class Noting(AdapterClustering):
+        def instead_of(self, request: Request, *others: Any) -> Request | None:
+            other = super().instead_of(request, *others)
+            if other is not None:
+                passed_s.setdefault(request, simulation.clock.now_s)
+            return other
+
+    def check_sent(submit: Submit) -> None:
+        nonlocal num_overdue
+        now_s = simulation.clock.now_s
+        overdue = [each for each, since_s in passed_s.items() if now_s >= since_s + 1.0]
+        num_overdue += bool(overdue)
+        assert not overdue or submit.request == overdue[0]
+        passed_s.pop(submit.request, None)
+
+    policies = replace(make_policies(PLAIN), clustering=Noting(max_adapters=4, max_wait_s=1.0))
+    trace = make_trace(TraceSpec(requests=1000, adapters=200, rate=60.0))
+    simulation = Simulation(setting(max_running=16), trace, policies=policies, on_submit=check_sent)
+    assert all(record.ok for record in checked(simulation))
+    assert num_overdue > 100
+    assert not passed_s
 
 
 def test_the_engine_is_simulated_as_it_was_measured() -> None:
