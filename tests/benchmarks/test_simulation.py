@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,12 @@ from benchmarks.simulation.worker import PAGE_TOKENS, WorkerLimits
 from lorry.client.bench.record import Record, Slo
 from lorry.client.bench.trace import TraceRequest, TraceSpec, make_trace
 from lorry.router.actions import Submit
+from lorry.router.backlog import Backlog
 from lorry.router.clustering import AdapterClustering
 from lorry.router.policies import make_policies
 from lorry.router.policy_options import PolicyOptions
 from lorry.router.request import Request
+from lorry.router.worker import Worker
 
 COSTS = LinearCosts(step_ms=10.0, row_ms=0.02, kv_token_ms=0.0001, rank_ms=0.01)
 PLAIN = PolicyOptions(order="arrival", admission="all", fairness="none", cluster_adapters=0)
@@ -162,8 +165,14 @@ def test_nobody_goes_before_whoever_was_passed_over_for_as_long_as_may_be() -> N
     passed_s, num_overdue = dict[Request, float](), 0
 
     class Noting(AdapterClustering):
-        def instead_of(self, request: Request, *others: Any) -> Request | None:
-            other = super().instead_of(request, *others)
+        def instead_of(
+            self,
+            request: Request,
+            worker: Worker,
+            preferred: Callable[[], Worker],
+            backlog: Backlog,
+        ) -> Request | None:
+            other = super().instead_of(request, worker, preferred, backlog)
             if other is not None:
                 passed_s.setdefault(request, simulation.clock.now_s)
             return other
