@@ -14,7 +14,9 @@ from benchmarks.kernel_attention import AttentionCase, measure_attention
 from benchmarks.kernel_cases import Device, open_device
 from benchmarks.kernel_lora import CASES as LORA_CASES
 from benchmarks.kernel_lora import QKV, LoraBench, LoraCase
-from lorry.kernels.launch_settings import DECODE, PREFILL, lora_setting
+from lorry.kernels.attention_plan import AttentionSetting
+from lorry.kernels.launch_settings import DECODE, PREFILL, SMALL, lora_setting
+from lorry.kernels.small_parts import SmallSetting
 
 POOL_BYTES = 60 << 30
 SHOWN = 6
@@ -24,6 +26,12 @@ DECODE_CHANGES: Changes = {
     "programs_per_multiprocessor": (3, 4, 5),
     "unit_cost": (1, 2, 3),
     "num_stages": (5, 7),
+}
+SMALL_CHANGES: Changes = {
+    "block_tokens": (64, 128, 256),
+    "programs_per_multiprocessor": (1, 2, 4),
+    "num_warps": (4, 8),
+    "num_stages": (1, 5),
 }
 PREFILL_CHANGES: Changes = {
     "block_rows": (64, 128),
@@ -46,7 +54,11 @@ EXPAND_CHANGES: Changes = {
 
 
 def tune_attention(case: AttentionCase, device: Device) -> None:
-    base, changes = (DECODE, DECODE_CHANGES) if case.is_decode else (PREFILL, PREFILL_CHANGES)
+    base: AttentionSetting | SmallSetting
+    if isinstance(case.setting(1), SmallSetting):
+        base, changes = SMALL, SMALL_CHANGES
+    else:
+        base, changes = (DECODE, DECODE_CHANGES) if case.is_decode else (PREFILL, PREFILL_CHANGES)
     _tune(case.name, base, changes, lambda setting: measure_attention(case, device, setting).us)
 
 

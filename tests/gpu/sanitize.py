@@ -13,7 +13,13 @@ from itertools import product
 import torch
 
 from lorry.kernels.activation import swiglu, swiglu_reference
-from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
+from lorry.kernels.launch_settings import (
+    LORA,
+    decode_setting,
+    lora_setting,
+    prefill_setting,
+    small_setting,
+)
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference
 from lorry.kernels.rope import QkNorm, cos_sin_table, rope_write_kv
 from lorry.kernels.sampling import sample
@@ -49,6 +55,9 @@ def attention(device: torch.device, dtype: torch.dtype) -> None:
     sequences = store_sequences([(17, 1), (33, 5), (150, 1), (70, 40)], layout, device, padding=3)
     for form, window in product((decode_setting, prefill_setting), (None, 20)):
         check_attention(sequences, layout.geometry.heads, form(dtype, 2), window)
+    few = store_sequences([(33, 2), (150, 1)], layout, device, padding=1)
+    for window in (None, 20):
+        check_attention(few, layout.geometry.heads, small_setting(dtype, 2), window)
 
 
 def lora(device: torch.device, dtype: torch.dtype) -> None:

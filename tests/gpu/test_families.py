@@ -5,12 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorry.kernels.launch_settings import decode_setting, prefill_setting
+from lorry.kernels.launch_settings import (
+    SMALL_ROWS,
+    decode_setting,
+    prefill_setting,
+    small_setting,
+)
 from tests.support.engines import EngineHarness
 from tests.support.equal_tokens import check_answers
 from tests.support.families import family_world
 from tests.support.kernel_cases import layout_of, store_sequences
-from tests.support.kernel_checks import check_attention, check_rotation
+from tests.support.kernel_checks import check_attention, check_rotation, rows_of
 
 # What RoPE scaling changes is a table, which the tests of the CPU compare.
 FAMILIES = ["llama-linear-biased", "mistral", "qwen2-upper-windows", "qwen3"]
@@ -36,6 +41,8 @@ def test_attention_in_a_window_matches_the_reference(device, dtype, model, form,
     shape = layout.geometry
     sequences = store_sequences(LENGTHS, layout, device, padding=3)
     check_attention(sequences, shape.heads, form(dtype, shape.heads // shape.kv_heads), window)
+    few = rows_of(sequences, slice(0, SMALL_ROWS))
+    check_attention(few, shape.heads, small_setting(dtype, shape.heads // shape.kv_heads), window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,7 +5,14 @@ import torch
 
 from lorry.kernels.activation import swiglu, swiglu_reference
 from lorry.kernels.attention_plan import allocate_attention_work, plan_attention
-from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
+from lorry.kernels.launch_settings import (
+    LORA,
+    SMALL_ROWS,
+    decode_setting,
+    lora_setting,
+    prefill_setting,
+    small_setting,
+)
 from lorry.kernels.lora_plan import allocate_lora_work, plan_lora
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference
 from lorry.kernels.paged_attention import paged_attention
@@ -21,13 +28,21 @@ from tests.support.kernel_cases import (
     store_adapters,
     store_sequences,
 )
-from tests.support.kernel_checks import adapt, attend, check_attention, check_lora, check_rotation
+from tests.support.kernel_checks import (
+    adapt,
+    attend,
+    attend_small,
+    check_attention,
+    check_lora,
+    check_rotation,
+)
 from tests.support.rotation_checks import check_expand_rope
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 MODELS = ["llama-2-7b", "llama-3-8b", "qwen2.5-0.5b", "llama-70b"]
 RAGGED = [(1, 1), (15, 1), (16, 1), (17, 1), (300, 1), (1023, 1), (64, 1), (4000, 1), (33, 1)]
 CHUNKS = [(130, 37), (1, 1), (260, 260), (700, 129), (2000, 1), (40, 5), (512, 64)]
+SMALL_STEPS = [[(1, 1)], [(2100, 1)], [(150, 1), (17, 1)], [(90, 1), (1200, 1), (1, 1)], [(300, 4)]]
 MIXES = mixes(200, len(MIXED_ADAPTERS))
 # What ships, each once: float32 has one setting for steps of all sizes.
 LORA_SETTINGS = [(d, rows) for d in DTYPES for rows in LORA if d != torch.float32 or rows == 64]
@@ -44,6 +59,25 @@ def test_attention_matches_the_reference(device, dtype, model, form, lengths):
     shape = layout.geometry
     sequences = store_sequences(lengths, layout, device, padding=3)
     check_attention(sequences, shape.heads, form(dtype, shape.heads // shape.kv_heads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("lengths", SMALL_STEPS, ids=str)
+def test_attention_of_small_steps_matches_the_reference(device, dtype, model, lengths):
+    layout = layout_of(model, dtype)
+    shape = layout.geometry
+    padding = SMALL_ROWS - sum(new for _, new in lengths)
+    sequences = store_sequences(lengths, layout, device, padding=padding)
+    check_attention(sequences, shape.heads, small_setting(dtype, shape.heads // shape.kv_heads))
+
+
+def test_attention_of_small_steps_repeats_bit_for_bit(device, dtype):
+    sequences = store_sequences([(1500, 1), (300, 2)], layout_of("llama-3-8b", dtype), device)
+    q_TQD = torch.randn(3, 32, 128).to(sequences.pool.slices)
+    setting = small_setting(dtype, 4)
+    outcomes = {digest(attend_small(sequences, q_TQD, setting)) for _ in range(TWENTY)}
+    assert len(outcomes) == 1
 
 
 def test_attention_of_many_sequences_matches_the_reference(device):
@@ -93,6 +127,7 @@ def test_a_captured_step_follows_new_lengths_without_the_host(gpu):
 
     def step():
         plan_attention(long.sequence_T, position_T, work)
+        out_TQD.zero_()  # another kernel than the plan's stands before
         paged_attention(q_TQD, long.pool, LAYER, long.block_table_SP, work, out_TQD)
 
     step()

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from lorry.kernels.activation import swiglu, swiglu_reference
-from lorry.kernels.launch_settings import LORA, decode_setting, lora_setting, prefill_setting
+from lorry.kernels.launch_settings import (
+    LORA,
+    SMALL_ROWS,
+    decode_setting,
+    lora_setting,
+    prefill_setting,
+    small_setting,
+)
 from lorry.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from lorry.kernels.page_layout import MODULES
 from tests.support.kernel_cases import (
@@ -16,7 +23,7 @@ from tests.support.kernel_cases import (
     store_adapters,
     store_sequences,
 )
-from tests.support.kernel_checks import check_attention, check_lora, check_rotation
+from tests.support.kernel_checks import check_attention, check_lora, check_rotation, rows_of
 
 SIZES = (1, 2, 4, 8)  # of a tensor-parallel group
 MODELS = [name for name in GEOMETRIES if name != "tiny"]
@@ -33,6 +40,8 @@ def test_attention_matches_the_reference(device, dtype, name, tp_size):
     sequences = store_sequences(LENGTHS, layout, device, padding=3)
     for form in (decode_setting, prefill_setting):
         check_attention(sequences, heads, form(dtype, heads // layout.local_kv_heads))
+    few = rows_of(sequences, slice(0, SMALL_ROWS))
+    check_attention(few, heads, small_setting(dtype, heads // layout.local_kv_heads))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -42,6 +42,7 @@ def test_every_kernel_of_the_engine_is_compiled(kernels):
         "_rope_write_kv_kernel",
         "_scores_kernel",
         "_shrink_kernel",
+        "_small_kernel",
         "_split_kernel",
         "_swiglu_kernel",
         "_truncation_kernel",

@@ -16,6 +16,8 @@ from lorry.kernels.page_layout import GROUPS, PageLayout
 from lorry.kernels.paged_attention import paged_attention, paged_attention_reference
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
 from lorry.kernels.rope import QkNorm, cos_sin_table, rope_write_kv, rope_write_kv_reference
+from lorry.kernels.small_attention import small_attention
+from lorry.kernels.small_parts import SmallSetting, allocate_small_work
 from lorry.kernels.split_plan import (
     SplitSetting,
     allocate_partials,
@@ -54,10 +56,33 @@ def attend(
     )
     work.partial_o.fill_(torch.nan)
     work.partial_ml.fill_(torch.nan)
-    out_TQD = torch.full_like(q_TQD, torch.nan)
     plan_attention(sequences.sequence_T, sequences.position_T, work)
+    out_TQD = torch.full_like(q_TQD, torch.nan)  # another kernel than the plan's stands before
     paged_attention(q_TQD, sequences.pool, LAYER, sequences.block_table_SP, work, out_TQD)
     assert not work.arrived_P.any(), "the next launch would merge too early"
+    return out_TQD
+
+
+def attend_small(
+    sequences: Sequences, q_TQD: torch.Tensor, setting: SmallSetting, window: int | None = None
+) -> torch.Tensor:
+    """The small steps' kernel's output, NaN where it writes nothing."""
+    rows, heads, head_dim = q_TQD.shape
+    work = allocate_small_work(
+        setting,
+        max_rows=rows,
+        heads=heads,
+        kv_heads=sequences.pool.layout.local_kv_heads,
+        head_dim=head_dim,
+        device=q_TQD.device,
+        window=window,
+    )
+    work.partial_o.fill_(torch.nan)
+    work.partial_ml.fill_(torch.nan)
+    out_TQD = torch.full_like(q_TQD, torch.nan)
+    step = (sequences.sequence_T, sequences.position_T)
+    small_attention(q_TQD, sequences.pool, LAYER, sequences.block_table_SP, *step, work, out_TQD)
+    assert not work.arrived_TK.any(), "the next launch would merge too early"
     return out_TQD
 
 
@@ -92,12 +117,14 @@ def rows_of(sequences: Sequences, rows: slice) -> Sequences:
 def check_attention(
     sequences: Sequences,
     heads: int,
-    setting: AttentionSetting | SplitSetting,
+    setting: AttentionSetting | SmallSetting | SplitSetting,
     window: int | None = None,
 ) -> None:
     attention: Callable[[torch.Tensor], torch.Tensor]
     if isinstance(setting, SplitSetting):
         attention = partial(attend_splits, sequences, setting=setting, window=window)
+    elif isinstance(setting, SmallSetting):
+        attention = partial(attend_small, sequences, setting=setting, window=window)
     else:
         attention = partial(attend, sequences, setting=setting, window=window)
     pool = sequences.pool

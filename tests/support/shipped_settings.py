@@ -17,11 +17,13 @@ from lorry.kernels.invariant_attention import split_attention
 from lorry.kernels.invariant_product import invariant_product
 from lorry.kernels.launch_settings import (
     LORA,
+    SMALL_ROWS,
     decode_setting,
     invariant_lora_setting,
     lora_setting,
     prefill_setting,
     product_setting,
+    small_setting,
     split_setting,
 )
 from lorry.kernels.lora import AdapterTables
@@ -33,6 +35,8 @@ from lorry.kernels.page_layout import GROUPS, MAX_RANK, MODULES, QKV, TpStrategy
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import allocate_pool
 from lorry.kernels.rank_sum import sum_add_rms_norm
+from lorry.kernels.small_attention import small_attention
+from lorry.kernels.small_parts import allocate_small_work
 from lorry.kernels.split_plan import allocate_partials, allocate_split_work, plan_splits
 from lorry.worker.row_sums import open_rooms, rooms_bytes
 from tests.support.kernel_cases import LAYERS, layout_of
@@ -73,6 +77,24 @@ def attend(
     q = empty(MAX_ROWS, shape.heads, shape.head_dim, dtype=dtype)
     plan_attention(row, row, work)
     paged_attention(q, allocate_pool(64, layout, DEVICE), 1, empty(512, 256), work, q)
+
+
+def attend_small(model: str, dtype: torch.dtype, rows: int, window: int | None = None) -> None:
+    layout = layout_of(model, dtype)
+    shape = layout.geometry
+    work = allocate_small_work(
+        small_setting(dtype, shape.heads // shape.kv_heads),
+        max_rows=SMALL_ROWS,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        device=DEVICE,
+        window=window,
+    )
+    row = empty(rows)
+    q = empty(rows, shape.heads, shape.head_dim, dtype=dtype)
+    pool = allocate_pool(64, layout, DEVICE)
+    small_attention(q, pool, 1, empty(512, 256), row, row, work, q)
 
 
 def attend_splits(model: str, dtype: torch.dtype, window: int | None = None) -> None:
@@ -185,6 +207,11 @@ def shipped() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"decode {model} {dtype}", partial(attend, model, dtype, decode_setting(dtype, group))
         prefill = prefill_setting(dtype, group)
         yield f"prefill {model} {dtype}", partial(attend, model, dtype, prefill)
+    for model, dtype in ATTENTION_MODELS:
+        yield f"small {model} {dtype}", partial(attend_small, model, dtype, SMALL_ROWS)
+    yield "small, one row", partial(attend_small, "llama-3-8b", BF16, 1)
+    windowed = partial(attend_small, "llama-3-8b", BF16, SMALL_ROWS, window=4096)
+    yield "small in a window", windowed
     for dtype, form in product((BF16, FP32), (decode_setting, prefill_setting)):
         windowed = partial(attend, "llama-3-8b", dtype, form(dtype, 4), window=4096)
         yield f"{form.__name__} {dtype} in a window", windowed

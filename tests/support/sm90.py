@@ -20,7 +20,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT_BYTES = 227 * 1024
 WAIT, TOUCH = (
     re.compile(r"griddepcontrol\.wait"),
-    re.compile(r"(?:ld|st|atom|red|cp)\.[\w.]*global"),
+    re.compile(r"(?:ld(?!\.global\.cg)|st|atom|red|cp)\.[\w.]*global"),  # `load_early` apart
 )
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 

@@ -69,3 +69,14 @@ def merge_part(m, total, acc, part_m, part_total, part_o):
     total = total * keep + weight * part_total
     acc = acc * keep[:, None] + weight[:, None] * part_o
     return new_m, total, acc
+
+
+@triton.jit
+def merge_parts(m, total, acc, part_m, part_total, part_o):
+    """Maximum, sum and weighted values with those of more parts, which are axis 1."""
+    new_m = tl.maximum(m, tl.max(part_m, 1))
+    weight = tl.exp2(part_m - new_m[:, None])
+    keep = tl.exp2(m - new_m)
+    total = total * keep + tl.sum(weight * part_total, 1)
+    acc = acc * keep[:, None] + tl.sum(weight[:, :, None] * part_o, 1)
+    return new_m, total, acc

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from lorry.kernels.attention_block import NOTHING_SEEN, attend_block, merge_part
 from lorry.kernels.attention_plan import PROGRAM_FIELDS, TILE_FIELDS, first_block_of
-from lorry.kernels.dependent_launch import wait_for_kernels_before
+from lorry.kernels.dependent_launch import load_early, wait_for_kernels_before
 
 
 @triton.jit
@@ -48,19 +48,20 @@ def attention_kernel(
     program before has long begun the unit and will end with it; what the program is the last to
     count it merges at the end, so that no unit waits for another's merge.
     """
-    wait_for_kernels_before()
     program = tl.program_id(0)
-    first_tile = tl.load(program_ptr + program * PROGRAM_FIELDS)
-    first_unit = first_tile * KV_HEADS + tl.load(program_ptr + program * PROGRAM_FIELDS + 1)
-    start = tl.load(program_ptr + program * PROGRAM_FIELDS + 2)
-    left = tl.load(program_ptr + program * PROGRAM_FIELDS + 3)
-    share = tl.load(share_ptr)
-
-    pair = tl.arange(0, BLOCK_ROWS)
-    d = tl.arange(0, HEAD_DIM)
+    fields = program_ptr + program * PROGRAM_FIELDS
+    first_tile = load_early(fields, True, 0)
+    first_unit = first_tile * KV_HEADS + load_early(fields + 1, True, 0)
+    start = load_early(fields + 2, True, 0)
+    left = load_early(fields + 3, True, 0)
+    share = load_early(share_ptr, True, 0)
     first_row, rows, sequence, position, cost_before, unit_blocks = _load_tile(
         tile_ptr, first_tile, left > 0
     )
+    wait_for_kernels_before()
+
+    pair = tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, HEAD_DIM)
     unit = first_unit
     place = 0  # of a partial result: 0 the first unit's, 1 the others'
     merges = 0  # a bit for each place
@@ -149,15 +150,18 @@ def attention_kernel(
 
 @triton.jit
 def _load_tile(tile_ptr, tile, is_there):
-    """First row, rows, sequence, position, cost before it and blocks of a tile, if it is there."""
+    """First row, rows, sequence, position, cost before it and blocks of a tile, if it is there.
+
+    May be called before the wait for the kernels before.
+    """
     fields = tile_ptr + tile * TILE_FIELDS
     return (
-        tl.load(fields, mask=is_there, other=0),
-        tl.load(fields + 1, mask=is_there, other=0),
-        tl.load(fields + 2, mask=is_there, other=0),
-        tl.load(fields + 3, mask=is_there, other=0),
-        tl.load(fields + 4, mask=is_there, other=0),
-        tl.load(fields + 5, mask=is_there, other=0),
+        load_early(fields, is_there, 0),
+        load_early(fields + 1, is_there, 0),
+        load_early(fields + 2, is_there, 0),
+        load_early(fields + 3, is_there, 0),
+        load_early(fields + 4, is_there, 0),
+        load_early(fields + 5, is_there, 0),
     )
 
 

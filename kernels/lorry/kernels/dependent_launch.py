@@ -3,10 +3,15 @@
 A launch with `launch_pdl` comes onto the multiprocessors once every program of the kernel before
 has ended or called `gdc_launch_dependents`, so that launching it takes no time of its own. What it
 may not do until `gdc_wait` returns is touch memory: only then has the kernel before completed and
-are its writes seen. Every kernel here calls both first of all, whether it has work or not, so one
-kernel's completion implies that of all before it. Whatever relies on the stream's order, as torch's
+are its writes seen. Every kernel here calls both, whether it has work or not, so one kernel's
+completion implies that of all before it. Whatever relies on the stream's order, as torch's
 caching allocator does where it gives memory away again, is as safe as with plain launches. These
 wait by themselves, and so do copies: they may stand anywhere between.
+
+One exception: `load_early` reads before `gdc_wait` what no kernel writes that may still run. While
+a kernel waits, every program of the kernel before it has returned from its own wait, so that
+all before that one have completed. Attention reads so the positions of a step's rows and what was
+planned from them: a step begins with these, and whoever attends writes keys and values in between.
 """
 
 from functools import cache
@@ -32,7 +37,13 @@ def has_dependent_launch(device: torch.device) -> bool:
 
 @triton.jit
 def wait_for_kernels_before():
-    """The first statement of every kernel."""
+    """Stands before every access to memory but `load_early`."""
     if IS_COMPILED and cuda_capability_geq(FIRST_MAJOR):
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def load_early(ptr, mask, other: tl.constexpr):
+    """Read what was written before the kernel before was launched, past the first-level cache."""
+    return tl.load(ptr, mask=mask, other=other, cache_modifier=".cg")

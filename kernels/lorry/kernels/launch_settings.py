@@ -12,6 +12,7 @@ import triton
 from lorry.kernels.attention_plan import AttentionSetting
 from lorry.kernels.invariant_product import ProductSetting
 from lorry.kernels.lora_plan import LoraSetting
+from lorry.kernels.small_parts import SmallSetting
 from lorry.kernels.split_plan import SplitSetting
 
 # 95 % of copy bandwidth at 1 GiB of KV with 4 programs a multiprocessor and blocks of 32 tokens in
@@ -35,6 +36,19 @@ PREFILL = AttentionSetting(
     num_warps=4,
     num_stages=2,
 )
+# For steps of at most SMALL_ROWS rows. Up to context 4096 of one sequence a program has one block,
+# whose loads are all under way at once: 40 % of copy bandwidth there, where DECODE has 22 %. With
+# several stages, of which the first waits for page numbers, 36 %; at context 131072, however, 99 %
+# with blocks of 128 tokens in 5 stages, where this has 87 % and DECODE 88 %.
+SMALL_ROWS = 4
+SMALL = SmallSetting(
+    block_rows=16,
+    block_tokens=128,
+    programs_per_multiprocessor=2,
+    merged_parts=16,
+    num_warps=4,
+    num_stages=1,
+)
 # float32 is for tests: what compiles without spills.
 DECODE_FP32 = replace(
     DECODE, block_tokens=16, programs_per_multiprocessor=2, num_stages=3, registers=None
@@ -42,6 +56,7 @@ DECODE_FP32 = replace(
 PREFILL_FP32 = replace(
     PREFILL, block_rows=16, block_tokens=16, programs_per_multiprocessor=2, num_stages=2
 )
+SMALL_FP32 = replace(SMALL, block_tokens=16)
 
 # By the largest number of rows of a step. An expand that rotates saves 0.8 to 2 us a layer up to 64
 # rows; beyond, it gains or loses by the adapters (`python -m benchmarks.kernels --parts fused`).
@@ -159,6 +174,12 @@ def decode_setting(dtype: torch.dtype, group: int) -> AttentionSetting:
 def prefill_setting(dtype: torch.dtype, group: int) -> AttentionSetting:
     """For runs of many rows."""
     setting = PREFILL_FP32 if dtype == torch.float32 else PREFILL
+    return replace(setting, block_rows=max(setting.block_rows, triton.next_power_of_2(group)))
+
+
+def small_setting(dtype: torch.dtype, group: int) -> SmallSetting:
+    """For steps of at most `SMALL_ROWS` rows."""
+    setting = SMALL_FP32 if dtype == torch.float32 else SMALL
     return replace(setting, block_rows=max(setting.block_rows, triton.next_power_of_2(group)))
 
 

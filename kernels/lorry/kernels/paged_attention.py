@@ -76,7 +76,8 @@ def paged_attention(
 ) -> None:
     """Write ``softmax(q k / sqrt(D)) v`` of the rows that `work` was planned for into `out_TQD`.
 
-    Other rows are left as they are. The unit strides of q, out and the block table are required.
+    Another kernel than the plan's has to stand before this one, which reads the plan early. Other
+    rows are left as they are. The unit strides of q, out and the block table are required.
     """
     layout = pool.layout
     setting = work.setting

@@ -17,9 +17,17 @@ from lorry.kernels.attention_plan import (
     plan_attention,
 )
 from lorry.kernels.invariant_attention import split_attention
-from lorry.kernels.launch_settings import decode_setting, prefill_setting, split_setting
+from lorry.kernels.launch_settings import (
+    SMALL_ROWS,
+    decode_setting,
+    prefill_setting,
+    small_setting,
+    split_setting,
+)
 from lorry.kernels.paged_attention import paged_attention
 from lorry.kernels.pool_view import TORCH_DTYPES, PoolView
+from lorry.kernels.small_attention import small_attention
+from lorry.kernels.small_parts import SmallWork, allocate_small_work
 from lorry.kernels.split_plan import SplitWork, allocate_partials, allocate_split_work, plan_splits
 from lorry.worker.side_stream import SideStream
 
@@ -74,6 +82,43 @@ class BalancedAttention:
 
 
 @dataclass(frozen=True, slots=True)
+class SmallAttention:
+    """For steps of few rows, whatever these are."""
+
+    cached: CachedSequences
+    work: SmallWork
+
+    def plan(self, rows: AttendedRows) -> None:
+        pass  # each program finds its part by itself
+
+    def attend(
+        self, q_TQD: torch.Tensor, layer: int, rows: AttendedRows, out_TQD: torch.Tensor
+    ) -> None:
+        pool, table_RP = self.cached
+        small_attention(q_TQD, pool, layer, table_RP, *rows, self.work, out_TQD)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBySize:
+    """Chosen by a step's rows, of which there are as many whenever its graph is replayed."""
+
+    small: SmallAttention
+    large: BalancedAttention
+
+    def plan(self, rows: AttendedRows) -> None:
+        self._of(rows).plan(rows)
+
+    def attend(
+        self, q_TQD: torch.Tensor, layer: int, rows: AttendedRows, out_TQD: torch.Tensor
+    ) -> None:
+        self._of(rows).attend(q_TQD, layer, rows, out_TQD)
+
+    def _of(self, rows: AttendedRows) -> StepAttention:
+        is_small = len(rows.sequence_T) <= self.small.work.max_rows
+        return self.small if is_small else self.large
+
+
+@dataclass(frozen=True, slots=True)
 class InvariantAttention:
     """One form for all rows."""
 
@@ -94,27 +139,34 @@ def balanced_attention(
     cached: CachedSequences, windows: Iterable[int | None], side: SideStream, *, max_rows: int
 ) -> Mapping[int | None, StepAttention]:
     """By window, for steps of up to `max_rows` rows."""
-    layout = cached.pool.layout
-    geometry = layout.local_geometry
-    dtype, group = TORCH_DTYPES[layout.dtype], geometry.heads // geometry.kv_heads
+    geometry = cached.pool.layout.local_geometry
+    dtype, group = TORCH_DTYPES[cached.pool.layout.dtype], geometry.heads // geometry.kv_heads
+    shape = {
+        "heads": geometry.heads,
+        "kv_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
+    }
+    device = cached.pool.slices.device
 
     def work(setting: AttentionSetting, window: int | None) -> AttentionWork:
         return allocate_attention_work(
-            setting,
-            max_rows=max_rows,
-            heads=geometry.heads,
-            kv_heads=geometry.kv_heads,
-            head_dim=geometry.head_dim,
-            device=cached.pool.slices.device,
-            window=window,
+            setting, max_rows=max_rows, device=device, window=window, **shape
+        )
+
+    def small(window: int | None) -> SmallWork:
+        return allocate_small_work(
+            small_setting(dtype, group), max_rows=SMALL_ROWS, device=device, window=window, **shape
         )
 
     return {
-        window: BalancedAttention(
-            cached,
-            decode=work(decode_setting(dtype, group), window),
-            prefill=work(prefill_setting(dtype, group), window),
-            side=side,
+        window: AttentionBySize(
+            small=SmallAttention(cached, small(window)),
+            large=BalancedAttention(
+                cached,
+                decode=work(decode_setting(dtype, group), window),
+                prefill=work(prefill_setting(dtype, group), window),
+                side=side,
+            ),
         )
         for window in dict.fromkeys(windows)
     }
