@@ -1,5 +1,6 @@
 """The Triton kernels compute a whole step as the torch references do."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lorry.worker.triton_operations import TritonOperations, allocate_device_sta
 from lorry.worker.vocabulary import WholeVocabulary
 from lorry.worker.weights import CheckpointReader, load_weights
 from tests.support.engines import EngineHarness
+from tests.support.interpreted_launches import interpreted_launches
 from tests.support.models import make_adapter, make_model
 
 PADDING = 3  # rows
@@ -121,14 +123,17 @@ def test_mixed_steps_have_the_references_hidden_states(model: Path, tmp_path: Pa
     weights = load_weights(base_model, reader, Partition(pool.layout))
     vocabulary = WholeVocabulary(base_model.vocab_size)
     llama = Decoder(weights, vocabulary, SeparateSums(Alone()))
-    compared = 0
+    compared, launched = 0, set[str]()
     original = runner.launch
 
     def launch(batch: Batch, table: SequenceTable):
         nonlocal compared
         if compared < 6:
-            with torch.inference_mode():
+            with torch.inference_mode(), interpreted_launches() as launches:
                 expected, actual = states(base_model, pool, runner.adapters, batch, table, llama)
+            # Attention reads its plan while the kernel before it may still run.
+            assert ("_plan_kernel", "attention_kernel") not in pairwise(launches)
+            launched.update(launches)
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
             compared += 1
         return original(batch, table)
@@ -136,3 +141,4 @@ def test_mixed_steps_have_the_references_hidden_states(model: Path, tmp_path: Pa
     runner.launch = launch  # type: ignore[method-assign]  # looks at each step on its way
     harness.run()
     assert compared == 6
+    assert {"_plan_kernel", "attention_kernel"} <= launched
