@@ -3,6 +3,7 @@
 Shape suffixes: T = rows of the step, H = hidden size.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from lorry.worker.one_shot import MAX_BYTES
 from lorry.worker.operations import Operations
 
 COUNT = torch.int64  # of arrivals
+
+log = logging.getLogger(__name__)
 
 
 class RowSums(Protocol):
@@ -41,6 +44,7 @@ def row_sums(
     memory = collectives.share(rooms_bytes(layout.tp_size, max_rows, hidden, dtype))
     if memory is None:
         return separate
+    log.info("up to %d rows of a layer are summed and normed in one kernel", max_rows)
     rooms = open_rooms(memory, layout.tp_rank, max_rows, hidden, dtype)
     return FusedSums(rooms, separate, norm_epsilon)
 
