@@ -1,6 +1,7 @@
 """Which way a layer's rows are summed over ranks, and where each sum has its rows."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 import torch
@@ -14,17 +15,23 @@ from lorry.worker.row_sums import FusedSums, SeparateSums, row_sums
 from tests.kernels.test_rank_sum import CAPACITY, EPS, Ranks, parts_of
 
 HIDDEN = 16
-OPERATIONS: Operations = None  # type: ignore[assignment]  # which one kernel does not need
+OPERATIONS = cast(Operations, None)  # one kernel needs none
 
 
-class Sharing(Alone):
-    """A rank that shares memory; notes how much."""
+class Sharing:
+    """A rank that shares memory, see `Collectives`; notes how much."""
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
         self.num_bytes = 0
 
-    def share(self, num_bytes: int) -> Sequence[torch.Tensor]:  # type: ignore[override]
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("summed by a collective")
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("gathered")
+
+    def share(self, num_bytes: int) -> Sequence[torch.Tensor]:
         self.num_bytes = num_bytes
         return [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(self._ranks)]
 

@@ -11,11 +11,12 @@ import triton.language as tl
 from lorry.kernels.dependent_launch import has_dependent_launch, wait_for_kernels_before
 from lorry.kernels.device import multiprocessors
 from lorry.kernels.lora import AdapterTables, lora_reference
-from lorry.kernels.lora_expand import matrix_product, vector_product
 from lorry.kernels.lora_plan import LoraWork, load_piece
+from lorry.kernels.lora_product import matrix_product, vector_product
 from lorry.kernels.page_layout import GROUPS, QKV, PageLayout
 from lorry.kernels.pool_view import PoolView
-from lorry.kernels.rope import rope_write_kv_reference, rotated
+from lorry.kernels.rope import rope_write_kv_reference
+from lorry.kernels.rope_heads import load_angles, write_heads
 from lorry.kernels.tiles import RowTiles
 
 
@@ -100,7 +101,7 @@ def _expand_rope_kernel(
             is_one = one == 0
             position = tl.load(position_ptr + row + one)
             kv_page = tl.load(kv_page_ptr + row + one)
-            angles = _load_angles(cos_sin_ptr, position, is_one, HEAD_DIM)
+            angles = load_angles(cos_sin_ptr, position, is_one, HEAD_DIM)
             unit_column = tl.arange(0, VECTOR_UNITS)[:, None] * ROW_UNIT
             column = column_unit * ROW_UNIT + unit_column + tl.arange(0, ROW_UNIT)[None, :]
             is_column = column < width
@@ -124,7 +125,7 @@ def _expand_rope_kernel(
                 VECTOR_UNITS,
             )
             total = (base + scale * acc).to(qkv_ptr.dtype.element_ty)
-            _write_heads(
+            write_heads(
                 total,
                 angles,
                 outs,
@@ -177,9 +178,9 @@ def _expand_rope_kernel(
                 is_mine = is_row[:, None] & (tile_column < width)[None, :]
                 tile_base = tl.load(out_ptrs, mask=is_mine, other=0.0).to(tl.float32)
                 tile_total = (tile_base + scale * tile_acc).to(qkv_ptr.dtype.element_ty)
-                _write_heads(
+                write_heads(
                     tile_total,
-                    _load_angles(cos_sin_ptr, tile_position, is_row, HEAD_DIM),
+                    load_angles(cos_sin_ptr, tile_position, is_row, HEAD_DIM),
                     outs,
                     pool_ptr,
                     tile_position,
@@ -196,63 +197,6 @@ def _expand_rope_kernel(
                     TILE_ROWS,
                     COLUMNS,
                 )
-
-
-@triton.jit
-def _load_angles(cos_sin_ptr, position, is_row, HEAD_DIM: tl.constexpr):
-    """Cosines and sines at the rows' positions, ``[rows, 1, D/2]``; a head's halves share them."""
-    half = tl.arange(0, HEAD_DIM // 2)[None, None, :]
-    table = cos_sin_ptr + position.to(tl.int64)[:, None, None] * (2 * HEAD_DIM) + half
-    mask = is_row[:, None, None]
-    cos = tl.load(table, mask=mask, other=0.0)
-    sin = tl.load(table + HEAD_DIM, mask=mask, other=0.0)
-    return cos, sin
-
-
-@triton.jit
-def _write_heads(
-    total,  # [ROWS, COLUMNS] or of as many elements: heads of a module
-    angles,
-    out_ptr,  # the module's first head in the first row
-    pool_ptr,
-    position,
-    kv_page,
-    is_row,
-    module,
-    first_head,
-    module_heads,
-    stride_ot,
-    page_stride,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Write queries where they came from, rotated; keys, rotated, and values into pages."""
-    halves = tl.reshape(total, (ROWS, COLUMNS // HEAD_DIM, 2, HEAD_DIM // 2))
-    first, second = tl.split(tl.permute(halves, (0, 1, 3, 2)))
-    cos, sin = angles
-    turned = rotated(first.to(tl.float32), second.to(tl.float32), cos, sin, cos, sin)
-    first = tl.where(module == 2, first, turned[0].to(first.dtype))
-    second = tl.where(module == 2, second, turned[1].to(first.dtype))
-
-    head = first_head + tl.arange(0, COLUMNS // HEAD_DIM)
-    half = tl.arange(0, HEAD_DIM // 2)[None, None, :]
-    mask = is_row[:, None, None] & (head < module_heads)[None, :, None]
-    if module == 0:
-        t = tl.arange(0, ROWS)
-        outs = out_ptr + t[:, None, None] * stride_ot + head[None, :, None] * HEAD_DIM + half
-        tl.store(outs, first, mask=mask)
-        tl.store(outs + HEAD_DIM // 2, second, mask=mask)
-    else:
-        # Values follow the keys in a slice.
-        kv_head = head + (module - 1) * KV_HEADS
-        token = kv_page.to(tl.int64) * page_stride + position % PAGE_TOKENS * HEAD_DIM
-        in_token = kv_head[None, :, None] * (PAGE_TOKENS * HEAD_DIM) + half
-        cached = pool_ptr + token[:, None, None] + in_token
-        tl.store(cached, first, mask=mask)
-        tl.store(cached + HEAD_DIM // 2, second, mask=mask)
 
 
 def can_expand_rope(layout: PageLayout) -> bool:
