@@ -17,7 +17,7 @@ class Pace:
 
     On busy processors a chunk takes longer, 7 ms and not 0.7, and so do the rests between chunks.
     With two processors, three quarters busy with fetches, the p99 of these beside an upload is 1.7
-    times what it is alone, and 6 times if uploads never rest; 80 MiB take 3.5 s and not 1.6.
+    to 2.6 times what it is alone, and 6 if uploads never rest; 80 MiB take 3.5 s and not 1.6.
     """
 
     def __init__(
