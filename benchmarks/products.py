@@ -28,6 +28,7 @@ from lorry.kernels.pool_view import TORCH_DTYPES
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.service_config import DTYPES
 from lorry.worker.buckets import bucket_sizes
+from lorry.worker.operations import Product
 from lorry.worker.weights import ModelWeights, RandomWeights, load_weights
 
 BODY_ROWS = [
@@ -72,11 +73,18 @@ class Body:
         product_TI = _random(most, geometry.intermediate, like)
         self._inputs = {"qkv": self.x_TH, "o": mixed_TQ, "gate_up": self.x_TH, "down": product_TI}
 
-    def run(self, rows: int, products: Sequence[str]) -> None:
+    def run(
+        self,
+        rows: int,
+        products: Sequence[str],
+        multiply: Product = linear,
+        layers: int | None = None,
+    ) -> None:
+        """Of all layers, or the first `layers`."""
         inputs = {product: self._inputs[product][:rows] for product in products}
-        for layer in self._layers:
+        for layer in self._layers[:layers]:
             for product, input_TI in inputs.items():
-                linear(input_TI, *getattr(layer, product))
+                multiply(input_TI, *getattr(layer, product))
 
 
 def _random(rows: int, width: int, like: torch.Tensor) -> torch.Tensor:

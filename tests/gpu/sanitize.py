@@ -65,8 +65,7 @@ def lora(device: torch.device, dtype: torch.dtype) -> None:
     for rows in LORA:
         setting, slots = lora_setting(dtype, rows), [0, 0, 0, 1, -1, 2, 3, 3]
         check_lora(slots, pool, tables, setting, groups=(0, 1))
-        if setting.expand_rotates:
-            check_expand_rope(slots, pool, tables, setting)
+        check_expand_rope(slots, pool, tables, setting)
 
 
 def rows(device: torch.device, dtype: torch.dtype) -> None:

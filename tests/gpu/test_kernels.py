@@ -46,7 +46,6 @@ SMALL_STEPS = [[(1, 1)], [(2100, 1)], [(150, 1), (17, 1)], [(90, 1), (1200, 1), 
 MIXES = mixes(200, len(MIXED_ADAPTERS))
 # What ships, each once: float32 has one setting for steps of all sizes.
 LORA_SETTINGS = [(d, rows) for d in DTYPES for rows in LORA if d != torch.float32 or rows == 64]
-ROTATING_SETTINGS = [(d, r) for d, r in LORA_SETTINGS if lora_setting(d, r).expand_rotates]
 TWENTY = 20
 
 
@@ -164,7 +163,7 @@ def test_lora_of_large_steps_matches_the_reference(device, dtype, num_rows):
         check_lora(slots, pool, tables, lora_setting(dtype, num_rows), groups=(0, 3))
 
 
-@pytest.mark.parametrize(("dtype", "rows"), ROTATING_SETTINGS, ids=str)
+@pytest.mark.parametrize(("dtype", "rows"), LORA_SETTINGS, ids=str)
 @pytest.mark.parametrize("model", ["llama-3-8b", "llama-2-7b", "qwen2.5-0.5b"])
 def test_fused_rotation_matches_the_reference_and_two_kernels(device, dtype, model, rows):
     pool, tables = store_adapters(MIXED_ADAPTERS, layout_of(model, dtype), device)

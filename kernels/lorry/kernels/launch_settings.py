@@ -1,4 +1,4 @@
-"""Launch settings as data, tuned on one NVIDIA H200 (triton 3.6, bf16, 2026-11-22 and 26).
+"""Launch settings as data, tuned on NVIDIA H200s (triton 3.6, bf16, 2026-11-22 and 26).
 
 `python -m benchmarks.tune` measures the neighbours of each. A setting holds for all models: what
 differs between them (heads, widths, slices) is in the kernels' constants.
@@ -58,8 +58,8 @@ PREFILL_FP32 = replace(
 )
 SMALL_FP32 = replace(SMALL, block_tokens=16)
 
-# By the largest number of rows of a step. An expand that rotates saves 0.8 to 2 us a layer up to 64
-# rows; beyond, it gains or loses by the adapters (`python -m benchmarks.kernels --parts fused`).
+# By the largest number of rows of a step. Tiles of 32 rows take 10 of 230 us a layer more where a
+# step of 1024 rows has prompts and decodes of 200 adapters, since most tiles are not full.
 LORA = {
     16: LoraSetting(
         tile_rows=16,
@@ -74,7 +74,6 @@ LORA = {
         expand_warps=2,
         expand_stages=2,
         expand_registers=128,
-        expand_rotates=True,
         rotating_registers=144,
     ),
     64: LoraSetting(
@@ -91,10 +90,9 @@ LORA = {
         expand_warps=2,
         expand_stages=1,  # with so many splits 2 would spill registers
         expand_registers=128,
-        expand_rotates=True,
         rotating_registers=144,
     ),
-    512: LoraSetting(
+    1 << 30: LoraSetting(
         tile_rows=16,
         shrink_ranks=16,
         shrink_splits=2,
@@ -103,39 +101,22 @@ LORA = {
         shrink_stages=3,
         shrink_registers=128,
         expand_ranks=16,
-        expand_columns=128,
+        expand_columns=256,
         expand_programs_per_multiprocessor=8,
         expand_warps=2,
         expand_stages=2,
         expand_registers=128,
         rotating_registers=128,
     ),
-    1 << 30: LoraSetting(
-        tile_rows=32,
-        shrink_ranks=16,
-        shrink_splits=2,
-        shrink_programs_per_multiprocessor=8,
-        shrink_warps=4,
-        shrink_stages=3,
-        shrink_registers=128,
-        expand_ranks=16,
-        expand_columns=256,
-        expand_programs_per_multiprocessor=6,
-        expand_warps=4,
-        expand_stages=2,
-        expand_registers=168,
-        rotating_registers=168,
-    ),
 }
 LORA_FP32 = replace(
-    LORA[512],
+    LORA[1 << 30],
     shrink_warps=8,
     shrink_stages=1,
     shrink_registers=None,
     expand_columns=32,
     expand_stages=1,
     expand_registers=None,
-    expand_rotates=True,
     rotating_registers=200,
 )
 
@@ -193,10 +174,9 @@ def lora_setting(dtype: torch.dtype, max_rows: int) -> LoraSetting:
 def invariant_lora_setting(dtype: torch.dtype) -> LoraSetting:
     """For all steps. The matrix form alone would spill within the registers of both."""
     return replace(
-        lora_setting(dtype, 512),
+        lora_setting(dtype, max(LORA)),
         has_vector_form=False,
         shrink_registers=None,
-        expand_rotates=False,
     )
 
 

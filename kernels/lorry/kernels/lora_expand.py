@@ -17,6 +17,8 @@ from lorry.kernels.lora_product import matrix_product, vector_product
 from lorry.kernels.page_layout import GROUPS, QKV
 from lorry.kernels.pool_view import PoolView
 
+DEALT_COLUMNS = 128  # at most, where ranks are dealt out: with more, their addresses would spill
+
 
 # Scalars by layer and group lie anywhere: one kernel for all.
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr", "count_ptr"])
@@ -186,7 +188,7 @@ def lora_expand_add(
         WAYS=ways,
         TILE_ROWS=setting.tile_rows,
         RANKS=setting.expand_ranks,
-        COLUMNS=min(setting.expand_columns, layout.row_unit),
+        COLUMNS=min(setting.expand_columns, layout.row_unit if ways == 1 else DEALT_COLUMNS),
         VECTOR_UNITS=setting.vector_units,
         STAGES=setting.expand_stages,
         HAS_VECTOR_FORM=setting.has_vector_form,

@@ -54,8 +54,7 @@ class LoraSetting:
     expand_warps: int
     expand_stages: int  # of the matrix form
     expand_registers: int | None = None  # likewise
-    expand_rotates: bool = False  # that of q, k and v rotates too and writes KV, where it can
-    rotating_registers: int | None = None  # of a thread of such an expand
+    rotating_registers: int | None = None  # of an expand of q, k and v that rotates them too
     has_vector_form: bool = True  # without, a row's sums do not depend on how many rows beside it
 
     @property

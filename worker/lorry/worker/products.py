@@ -1,17 +1,67 @@
-"""The batch-invariant form of a linear layer, for a GPU.
+"""The linear layers of a step on a GPU: the fastest of cuBLAS's, or batch-invariant ones.
 
 Shape suffixes: T = rows of the step, I = input width, O = output width.
 """
 
-import torch
+import json
+from collections.abc import Mapping
+from pathlib import Path
 
+import torch
+from torch.nn.functional import linear
+
+from lorry.kernels.cublas_lt import CublasLt, Shape
 from lorry.kernels.invariant_product import invariant_product
 from lorry.kernels.launch_settings import product_setting
+from lorry.worker.operations import Product
+
+# By GPU and version of cublasLt; `python -m benchmarks.tune_products` writes it.
+ALGORITHMS = Path(__file__).with_name("product_algorithms.json")
+ALIGNMENT = 256  # bytes, of what the algorithms were asked for
+
+
+def fastest_linear(device: torch.device, dtype: torch.dtype) -> Product:
+    """`linear`, by the algorithms that were measured as the fastest on such a GPU, if any were."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return linear
+    library = CublasLt(device)
+    algorithms = measured_algorithms(torch.cuda.get_device_name(device), library.version)
+    return FastestLinear(library, algorithms) if algorithms else linear
+
+
+def measured_algorithms(gpu: str, version: int, path: Path = ALGORITHMS) -> Mapping[Shape, int]:
+    """By shape, the number of the fastest algorithm, where it is not cuBLAS's first."""
+    measured = json.loads(path.read_text()).get(f"{gpu}, cublasLt {version}", {})
+    return {
+        (int(rows), *map(int, weight.split("x"))): algorithm  # type: ignore[misc]
+        for weight, by_rows in measured.items()
+        for rows, algorithm in by_rows.items()
+    }
+
+
+class FastestLinear:
+    """See `Product`."""
+
+    def __init__(self, library: CublasLt, algorithms: Mapping[Shape, int]) -> None:
+        self._library, self._algorithms = library, algorithms
+
+    def __call__(
+        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        outputs, inputs = weight_OI.shape
+        algorithm = self._algorithms.get((len(x_TI), outputs, inputs))
+        if algorithm is None or bias_O is not None or not _is_plain(x_TI):
+            return linear(x_TI, weight_OI, bias_O)
+        return self._library.product(x_TI, weight_OI, algorithm)
+
+
+def _is_plain(x_TI: torch.Tensor) -> bool:
+    return x_TI.is_contiguous() and x_TI.data_ptr() % ALIGNMENT == 0
 
 
 def invariant_linear(
     x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x weight^T + bias``; see `Product`."""
+    """``x weight^T + bias``; see `Product`. A row's result does not depend on the others."""
     setting = product_setting(x_TI.dtype, weight_OI.shape[0])
     return invariant_product(x_TI, weight_OI, bias_O, setting)

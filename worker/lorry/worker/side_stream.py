@@ -1,13 +1,12 @@
 """Work beside the current stream's: in a graph, a branch that is joined again."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 
 class SideStream:
-    """Fork, launch on the side and on the current stream, join. On a CPU all is done in order.
+    """Fork, launch on the current stream and on the side, join. On a CPU all is done in order.
 
     What is launched on the side must not allocate: the caching allocator would give its memory to
     work of the other stream.
@@ -16,20 +15,19 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def forked(self) -> AbstractContextManager[None]:
-        """Launches in the block go to the side, after what the current stream has been given."""
-        return nullcontext() if self._stream is None else self._forked(self._stream)
+    def fork(self) -> None:
+        """The side goes on after what the current stream has been given."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def launches(self) -> AbstractContextManager[object]:
+        """Launches in the block go to the side."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def join(self) -> None:
         """The current stream goes on when the side is done."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-
-    @contextmanager
-    def _forked(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            yield
 
 
 IN_ORDER = SideStream(torch.device("cpu"))

@@ -75,7 +75,8 @@ class BalancedAttention:
         self, q_TQD: torch.Tensor, layer: int, rows: AttendedRows, out_TQD: torch.Tensor
     ) -> None:
         pool, table_RP = self.cached
-        with self.side.forked():
+        self.side.fork()
+        with self.side.launches():
             paged_attention(q_TQD, pool, layer, table_RP, self.prefill, out_TQD)
         paged_attention(q_TQD, pool, layer, table_RP, self.decode, out_TQD)
         self.side.join()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import linear
@@ -21,7 +22,7 @@ from lorry.rpc.model_families import DecoderOptions
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.lora_sharing import LoraSharing
 from lorry.worker.operations import HeadNorms, Product, Projection
-from lorry.worker.products import invariant_linear
+from lorry.worker.products import fastest_linear, invariant_linear
 from lorry.worker.side_stream import IN_ORDER, SideStream
 from lorry.worker.step_attention import (
     AttendedRows,
@@ -31,8 +32,10 @@ from lorry.worker.step_attention import (
     invariant_attention,
 )
 
-# A shrink of more rows fills the multiprocessors by itself and only delays the product.
-MAX_ROWS_BESIDE_PRODUCT = 64
+# Steps of more rows leave the shrink no multiprocessors beside the product.
+ROWS_BESIDE_PRODUCT = 256
+# Up to so many, the shrink is so short that it is launched before the product.
+ROWS_BEFORE_PRODUCT = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ def allocate_device_state(
     """Work lists for steps of up to `max_rows` rows.
 
     `block_table_RP` (int32) is by row of the sequence table. `fused` steps add LoRA to q, k and v
-    and rotate them in one kernel where that is faster.
+    and rotate them in one kernel, where the model lets them.
     """
     cached, windows = CachedSequences(pool, block_table_RP), options.windows
     dtype, device = TORCH_DTYPES[pool.layout.dtype], pool.slices.device
@@ -95,12 +98,12 @@ def allocate_device_state(
                 pool.layout,
                 max_rows=rows,
                 device=device,
-                rotates=rotates and setting.expand_rotates,
+                rotates=rotates and not batch_invariant,
             )
             for rows, setting in lora_settings.items()
         ],
         side=side,
-        product=invariant_linear if batch_invariant else linear,
+        product=invariant_linear if batch_invariant else fastest_linear(device, dtype),
     )
 
 
@@ -202,12 +205,22 @@ class TritonOperations:
     def _shrink_beside_product(
         self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Partial sums of the products with A, and the base model's product."""
-        state = self._state
-        side = state.side if len(x_TI) <= MAX_ROWS_BESIDE_PRODUCT else IN_ORDER
-        with side.forked():
-            y_STY = lora_shrink(x_TI, group, state.pool, state.tables, layer, self._lora_work)
-        product_TO = state.product(x_TI, *base)
+        """Partial sums of the products with A, and the base model's product.
+
+        A shrink that is launched second takes the multiprocessors that the product leaves.
+        """
+        state, rows = self._state, len(x_TI)
+        side = state.side if rows <= ROWS_BESIDE_PRODUCT else IN_ORDER
+        shrink = partial(lora_shrink, x_TI, group, state.pool, state.tables, layer, self._lora_work)
+        side.fork()
+        if ROWS_BEFORE_PRODUCT < rows <= ROWS_BESIDE_PRODUCT:
+            product_TO = state.product(x_TI, *base)
+            with side.launches():
+                y_STY = shrink()
+        else:
+            with side.launches():
+                y_STY = shrink()
+            product_TO = state.product(x_TI, *base)
         side.join()
         return y_STY, product_TO
 
