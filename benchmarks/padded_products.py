@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
 
 from lorry.kernels.lora import ABSENT, AdapterTables
 from lorry.kernels.page_layout import BASE_MODEL, GROUPS, MODULES
@@ -23,6 +22,7 @@ from lorry.kernels.pool_view import PoolView
 from lorry.kernels.tiles import RowTiles, cut_tiles, gather_rows, scatter_add_rows
 from lorry.worker import step_graphs, torch_runner
 from lorry.worker.operations import Projection
+from lorry.worker.products import torch_linear
 from lorry.worker.torch_operations import TorchOperations
 from lorry.worker.triton_operations import TritonOperations
 
@@ -41,10 +41,15 @@ class _PaddedTorchOperations(TorchOperations):
     """On any device; every step copies the weights again, as the variant does."""
 
     def project(
-        self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
+        self,
+        x_TI: torch.Tensor,
+        base: Projection,
+        group: int,
+        layer: int,
+        onto_TO: torch.Tensor | None = None,
     ) -> Sequence[torch.Tensor]:
         widths = self._pool.layout.geometry.group_widths(group)
-        outputs = torch.split(linear(x_TI, *base), widths, dim=1)
+        outputs = torch.split(torch_linear(x_TI, *base, onto_TO=onto_TO), widths, dim=1)
         tiles = self._step.lora_tiles
         slot_T = torch.full((len(x_TI) + 1,), BASE_MODEL, device=x_TI.device)
         slot_T[tiles.row_NM] = tiles.owner_N[:, None]  # the row after the last stands for none
@@ -60,11 +65,16 @@ class _PaddedTritonOperations(TritonOperations):
         self._expand_rotates = False
 
     def project(
-        self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
+        self,
+        x_TI: torch.Tensor,
+        base: Projection,
+        group: int,
+        layer: int,
+        onto_TO: torch.Tensor | None = None,
     ) -> Sequence[torch.Tensor]:
         state = self._state
         widths = state.pool.layout.geometry.group_widths(group)
-        outputs = torch.split(linear(x_TI, *base), widths, dim=1)
+        outputs = torch.split(torch_linear(x_TI, *base, onto_TO=onto_TO), widths, dim=1)
         if group in self._groups:
             add_padded(x_TI, outputs, group, state.pool, state.tables, layer, self._segments)
         return outputs

@@ -29,6 +29,7 @@ from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.service_config import DTYPES
 from lorry.worker.buckets import bucket_sizes
 from lorry.worker.operations import Product
+from lorry.worker.products import torch_linear
 from lorry.worker.weights import ModelWeights, RandomWeights, load_weights
 
 BODY_ROWS = [
@@ -77,7 +78,7 @@ class Body:
         self,
         rows: int,
         products: Sequence[str],
-        multiply: Product = linear,
+        multiply: Product = torch_linear,
         layers: int | None = None,
     ) -> None:
         """Of all layers, or the first `layers`."""

@@ -72,7 +72,8 @@ class Tuning:
         return chosen if chosen_ms < (1 - LEAST_GAIN) * default_ms else {}
 
     def _of_head(self, rows: int) -> dict[Shape, int]:
-        shape = (rows, *self._head.shape)
+        outputs, inputs = self._head.shape
+        shape = (rows, outputs, inputs)
         choices = [{}, *({shape: number} for number in self._others(shape))]
         times = self._times(choices, lambda product: product(self._body.x_TH[:rows], self._head))
         best = min(range(len(times)), key=times.__getitem__)

@@ -15,11 +15,10 @@ from lorry.kernels.page_layout import MODULES, Dtype, PageLayout
 from lorry.kernels.partition import Partition
 from lorry.kernels.pool_view import allocate_pool
 from lorry.rpc.base_model import read_base_model
-from lorry.worker.collectives import Alone
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.lora_sharing import OwnProducts
 from lorry.worker.model import Decoder
-from lorry.worker.row_sums import SeparateSums
+from lorry.worker.row_sums import NoSums
 from lorry.worker.triton_operations import DeviceState, TritonOperations, allocate_device_state
 from lorry.worker.vocabulary import WholeVocabulary
 from lorry.worker.weights import RandomWeights, load_weights
@@ -62,7 +61,7 @@ def main() -> None:
         batch_invariant=True,
     )
     vocabulary = WholeVocabulary(base_model.vocab_size)
-    decoder = Decoder(weights, vocabulary, SeparateSums(Alone()))
+    decoder = Decoder(weights, vocabulary, NoSums())
     model = decoder.first_layer().with_product(state.product)
     report = {}
     for rows in ROWS:

@@ -11,7 +11,7 @@ from lorry.kernels.rank_sum import ROOMS, sum_add_rms_norm_reference
 from lorry.worker.collectives import Alone
 from lorry.worker.one_shot import MAX_BYTES
 from lorry.worker.operations import Operations
-from lorry.worker.row_sums import FusedSums, SeparateSums, row_sums
+from lorry.worker.row_sums import FusedSums, NoSums, Rows, row_sums
 from tests.kernels.test_rank_sum import CAPACITY, EPS, Ranks, parts_of
 
 HIDDEN = 16
@@ -44,13 +44,13 @@ class Larger:
 
     def add_rms_norm(
         self,
-        x_TH: torch.Tensor,
+        rows: Rows,
         residual_TH: torch.Tensor,
         weight_H: torch.Tensor,
         operations: Operations,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.rows.append(len(x_TH))
-        return x_TH, residual_TH
+        self.rows.append(len(residual_TH))
+        return residual_TH, residual_TH
 
 
 def layout_of(ranks: int, hidden: int) -> PageLayout:
@@ -61,9 +61,19 @@ def layout_of(ranks: int, hidden: int) -> PageLayout:
     return PageLayout(geometry=geometry, dtype=Dtype.BF16, tp_size=ranks, tp_strategy=strategy)
 
 
+def computing(rows_TH: torch.Tensor) -> Rows:
+    """What is a part of a sum, and so may not be added to anything."""
+
+    def rows(onto_TH: torch.Tensor | None) -> torch.Tensor:
+        assert onto_TH is None
+        return rows_TH
+
+    return rows
+
+
 def test_a_rank_alone_sums_nothing() -> None:
     sums = row_sums(Alone(), layout_of(1, HIDDEN), max_rows=8, norm_epsilon=EPS)
-    assert isinstance(sums, SeparateSums)
+    assert isinstance(sums, NoSums)
 
 
 @pytest.mark.parametrize(("ranks", "is_whole"), [(2, True), (4, False)])
@@ -86,7 +96,8 @@ def test_sums_take_the_rooms_in_turn() -> None:
         ranks.let_others_come(0, number % ROOMS, parts_RTH)
         residual_TH = torch.full((3, HIDDEN), float(number))
         expected = sum_add_rms_norm_reference(parts_RTH, residual_TH, weight_H, EPS)
-        found = sums.add_rms_norm(parts_RTH[0].clone(), residual_TH, weight_H, OPERATIONS)
+        rows = computing(parts_RTH[0].clone())
+        found = sums.add_rms_norm(rows, residual_TH, weight_H, OPERATIONS)
         torch.testing.assert_close(found, expected)
 
 
@@ -94,6 +105,6 @@ def test_more_rows_than_there_is_room_for_are_summed_otherwise() -> None:
     ranks, larger = Ranks(2, HIDDEN, torch.float32, "cpu"), Larger()
     sums = FusedSums(ranks.rooms[0], larger, EPS)
     x_TH = torch.zeros(CAPACITY + 1, HIDDEN)
-    sums.add_rms_norm(x_TH, x_TH, torch.ones(HIDDEN), OPERATIONS)
+    sums.add_rms_norm(computing(x_TH), x_TH, torch.ones(HIDDEN), OPERATIONS)
     assert larger.rows == [CAPACITY + 1]
     assert not ranks.rooms[0].passed_P.any()

@@ -12,14 +12,13 @@ from lorry.kernels.partition import Partition
 from lorry.kernels.pool_view import PoolView
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.worker.adapter_memory import DirectAdapterMemory
-from lorry.worker.collectives import Alone
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.lora_sharing import OwnProducts
 from lorry.worker.lora_strategies import Replicated
 from lorry.worker.model import Decoder
 from lorry.worker.plan import Batch
 from lorry.worker.rope_table import rope_table
-from lorry.worker.row_sums import SeparateSums
+from lorry.worker.row_sums import NoSums
 from lorry.worker.sequences import SequenceTable
 from lorry.worker.step_arrays import step_arrays
 from lorry.worker.step_input import host_step_arrays, to_step_input
@@ -122,7 +121,7 @@ def test_mixed_steps_have_the_references_hidden_states(model: Path, tmp_path: Pa
     reader = CheckpointReader(base_model, torch.float32, torch.device("cpu"))
     weights = load_weights(base_model, reader, Partition(pool.layout))
     vocabulary = WholeVocabulary(base_model.vocab_size)
-    llama = Decoder(weights, vocabulary, SeparateSums(Alone()))
+    llama = Decoder(weights, vocabulary, NoSums())
     compared, launched = 0, set[str]()
     original = runner.launch
 

@@ -75,19 +75,27 @@ class CublasLt:
         return len(self._problem(shape).algorithms)
 
     def product(
-        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, algorithm: int = 0
+        self,
+        x_TI: torch.Tensor,
+        weight_OI: torch.Tensor,
+        algorithm: int,
+        onto_TO: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``x weight^T`` by an algorithm of the shape, counted from 0 in cuBLAS's order."""
+        """``x weight^T`` by an algorithm of the shape, counted from 0 in cuBLAS's order.
+
+        Added to `onto_TO` in place, if that is given.
+        """
         problem = self._problem((len(x_TI), *weight_OI.shape))
-        out_TO = torch.empty(len(x_TI), len(weight_OI), dtype=x_TI.dtype, device=x_TI.device)
-        one, zero = ctypes.c_float(1), ctypes.c_float(0)
+        out_TO, share = onto_TO, ctypes.c_float(1)
+        if out_TO is None:
+            out_TO, share = x_TI.new_empty(len(x_TI), len(weight_OI)), ctypes.c_float(0)
         self._call(
             "Matmul",
             ctypes.c_void_p(torch.cuda.current_blas_handle()),  # it holds one of cublasLt
             problem.description,
-            ctypes.byref(one),
+            ctypes.byref(ctypes.c_float(1)),
             *(_address(weight_OI), problem.weight, _address(x_TI), problem.x),
-            ctypes.byref(zero),
+            ctypes.byref(share),
             *(_address(out_TO), problem.out, _address(out_TO), problem.out),
             ctypes.byref(problem.algorithms[algorithm].algorithm),
             _address(self._workspace),

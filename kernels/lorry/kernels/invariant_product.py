@@ -32,7 +32,7 @@ def _product_kernel(
     x_ptr,  # [T, I]
     weight_ptr,  # [O, I]
     bias_ptr,  # [O], or unused
-    out_ptr,  # [T, O]
+    out_ptr,  # [T, O], read too where it is added to
     stride_xt,
     stride_wo,
     stride_ot,
@@ -40,6 +40,7 @@ def _product_kernel(
     outputs,
     inputs,
     HAS_BIAS: tl.constexpr,
+    IS_ADDED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -65,7 +66,10 @@ def _product_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + t.to(tl.int64)[:, None] * stride_ot + o[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_row & (o < outputs)[None, :])
+    is_mine = is_row & (o < outputs)[None, :]
+    if IS_ADDED:
+        acc += tl.load(out_ptrs, mask=is_mine, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=is_mine)
 
 
 def invariant_product(
@@ -73,10 +77,14 @@ def invariant_product(
     weight_OI: torch.Tensor,
     bias_O: torch.Tensor | None,
     setting: ProductSetting,
+    onto_TO: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x weight^T + bias``, ``[T, O]``; the reference is ``torch.nn.functional.linear``."""
+    """``x weight^T + bias``, ``[T, O]``; the reference is ``torch.nn.functional.linear``.
+
+    Added to `onto_TO` in place, if that is given.
+    """
     (num_rows, inputs), outputs = x_TI.shape, weight_OI.shape[0]
-    out_TO = torch.empty(num_rows, outputs, dtype=x_TI.dtype, device=x_TI.device)
+    out_TO = x_TI.new_empty(num_rows, outputs) if onto_TO is None else onto_TO
     grid = (
         triton.cdiv(num_rows, setting.block_rows),
         triton.cdiv(outputs, setting.block_outputs),
@@ -93,6 +101,7 @@ def invariant_product(
         outputs,
         inputs,
         HAS_BIAS=bias_O is not None,
+        IS_ADDED=onto_TO is not None,
         BLOCK_T=setting.block_rows,
         BLOCK_O=setting.block_outputs,
         BLOCK_I=setting.block_inputs,

@@ -4,12 +4,13 @@ Shape suffixes: T = rows of the step, H = hidden size, N = rows that sample, V =
 """
 
 import dataclasses
+from functools import partial
 
 import torch
-from torch.nn.functional import linear
 
 from lorry.kernels.page_layout import DOWN, GATE_UP, OUTPUT
 from lorry.worker.operations import Operations, Product
+from lorry.worker.products import torch_linear
 from lorry.worker.row_sums import RowSums
 from lorry.worker.vocabulary import Vocabulary
 from lorry.worker.weights import LayerWeights, ModelWeights
@@ -24,7 +25,7 @@ class Decoder:
         vocabulary: Vocabulary,
         sums: RowSums,
         *,
-        product: Product = linear,
+        product: Product = torch_linear,
     ) -> None:
         """`product` multiplies by the head; the layers' products are those of the operations."""
         self._weights = weights
@@ -48,13 +49,13 @@ class Decoder:
         residual_TH = self._vocabulary.embed(token_id_T, self._weights.embedding)
         x_TH = operations.rms_norm(residual_TH, self._weights.layers[0].input_norm)
         for index, layer in enumerate(self._weights.layers):
-            o_TH = self._attend(x_TH, layer, index, operations)
+            attend = partial(self._attend, x_TH, layer, index, operations)
             x_TH, residual_TH = self._sums.add_rms_norm(
-                o_TH, residual_TH, layer.post_attention_norm, operations
+                attend, residual_TH, layer.post_attention_norm, operations
             )
-            down_TH = self._feed_forward(x_TH, layer, index, operations)
+            feed_forward = partial(self._feed_forward, x_TH, layer, index, operations)
             x_TH, residual_TH = self._sums.add_rms_norm(
-                down_TH, residual_TH, self._next_norms[index], operations
+                feed_forward, residual_TH, self._next_norms[index], operations
             )
         return x_TH
 
@@ -66,18 +67,29 @@ class Decoder:
         return Decoder(weights, self._vocabulary, self._sums, product=product)
 
     def _attend(
-        self, x_TH: torch.Tensor, layer: LayerWeights, index: int, operations: Operations
+        self,
+        x_TH: torch.Tensor,
+        layer: LayerWeights,
+        index: int,
+        operations: Operations,
+        onto_TH: torch.Tensor | None,
     ) -> torch.Tensor:
         """The attention block's output; on a rank, its part of the sum."""
         q_TQD = operations.project_qkv(x_TH, layer.qkv, layer.head_norms, index)
         mixed = operations.attention(q_TQD, index).flatten(1)
-        (o_TH,) = operations.project(mixed, layer.o, OUTPUT, index)
+        (o_TH,) = operations.project(mixed, layer.o, OUTPUT, index, onto_TH)
         return o_TH
 
     def _feed_forward(
-        self, x_TH: torch.Tensor, layer: LayerWeights, index: int, operations: Operations
+        self,
+        x_TH: torch.Tensor,
+        layer: LayerWeights,
+        index: int,
+        operations: Operations,
+        onto_TH: torch.Tensor | None,
     ) -> torch.Tensor:
         """The MLP's output; on a rank, its part of the sum."""
         gate, up = operations.project(x_TH, layer.gate_up, GATE_UP, index)
-        (down_TH,) = operations.project(operations.swiglu(gate, up), layer.down, DOWN, index)
+        product = operations.swiglu(gate, up)
+        (down_TH,) = operations.project(product, layer.down, DOWN, index, onto_TH)
         return down_TH

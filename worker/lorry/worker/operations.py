@@ -18,12 +18,17 @@ class Projection(NamedTuple):
 
 
 class Product(Protocol):
-    """A linear layer, as `torch.nn.functional.linear`."""
+    """A linear layer."""
 
     def __call__(
-        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None, /
+        self,
+        x_TI: torch.Tensor,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None = None,
+        /,
+        onto_TO: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``x weight^T + bias``, ``[T, O]``."""
+        """``x weight^T + bias``, ``[T, O]``; added to `onto` in place, if that is given."""
         ...
 
 
@@ -64,9 +69,17 @@ class Operations(Protocol):
         ...
 
     def project(
-        self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
+        self,
+        x_TI: torch.Tensor,
+        base: Projection,
+        group: int,
+        layer: int,
+        onto_TO: torch.Tensor | None = None,
     ) -> Sequence[torch.Tensor]:
-        """``x weight^T + bias`` and each row's adapter, for each module of ``GROUPS[group]``."""
+        """``x weight^T + bias`` and each row's adapter, for each module of ``GROUPS[group]``.
+
+        Those of a single module are added to `onto` in place, if that is given.
+        """
         ...
 
     def swiglu(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor: ...

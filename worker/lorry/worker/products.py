@@ -20,13 +20,28 @@ ALGORITHMS = Path(__file__).with_name("product_algorithms.json")
 ALIGNMENT = 256  # bytes, of what the algorithms were asked for
 
 
+def torch_linear(
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None = None,
+    /,
+    onto_TO: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `Product`."""
+    if onto_TO is None:
+        return linear(x_TI, weight_OI, bias_O)
+    if bias_O is not None:
+        onto_TO += bias_O
+    return onto_TO.addmm_(x_TI, weight_OI.T)
+
+
 def fastest_linear(device: torch.device, dtype: torch.dtype) -> Product:
-    """`linear`, by the algorithms that were measured as the fastest on such a GPU, if any were."""
+    """By the algorithms that were measured as the fastest on such a GPU, else torch's."""
     if device.type != "cuda" or dtype != torch.bfloat16:
-        return linear
+        return torch_linear
     library = CublasLt(device)
     algorithms = measured_algorithms(torch.cuda.get_device_name(device), library.version)
-    return FastestLinear(library, algorithms) if algorithms else linear
+    return FastestLinear(library, algorithms) if algorithms else torch_linear
 
 
 def measured_algorithms(gpu: str, version: int, path: Path = ALGORITHMS) -> Mapping[Shape, int]:
@@ -46,22 +61,32 @@ class FastestLinear:
         self._library, self._algorithms = library, algorithms
 
     def __call__(
-        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+        self,
+        x_TI: torch.Tensor,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None = None,
+        /,
+        onto_TO: torch.Tensor | None = None,
     ) -> torch.Tensor:
         outputs, inputs = weight_OI.shape
         algorithm = self._algorithms.get((len(x_TI), outputs, inputs))
-        if algorithm is None or bias_O is not None or not _is_plain(x_TI):
-            return linear(x_TI, weight_OI, bias_O)
-        return self._library.product(x_TI, weight_OI, algorithm)
+        is_plain = _is_plain(x_TI) and (onto_TO is None or _is_plain(onto_TO))
+        if algorithm is None or bias_O is not None or not is_plain:
+            return torch_linear(x_TI, weight_OI, bias_O, onto_TO)
+        return self._library.product(x_TI, weight_OI, algorithm, onto_TO)
 
 
-def _is_plain(x_TI: torch.Tensor) -> bool:
-    return x_TI.is_contiguous() and x_TI.data_ptr() % ALIGNMENT == 0
+def _is_plain(rows_TX: torch.Tensor) -> bool:
+    return rows_TX.is_contiguous() and rows_TX.data_ptr() % ALIGNMENT == 0
 
 
 def invariant_linear(
-    x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None = None,
+    /,
+    onto_TO: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x weight^T + bias``; see `Product`. A row's result does not depend on the others."""
+    """See `Product`. A row's result does not depend on the others."""
     setting = product_setting(x_TI.dtype, weight_OI.shape[0])
-    return invariant_product(x_TI, weight_OI, bias_O, setting)
+    return invariant_product(x_TI, weight_OI, bias_O, setting, onto_TO)

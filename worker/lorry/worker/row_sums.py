@@ -21,15 +21,26 @@ COUNT = torch.int64  # of arrivals
 log = logging.getLogger(__name__)
 
 
+class Rows(Protocol):
+    """Computes this rank's part of a layer's rows."""
+
+    def __call__(self, onto_TH: torch.Tensor | None, /) -> torch.Tensor:
+        """Added to `onto` in place, if that is given."""
+        ...
+
+
 class RowSums(Protocol):
     def add_rms_norm(
         self,
-        x_TH: torch.Tensor,
+        rows: Rows,
         residual_TH: torch.Tensor,
         weight_H: torch.Tensor,
         operations: Operations,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`Operations.add_rms_norm` of the ranks' sum of `x`; every rank must call it."""
+        """The norm of the ranks' sum of `rows` and the residual, and that sum.
+
+        Every rank must call it, and may not use the argument `residual_TH` again.
+        """
         ...
 
 
@@ -37,6 +48,8 @@ def row_sums(
     collectives: Collectives, layout: PageLayout, *, max_rows: int, norm_epsilon: float
 ) -> RowSums:
     """One kernel for each if the ranks share memory; every rank must call it."""
+    if layout.tp_size == 1:
+        return NoSums()
     separate = SeparateSums(collectives)
     hidden, dtype = layout.geometry.hidden, TORCH_DTYPES[layout.dtype]
     if layout.tp_size > 2:  # rings move fewer bytes then
@@ -49,6 +62,20 @@ def row_sums(
     return FusedSums(rooms, separate, norm_epsilon)
 
 
+class NoSums:
+    """Of a rank that is alone: its products are added to the residual; see `RowSums`."""
+
+    def add_rms_norm(
+        self,
+        rows: Rows,
+        residual_TH: torch.Tensor,
+        weight_H: torch.Tensor,
+        operations: Operations,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual_TH = rows(residual_TH)
+        return operations.rms_norm(residual_TH, weight_H), residual_TH
+
+
 class SeparateSums:
     """A collective, and the norm; see `RowSums`."""
 
@@ -57,12 +84,13 @@ class SeparateSums:
 
     def add_rms_norm(
         self,
-        x_TH: torch.Tensor,
+        rows: Rows,
         residual_TH: torch.Tensor,
         weight_H: torch.Tensor,
         operations: Operations,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return operations.add_rms_norm(self._collectives.all_reduce(x_TH), residual_TH, weight_H)
+        x_TH = self._collectives.all_reduce(rows(None))
+        return operations.add_rms_norm(x_TH, residual_TH, weight_H)
 
 
 class FusedSums:
@@ -74,14 +102,14 @@ class FusedSums:
 
     def add_rms_norm(
         self,
-        x_TH: torch.Tensor,
+        rows: Rows,
         residual_TH: torch.Tensor,
         weight_H: torch.Tensor,
         operations: Operations,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if len(x_TH) > self._rooms.capacity:
-            return self._larger.add_rms_norm(x_TH, residual_TH, weight_H, operations)
-        x_TH = x_TH.contiguous()
+        if len(residual_TH) > self._rooms.capacity:
+            return self._larger.add_rms_norm(rows, residual_TH, weight_H, operations)
+        x_TH = rows(None).contiguous()
         sum_add_rms_norm(x_TH, self._rooms, self._room, residual_TH, weight_H, self._epsilon)
         # A step has two for each layer, so graphs that are replayed in any order keep the turns.
         self._room = (self._room + 1) % ROOMS

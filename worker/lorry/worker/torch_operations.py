@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import linear
 
 from lorry.kernels.activation import swiglu_reference
 from lorry.kernels.lora import AdapterTables
@@ -15,6 +14,7 @@ from lorry.kernels.rope import QkNorm, rope_write_kv_reference
 from lorry.rpc.model_families import DecoderOptions
 from lorry.worker.lora_strategies import LoraStrategy
 from lorry.worker.operations import HeadNorms, Projection
+from lorry.worker.products import torch_linear
 from lorry.worker.step_input import StepInput
 
 
@@ -77,10 +77,15 @@ class TorchOperations:
         )
 
     def project(
-        self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
+        self,
+        x_TI: torch.Tensor,
+        base: Projection,
+        group: int,
+        layer: int,
+        onto_TO: torch.Tensor | None = None,
     ) -> Sequence[torch.Tensor]:
         widths = self._pool.layout.local_geometry.group_widths(group)
-        outputs = torch.split(linear(x_TI, *base), widths, dim=1)
+        outputs = torch.split(torch_linear(x_TI, *base, onto_TO=onto_TO), widths, dim=1)
         self._lora.add(
             x_TI, outputs, group, self._pool, self._adapters, layer, self._step.lora_tiles
         )

@@ -1,11 +1,10 @@
 """The operations of a step by Triton kernels over the step buffers of a bucket."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn.functional import linear
 
 from lorry.kernels.activation import swiglu
 from lorry.kernels.launch_settings import LORA, invariant_lora_setting, lora_setting
@@ -22,7 +21,7 @@ from lorry.rpc.model_families import DecoderOptions
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.lora_sharing import LoraSharing
 from lorry.worker.operations import HeadNorms, Product, Projection
-from lorry.worker.products import fastest_linear, invariant_linear
+from lorry.worker.products import fastest_linear, invariant_linear, torch_linear
 from lorry.worker.side_stream import IN_ORDER, SideStream
 from lorry.worker.step_attention import (
     AttendedRows,
@@ -50,7 +49,7 @@ class DeviceState:
     lora: LoraSharing
     lora_works: Sequence[LoraWork]  # by ascending max_rows
     side: SideStream
-    product: Product = linear
+    product: Product = torch_linear
 
     def lora_work(self, rows: int) -> LoraWork:
         """The one that was tuned for steps of `rows` rows."""
@@ -168,7 +167,8 @@ class TritonOperations:
     def _project_rotating(self, x_TI: torch.Tensor, base: Projection, layer: int) -> torch.Tensor:
         """`project_qkv` of rows that may have adapters, without head norms."""
         state, work = self._state, self._lora_work
-        y_STY, qkv_TO = self._shrink_beside_product(x_TI, base, QKV, layer)
+        multiply = partial(state.product, x_TI, *base)
+        y_STY, qkv_TO = self._shrink_beside(multiply, x_TI, QKV, layer)
         expand_rope_write_kv(
             qkv_TO,
             state.cos_sin_L2D,
@@ -190,20 +190,26 @@ class TritonOperations:
         return out_TQD
 
     def project(
-        self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
+        self,
+        x_TI: torch.Tensor,
+        base: Projection,
+        group: int,
+        layer: int,
+        onto_TO: torch.Tensor | None = None,
     ) -> Sequence[torch.Tensor]:
         state, work = self._state, self._lora_work
         widths = state.pool.layout.local_geometry.group_widths(group)
+        multiply = partial(state.product, x_TI, *base, onto_TO=onto_TO)
         if group not in self._groups:
-            return torch.split(state.product(x_TI, *base), widths, dim=1)
-        y_STY, product_TO = self._shrink_beside_product(x_TI, base, group, layer)
+            return torch.split(multiply(), widths, dim=1)
+        y_STY, product_TO = self._shrink_beside(multiply, x_TI, group, layer)
         outputs = torch.split(product_TO, widths, dim=1)
         shared = state.lora.share(y_STY, outputs, group)
         lora_expand_add(shared.outputs, group, state.pool, state.tables, layer, work, shared.y)
         return outputs
 
-    def _shrink_beside_product(
-        self, x_TI: torch.Tensor, base: Projection, group: int, layer: int
+    def _shrink_beside(
+        self, multiply: Callable[[], torch.Tensor], x_TI: torch.Tensor, group: int, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial sums of the products with A, and the base model's product.
 
@@ -214,13 +220,13 @@ class TritonOperations:
         shrink = partial(lora_shrink, x_TI, group, state.pool, state.tables, layer, self._lora_work)
         side.fork()
         if ROWS_BEFORE_PRODUCT < rows <= ROWS_BESIDE_PRODUCT:
-            product_TO = state.product(x_TI, *base)
+            product_TO = multiply()
             with side.launches():
                 y_STY = shrink()
         else:
             with side.launches():
                 y_STY = shrink()
-            product_TO = state.product(x_TI, *base)
+            product_TO = multiply()
         side.join()
         return y_STY, product_TO
 
