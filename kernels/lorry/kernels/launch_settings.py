@@ -58,8 +58,8 @@ PREFILL_FP32 = replace(
 )
 SMALL_FP32 = replace(SMALL, block_tokens=16)
 
-# By the largest number of rows of a step. Tiles of 32 rows take 10 of 230 us a layer more where a
-# step of 1024 rows has prompts and decodes of 200 adapters, since most tiles are not full.
+# By the largest number of rows of a step. Tiles of 32 rows are slower, for prompts too, once a step
+# has many adapters: most of their tiles are not full.
 LORA = {
     16: LoraSetting(
         tile_rows=16,
