@@ -59,11 +59,11 @@ class PagePool:
         assert count <= self.free, f"{count} pages of {self.free}"
         pages: list[int] = []
         while len(pages) < count:
-            page = heapq.heappop(self._low)
-            self._in_low[page] = False
-            if self._use[page] == PageUse.FREE:
-                pages.append(page)
-                self._use[page] = PageUse.KV
+            lowest = np.array([heapq.heappop(self._low) for _ in range(count - len(pages))])
+            self._in_low[lowest] = False
+            lowest = lowest[self._use[lowest] == PageUse.FREE]
+            self._use[lowest] = PageUse.KV
+            pages += lowest.tolist()
         self._count[PageUse.FREE] -= count
         self._count[PageUse.KV] += count
         return pages

@@ -160,13 +160,18 @@ class Scheduler:
         table = self.table
         decoding = self._running.decoding_rows()
         full = table.num_computed_R[decoding] >= table.num_pages_R[decoding] * table.page_tokens
-        room.make(int(full.sum()))  # for all at once, since it sorts what may go
-        stalled = set[int]()
-        for row in sorted(decoding[full].tolist(), key=table.number_R.__getitem__):
-            if table.is_decoding_R[row] and not self._grow(row, plan, room):
-                stalled.add(row)
+        growing = decoding[full][np.argsort(table.number_R[decoding[full]])]
+        if room.make(len(growing)):
+            table.append_page_each(growing, self.pool.allocate_kv(len(growing)))
+            rows.add_decodes(decoding)
+            return
+        stalled = [row for row in growing.tolist() if not self._grow_in_turn(row, plan, room)]
         ready = self._running.decoding_rows()
-        rows.add_decodes(ready[~np.isin(ready, list(stalled))] if stalled else ready)
+        rows.add_decodes(ready[~np.isin(ready, stalled)])
+
+    def _grow_in_turn(self, row: int, plan: Plan, room: Room) -> bool:
+        """`_grow` of a row that an older one may have preempted."""
+        return not self.table.is_decoding_R[row] or self._grow(row, plan, room)
 
     def _grow(self, row: int, plan: Plan, room: Room) -> bool:
         """Give the row a page, if need be a newer sequence's; False if it must wait for one."""

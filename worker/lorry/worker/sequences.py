@@ -121,6 +121,11 @@ class SequenceTable:
         self.block_table_RP[row, count : count + len(pages)] = pages
         self.num_pages_R[row] = count + len(pages)
 
+    def append_page_each(self, rows: np.ndarray, pages: list[int]) -> None:
+        """A page for each of the rows."""
+        self.block_table_RP[rows, self.num_pages_R[rows]] = pages
+        self.num_pages_R[rows] += 1
+
     def pages_short(self, row: int, tokens: int) -> int:
         """Pages that the row lacks to hold `tokens` tokens."""
         return max(0, -(-tokens // self.page_tokens) - int(self.num_pages_R[row]))
