@@ -5,7 +5,7 @@
 # reached; the other parts take from its folder what a machine with only torch and triton lacks.
 set -eu
 cd "$(dirname "$0")/.."
-PARTS="wheels kernel-tests engine-tests tp-tests rates latency llama-3-8b llama-3-8b-mixed llama-2-7b llama-2-7b-mixed"
+PARTS="wheels kernel-tests engine-tests tp-tests rates tune-products latency llama-3-8b llama-3-8b-mixed llama-2-7b llama-2-7b-mixed"
 PARTS="$PARTS live cold-tiers ablation ablation-invariant ablation-launches fused merged packed peft paper-7b paper-13b"
 PARTS="$PARTS tp-rates tp-bench tp-bench-30b tp-bench-70b"
 PACKAGES="cffi crc32c cryptography cyclopts docstring_parser execnet googleapis-common-protos
@@ -104,6 +104,10 @@ rates)
 	bench products
 	bench kernels
 	bench copies --model llama-3-8b
+	;;
+tune-products) # 35 s a model; the table is to be brought back to its place
+	cp worker/lorry/worker/product_algorithms.json "$results"
+	bench tune_products --table "$results/product_algorithms.json"
 	;;
 latency)
 	bench step --model llama-3-8b

@@ -74,16 +74,9 @@ class Body:
         product_TI = _random(most, geometry.intermediate, like)
         self._inputs = {"qkv": self.x_TH, "o": mixed_TQ, "gate_up": self.x_TH, "down": product_TI}
 
-    def run(
-        self,
-        rows: int,
-        products: Sequence[str],
-        multiply: Product = torch_linear,
-        layers: int | None = None,
-    ) -> None:
-        """Of all layers, or the first `layers`."""
+    def run(self, rows: int, products: Sequence[str], multiply: Product = torch_linear) -> None:
         inputs = {product: self._inputs[product][:rows] for product in products}
-        for layer in self._layers[:layers]:
+        for layer in self._layers:
             for product, input_TI in inputs.items():
                 multiply(input_TI, *getattr(layer, product))
 
