@@ -1,8 +1,11 @@
 """The directory of a store: what is durable, what is cleaned up, who may open it."""
 
 import os
+import resource
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +13,7 @@ from lorry.adapter_store import durable
 from lorry.adapter_store.file_backend import FileBackend
 from lorry.adapter_store.peft_config import resolve
 from lorry.adapter_store.records import Content, UploadRecord
-from lorry.rpc.errors import StoreFull, VersionNotFound
+from lorry.rpc.errors import StoreFull, StoreUnavailable, VersionNotFound
 from lorry.rpc.names import AdapterName
 from tests.support.adapters import TINY, lora_config
 
@@ -55,6 +58,47 @@ def test_uploads_and_contents_are_found_again(tmp_path: Path) -> None:
     backend.drop(DIGEST)
     with pytest.raises(VersionNotFound), backend.weights(DIGEST):
         raise AssertionError
+    backend.close()
+
+
+class Pieces(FileIO):
+    """A file that notes how many bytes each write has."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.sizes: list[int] = []
+
+    def write(self, data: Any) -> int:
+        self.sizes.append(len(data))
+        return super().write(data)
+
+
+def test_a_chunk_is_written_in_pieces_between_which_others_run(tmp_path: Path) -> None:
+    chunk = bytes(range(256)) * 1000
+    with Pieces(tmp_path / "part") as file:
+        durable.write_in_pieces(file, chunk)
+    assert file.sizes == [65536, 65536, 65536, 59392]
+    assert (tmp_path / "part").read_bytes() == chunk
+
+
+def test_nothing_stays_of_a_chunk_whose_last_piece_finds_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "WRITE_BYTES", 2)
+    backend = opened(tmp_path)
+    backend.create_upload(UPLOAD)
+    backend.append(UPLOAD.key, 0, b"a")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, before[1]))
+    try:
+        with pytest.raises(StoreUnavailable):
+            backend.append(UPLOAD.key, 1, b"bcdef")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    backend.append(UPLOAD.key, 1, b"bcdef")
+    backend.keep(UPLOAD.key, DIGEST, Content(SPEC, 7))
+    with backend.weights(DIGEST) as (_, path):
+        assert path.read_bytes() == b"abcdef"
     backend.close()
 
 

@@ -4,9 +4,23 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 from lorry.rpc.errors import StoreFull, StoreUnavailable
+
+# A kernel that preempts none of its calls gives the processor to nobody else during one. Where a
+# virtual machine first gets the memory from its host, a MiB written at once keeps it for 2.4 ms.
+WRITE_BYTES = 64 << 10
+
+
+def write_in_pieces(file: FileIO, data: bytes | memoryview) -> None:
+    """Write all of it to an unbuffered file, with room for others between the pieces."""
+    view = memoryview(data)
+    for start in range(0, len(view), WRITE_BYTES):
+        piece = view[start : start + WRITE_BYTES]
+        if file.write(piece) != len(piece):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def sync_directory(directory: Path) -> None:

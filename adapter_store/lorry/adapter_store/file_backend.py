@@ -9,7 +9,6 @@ quarantine/DIGEST/      what a version was found damaged as
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -20,7 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorry.adapter_store.backend import Loaded, Position, StoredUpload, UnderWay
-from lorry.adapter_store.durable import disk_errors, sync_directory, sync_file, write_durably
+from lorry.adapter_store.durable import (
+    disk_errors,
+    sync_directory,
+    sync_file,
+    write_durably,
+    write_in_pieces,
+)
 from lorry.adapter_store.journal import Journal
 from lorry.adapter_store.lora import LoraSpec
 from lorry.adapter_store.records import (
@@ -144,8 +149,7 @@ class FileBackend:
         with disk_errors(), (self._uploads / key / PART).open("ab", buffering=0) as file:
             start = file.tell()
             try:
-                if file.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                write_in_pieces(file, data)
             except OSError:
                 file.truncate(start)
                 raise
