@@ -5,8 +5,11 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
+import ml_dtypes
 import pytest
 
 from lorry.adapter_store import builders as module
@@ -14,10 +17,11 @@ from lorry.adapter_store.builders import Builders
 from lorry.adapter_store.peft_config import resolve
 from lorry.kernels.page_layout import Dtype
 from lorry.rpc.errors import AdapterInvalid, LorryError, StoreUnavailable
-from tests.support.adapters import TINY, lora_config
+from tests.support.adapters import TINY, lora_config, lora_files, lora_tensors
 from tests.support.waiting import until
 
 CONFIG = lora_config()
+PAGES_OF_A_MEBIBYTE = 256
 # Backtracks for longer than anyone waits, on names like model.layers.0.self_attn.q_proj.
 ENDLESS = lora_config(targets=r"((((m|mo|o|d|e|l|\.|\w)+)+)+)+!")
 
@@ -121,6 +125,35 @@ async def test_a_niceness_counts_against_the_store_itself() -> None:
     assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, store_niceness + 10)
     assert os.getsid(pid) == os.getsid(0)
     await nice.close()
+
+
+async def test_checks_take_their_arrays_from_memory_that_was_freed(tmp_path: Path) -> None:
+    """Page faults of a process that others wait for as long as each takes."""
+    geometry = replace(TINY, layers=4, hidden=4096, heads=64, head_dim=64)
+    config = lora_config(r=64, targets=["q_proj"])
+    tensors = lora_tensors(config, geometry, dtype=ml_dtypes.bfloat16)
+    weights = lora_files(config, tensors)[1]
+    path = tmp_path / "weights"
+    path.write_bytes(weights)
+    pool = Builders(geometry, processes=1)
+    faults = [0]
+    for _ in range(3):
+        await pool.check_weights(
+            path,
+            num_bytes=len(weights),
+            sha256=sha256(weights).digest(),
+            spec=resolve(config, geometry),
+            dtype=Dtype.FP32,
+        )
+        faults.append(page_faults(*pids(pool)))
+    await pool.close()
+    mebibytes_cast = 2 * geometry.layers
+    assert faults[3] - faults[2] < mebibytes_cast * PAGES_OF_A_MEBIBYTE / 2
+
+
+def page_faults(pid: int) -> int:
+    """Of a process so far; those that took no disk."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
 
 
 async def test_ctrl_c_at_the_store_leaves_its_processes_alone(builders: Builders) -> None:

@@ -27,6 +27,7 @@ from lorry.adapter_store.safetensors_file import SafetensorsFile
 from lorry.adapter_store.weights import check_weights
 from lorry.kernels.page_layout import Dtype, ModelGeometry
 from lorry.rpc.errors import DigestMismatch, LorryError
+from lorry.rpc.heap import keep_freed_memory
 from lorry.rpc.status import to_status
 
 Request = Mapping[str, Any]
@@ -101,6 +102,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     geometry = ModelGeometry(**json.loads(sys.argv[1]))
     os.nice(int(sys.argv[2]))
+    # Each tensor's arrays are new pages else: 45,000, and 140 ms and not 70 to check 80 MiB.
+    keep_freed_memory()
     for line in sys.stdin:
         request = json.loads(line)
         signal.alarm(request["limit_s"])
