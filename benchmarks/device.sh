@@ -71,13 +71,13 @@ esac
 case "$1" in
 kernel-tests)
 	tests --numprocesses 8 tests/gpu/test_kernels.py tests/gpu/test_widths.py tests/gpu/test_sampling.py \
-		tests/gpu/test_repeats.py tests/gpu/test_rank_sum.py
+		tests/gpu/test_repeats.py tests/gpu/test_rank_sum.py tests/gpu/test_products.py
 	python3 -m tests.gpu.sanitize memcheck racecheck
 	;;
 engine-tests)
 	tests tests/gpu --ignore tests/gpu/test_kernels.py --ignore tests/gpu/test_widths.py \
 		--ignore tests/gpu/test_sampling.py --ignore tests/gpu/test_repeats.py \
-		--ignore tests/gpu/test_rank_sum.py \
+		--ignore tests/gpu/test_rank_sum.py --ignore tests/gpu/test_products.py \
 		--ignore tests/gpu/test_tensor_parallel.py
 	;;
 tp-tests) # on two GPUs; a rank that fails or hangs leaves both ranks' tracebacks

@@ -4,6 +4,7 @@ Shape suffixes: T = rows of the step, I = input width, O = output width.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from lorry.worker.operations import Product
 # By GPU and version of cublasLt; `python -m benchmarks.tune_products` writes it.
 ALGORITHMS = Path(__file__).with_name("product_algorithms.json")
 ALIGNMENT = 256  # bytes, of what the algorithms were asked for
+
+log = logging.getLogger(__name__)
 
 
 def torch_linear(
@@ -39,19 +42,29 @@ def fastest_linear(device: torch.device, dtype: torch.dtype) -> Product:
     """By the algorithms that were measured as the fastest on such a GPU, else torch's."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return torch_linear
-    library = CublasLt(device)
-    algorithms = measured_algorithms(torch.cuda.get_device_name(device), library.version)
+    try:
+        library = CublasLt(device)
+    except OSError as error:  # a torch that brings its own
+        log.warning("products are by the algorithms that torch takes: %s", error)
+        return torch_linear
+    gpu = torch.cuda.get_device_name(device)
+    algorithms = measured_algorithms(gpu, library.version)
+    log.info(
+        "%d shapes of products have algorithms measured on %s with cublasLt %d",
+        len(algorithms),
+        gpu,
+        library.version,
+    )
     return FastestLinear(library, algorithms) if algorithms else torch_linear
 
 
 def measured_algorithms(gpu: str, version: int, path: Path = ALGORITHMS) -> Mapping[Shape, int]:
     """By shape, the number of the fastest algorithm, where it is not cuBLAS's first."""
-    measured = json.loads(path.read_text()).get(f"{gpu}, cublasLt {version}", {})
-    return {
-        (int(rows), *map(int, weight.split("x"))): algorithm  # type: ignore[misc]
-        for weight, by_rows in measured.items()
-        for rows, algorithm in by_rows.items()
-    }
+    measured, found = json.loads(path.read_text()), dict[Shape, int]()
+    for weight, by_rows in measured.get(f"{gpu}, cublasLt {version}", {}).items():
+        outputs, inputs = map(int, weight.split("x"))
+        found |= {(int(rows), outputs, inputs): number for rows, number in by_rows.items()}
+    return found
 
 
 class FastestLinear:
