@@ -105,9 +105,9 @@ rates)
 	bench kernels
 	bench copies --model llama-3-8b
 	;;
-tune-products) # 35 s a model; the table is to be brought back to its place
-	cp worker/lorry/worker/product_algorithms.json "$results"
-	bench tune_products --table "$results/product_algorithms.json"
+tune-products) # 35 s a model; changes the worker's table, of which another directory gets a copy
+	bench tune_products
+	[ -z "${2:-}" ] || cp worker/lorry/worker/product_algorithms.json "$2"
 	;;
 latency)
 	bench step --model llama-3-8b

@@ -23,7 +23,7 @@ def operands(gpu, shape):
     return torch.randn(rows, inputs).to(gpu, BF16), torch.randn(outputs, inputs).to(gpu, BF16)
 
 
-def inputs_deviation(shape):
+def deviation_of_sums(shape):
     """The standard deviation of a sum of as many products."""
     return shape[2] ** 0.5
 
@@ -33,7 +33,7 @@ def test_every_algorithm_of_a_shape_is_right_and_repeats_bit_for_bit(gpu, shape)
     library, (x, weight) = CublasLt(gpu), operands(gpu, shape)
     exact = linear(x.double(), weight.double())
     assert library.count(shape) > 0
-    residual = torch.randn(exact.shape).to(gpu, BF16) * inputs_deviation(shape)
+    residual = torch.randn(exact.shape).to(gpu, BF16) * deviation_of_sums(shape)
     for algorithm in range(library.count(shape)):
         product = library.product(x, weight, algorithm)
         assert relative_error(product, exact) < TOLERANCE[BF16]

@@ -6,7 +6,6 @@ from lorry.worker.side_stream import IN_ORDER
 from lorry.worker.step_attention import AttendedRows, CachedSequences, balanced_attention
 from tests.support.kernel_cases import LAYER, TOLERANCE, layout_of, relative_error, store_sequences
 
-CPU = torch.device("cpu")
 LENGTHS = [(70, 1), (33, 3), (5, 1)]
 
 
@@ -14,7 +13,7 @@ def test_steps_of_any_number_of_rows_match_the_reference() -> None:
     """Of few rows by one kernel, of more by two forms of another."""
     layout = layout_of("tiny", torch.float32)
     shape = layout.geometry
-    sequences = store_sequences(LENGTHS, layout, CPU, padding=1)
+    sequences = store_sequences(LENGTHS, layout, torch.device("cpu"), padding=1)
     cached = CachedSequences(sequences.pool, sequences.block_table_SP)
     attention = balanced_attention(cached, [None, 20], IN_ORDER, max_rows=8)
     q_TQD = torch.randn(len(sequences.sequence_T), shape.heads, shape.head_dim)

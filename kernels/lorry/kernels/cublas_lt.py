@@ -156,7 +156,7 @@ class CublasLt:
         call: Callable[..., int] = getattr(self._library, f"cublasLt{name}")
         status = call(*arguments)
         if status:
-            raise CublasError(f"cublasLt{name} failed with status {status}")
+            raise CublasError(f"cublasLt{name} failed with status {status} of cublasStatus_t")
 
 
 def _address(tensor: torch.Tensor) -> ctypes.c_void_p:

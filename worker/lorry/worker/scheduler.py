@@ -160,7 +160,8 @@ class Scheduler:
         table = self.table
         decoding = self._running.decoding_rows()
         full = table.num_computed_R[decoding] >= table.num_pages_R[decoding] * table.page_tokens
-        growing = decoding[full][np.argsort(table.number_R[decoding[full]])]
+        growing = decoding[full]
+        growing = growing[np.argsort(table.number_R[growing])]
         if room.make(len(growing)):
             table.append_page_each(growing, self.pool.allocate_kv(len(growing)))
             rows.add_decodes(decoding)

@@ -21,7 +21,7 @@ from lorry.rpc.model_families import DecoderOptions
 from lorry.worker.lora_groups import LoraGroups
 from lorry.worker.lora_sharing import LoraSharing
 from lorry.worker.operations import HeadNorms, Product, Projection
-from lorry.worker.products import fastest_linear, invariant_linear, torch_linear
+from lorry.worker.products import fastest_linear, invariant_linear
 from lorry.worker.side_stream import IN_ORDER, SideStream
 from lorry.worker.step_attention import (
     AttendedRows,
@@ -49,7 +49,7 @@ class DeviceState:
     lora: LoraSharing
     lora_works: Sequence[LoraWork]  # by ascending max_rows
     side: SideStream
-    product: Product = torch_linear
+    product: Product
 
     def lora_work(self, rows: int) -> LoraWork:
         """The one that was tuned for steps of `rows` rows."""
@@ -78,12 +78,14 @@ def allocate_device_state(
     side = SideStream(device)
     if batch_invariant:
         attention = invariant_attention(cached, windows, max_rows=max_rows)
-        lora_settings = {max_rows: invariant_lora_setting(dtype)}
+        settings = {max_rows: invariant_lora_setting(dtype)}
+        rotates, product = False, invariant_linear
     else:
         attention = balanced_attention(cached, windows, side, max_rows=max_rows)
         limits = sorted({min(limit, max_rows) for limit in LORA})
-        lora_settings = {rows: lora_setting(dtype, rows) for rows in limits}
-    rotates = fused and not options.qk_norm and can_expand_rope(pool.layout)
+        settings = {rows: lora_setting(dtype, rows) for rows in limits}
+        rotates = fused and not options.qk_norm and can_expand_rope(pool.layout)
+        product = fastest_linear(device, dtype)
     return DeviceState(
         pool=pool,
         tables=tables,
@@ -92,17 +94,11 @@ def allocate_device_state(
         attention=attention,
         lora=lora,
         lora_works=[
-            allocate_lora_work(
-                setting,
-                pool.layout,
-                max_rows=rows,
-                device=device,
-                rotates=rotates and not batch_invariant,
-            )
-            for rows, setting in lora_settings.items()
+            allocate_lora_work(setting, pool.layout, max_rows=rows, device=device, rotates=rotates)
+            for rows, setting in settings.items()
         ],
         side=side,
-        product=invariant_linear if batch_invariant else fastest_linear(device, dtype),
+        product=product,
     )
 
 
