@@ -9,7 +9,7 @@ from benchmarks.kernel_cases import Device, Measurement
 from benchmarks.timing import graph_us
 from lorry.kernels.activation import swiglu
 from lorry.kernels.logprobs import MAX_TOP, packed_logprobs, rank, unpacked, write_logprobs
-from lorry.kernels.norm import add_rms_norm
+from lorry.kernels.norm import rms_norm
 from lorry.kernels.rope import cos_sin_table, rope_write_kv
 from lorry.kernels.sampling import sample
 from lorry.kernels.truncation import truncate
@@ -51,10 +51,10 @@ def _copies(launch: Callable[[int], object]) -> float:
 
 def _norm(device: Device, rows: int) -> Measurement:
     hidden = device.pools[MODEL].layout.geometry.hidden
-    x, residual, out = (_randn(device, COPIES, rows, hidden) for _ in range(3))
+    x, out = (_randn(device, COPIES, rows, hidden) for _ in range(2))
     weight = _randn(device, hidden)
-    us = _copies(lambda c: add_rms_norm(x[c], residual[c], weight, EPS, out[c]))
-    return Measurement(f"add + RMSNorm, {rows} rows", us, 4 * x[0].nbytes)
+    us = _copies(lambda c: rms_norm(x[c], weight, EPS, out[c]))
+    return Measurement(f"RMSNorm, {rows} rows", us, 2 * x[0].nbytes)
 
 
 def _swiglu(device: Device, rows: int) -> Measurement:
