@@ -11,8 +11,8 @@ def step_figures(rows: list[Result]) -> Iterator[str]:
         cases = row["metrics"]["cases"]
         case = max(cases, key=lambda case: (case["batch"], case["adapters"], -case["rank"]))
         yield (
-            f"- A decode step of {case['batch']} sequences at context {case['mean_context']}, "
-            f"{case['adapters']} adapters of rank {case['rank']} ({row['config']['model']}):"
+            f"- A decode step of batch {case['batch']} at context {case['mean_context']}, "
+            f"adapters: {case['adapters']}, rank {case['rank']} ({row['config']['model']}):"
         )
         ideal = f", ideal {case['ideal_ms']:.2f} ms" if "ideal_ms" in case else ""
         kernels = f", {case['kernels']:.0f} kernels" if "kernels" in case else ""

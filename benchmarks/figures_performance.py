@@ -35,7 +35,7 @@ PARTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
 }
 BETWEEN = (
-    ("RMS norms, two", "add + RMSNorm, 64 rows", 2),
+    ("RMS norms, two", "RMSNorm, 64 rows", 2),
     (ROPE, "RoPE + KV write, 64 rows", 1),
     ("SwiGLU", "SwiGLU, 64 rows", 1),
 )
