@@ -1,8 +1,10 @@
 """Plots of the engine's results; one whose results are missing is not made."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,9 +26,7 @@ def drawings(results: Callable[[str], list[Result]]) -> dict[str, list[tuple[str
     found = {
         "throughput.png": list(_throughput(engine, results("baselines.peft"))),
         "rank-mix.png": list(_rank_mixes(engine)),
-        "step-floor.png": [
-            (_title(row, "decode step"), _step(row)) for row in results("step") if _has_ideal(row)
-        ],
+        "step-floor.png": list(_steps(row for row in results("step") if _has_ideal(row))),
         "memory-split.png": [
             (f"{_title(row)}, {row['config']['adapters']} adapters", _memory(row))
             for row in engine
@@ -35,7 +35,10 @@ def drawings(results: Callable[[str], list[Result]]) -> dict[str, list[tuple[str
         "tensor-parallel.png": [
             (title, _bars(bars)) for title, bars in rank_panels(results("tensor_parallel"))
         ],
-        "ablation.png": [(_title(row), _ablation(row)) for row in results("ablation")],
+        "ablation.png": [
+            (_title(row, f"{row['config']['requests']} requests"), _ablation(row))
+            for row in results("ablation")
+        ],
     }
     return {name: panels for name, panels in found.items() if panels}
 
@@ -47,16 +50,26 @@ def draw_plots(
     directory.mkdir(parents=True, exist_ok=True)
     plots = drawings(results)
     for name, panels in plots.items():
-        figure = Figure(figsize=(min(13.0, 2.0 + 4.6 * len(panels)), 3.8), layout="constrained")
-        for axes, (title, draw) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
-            draw(axes)
-            axes.set_title(title, fontsize=10)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
+        figure = _figure(panels, 8.0 if name == "step-floor.png" else 3.4)
         figure.savefig(directory / name, dpi=110, metadata={"Software": None})
     return list(plots)
+
+
+def _figure(panels: Sequence[tuple[str, Drawing]], height: float) -> Figure:
+    """A row of up to three panels, or rows of two."""
+    columns = len(panels) if len(panels) <= 3 else 2
+    rows = math.ceil(len(panels) / columns)
+    size = min(13.0, 2.0 + 4.6 * columns), 0.4 + height * rows
+    figure = Figure(figsize=size, layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (title, draw) in zip(places, panels, strict=False):
+        draw(axes)
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
+    return figure
 
 
 def _title(row: Result, what: str = "") -> str:
@@ -146,9 +159,19 @@ def _has_ideal(row: Result) -> bool:
     return all("ideal_ms" in case for case in row["metrics"]["cases"])
 
 
-def _step(row: Result) -> Drawing:
+def _steps(rows: Iterable[Result]) -> Iterator[tuple[str, Drawing]]:
+    """A panel of each card and model."""
+
+    def panel_of(row: Result) -> tuple[str, str]:
+        return row["device"], row["config"]["model"]
+
+    for (device, model), of in itertools.groupby(sorted(rows, key=panel_of), key=panel_of):
+        cases = [case for row in of for case in row["metrics"]["cases"]]
+        yield f"{model}, decode step, {device}", _beside_floors(cases)
+
+
+def _beside_floors(cases: Sequence[dict[str, Any]]) -> Drawing:
     def draw(axes: Axes) -> None:
-        cases = row["metrics"]["cases"]
         names = [f"{c['batch']}/{c['context']}/{c['adapters']}/{c['rank']}" for c in cases]
         axes.barh(names, [case["step_ms"] for case in cases], color=OURS, label="step")
         floors = [case["ideal_ms"] for case in cases]

@@ -7,16 +7,16 @@ the logarithm of their number, and a ring moves ``2 (N - 1) / N`` of the bytes o
 """
 
 import bisect
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks.building import CONFIGS
 from benchmarks.card import Card, Products, products_of
-from benchmarks.roofline import ITEM_BYTES, IdealModel
-from lorry.rpc.base_model import BaseModel
+from benchmarks.roofline import ITEM_BYTES, IdealModel, ideal_seconds
+from lorry.client.bench.trace import TraceSpec, make_trace
+from lorry.rpc.base_model import BaseModel, read_base_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +80,36 @@ def sums_ms(sum_us: Mapping[int, float], model: RankModel, rows: int, measured_s
     return (2 * model.layers + 1) * one_us / 1e3
 
 
-def find_collectives(device: str, directories: Sequence[Path]) -> dict[str, Any] | None:
-    """The newest result of this device."""
-    paths = [path for directory in directories for path in directory.glob("collectives-*.json")]
-    found = [json.loads(path.read_text()) for path in paths]
-    return max(
-        (result for result in found if result["device"] == device),
-        key=lambda result: str(result["date"]),
-        default=None,
-    )
+@dataclass(frozen=True, slots=True)
+class RankIdeal:
+    """What the ideal engine makes of the steps and the trace of `benchmarks.tensor_parallel`."""
+
+    card: Card
+    model: RankModel
+    ranks: Sequence[int]  # of the adapters, in turn
+
+    def step_ms(self, batch: int, context: int, adapters: int) -> float:
+        """Of one token of each sequence."""
+        ranks = [self.ranks[number % len(self.ranks)] for number in range(adapters)]
+        model = self.model
+        read = batch * context * model.kv_bytes + sum(ranks) * model.adapter_bytes_per_rank
+        products = self.card.products[model.name]
+        return products.ms(batch, batch) + read / self.card.bytes_per_s * 1e3
+
+    def req_per_s(self, spec: TraceSpec, pool_bytes: float) -> float:
+        """Of a trace whose requests are all there at once; each GPU has such a pool."""
+        trace = make_trace(spec)
+        seconds = ideal_seconds(self.card, self.model, trace, self.ranks, pool_bytes=pool_bytes)
+        return len(trace) / seconds
+
+
+def rank_ideal(
+    measured: Mapping[str, Any], model: str, size: int, ranks: Sequence[int]
+) -> RankIdeal | None:
+    """Of `size` GPUs; None where `measured`, of `benchmarks.collectives`, lacks their products."""
+    of_rank = rank_model(read_base_model(CONFIGS / model), size)
+    card = rank_card(measured, of_rank)
+    return None if card is None else RankIdeal(card, of_rank, ranks)
 
 
 def _sums(sums: Mapping[str, Mapping[str, float]]) -> dict[int, float]:

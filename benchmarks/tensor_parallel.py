@@ -21,22 +21,18 @@ from typing import Any
 
 from benchmarks.building import (
     CONFIGS,
-    GIB,
     built,
     device_name,
     engine_config,
     engine_parser,
     pool_gib,
 )
-from benchmarks.card import Card
 from benchmarks.driver import Driver
 from benchmarks.engine import distinct_prompts
 from benchmarks.launches import launches_of
 from benchmarks.other_ranks import other_ranks
 from benchmarks.random_images import TARGETS, RandomImages, image_directory
-from benchmarks.rank_ideal import RankModel, find_collectives, rank_card, rank_model
-from benchmarks.results_file import RESULTS, write_result
-from benchmarks.roofline import ideal_seconds
+from benchmarks.results_file import write_result
 from benchmarks.silent_rank import SILENT_COMMAND, silenced
 from benchmarks.step import PROFILED_STEPS, Case, decoding, measure
 from benchmarks.trace_run import TraceRun
@@ -79,38 +75,15 @@ def cases(arguments: argparse.Namespace, engine: Engine, images: RandomImages) -
     return found
 
 
-def steps(
-    arguments: argparse.Namespace, engine: Engine, images: RandomImages, cases: Sequence[Case]
-) -> list[Any]:
+def steps(engine: Engine, images: RandomImages, cases: Sequence[Case]) -> list[Any]:
     """Decode steps of the cases."""
     found = []
     for case in cases:
         with decoding(engine, images, case) as driver:
             row = {"batch": case.batch, "adapters": case.adapters} | measure(driver)
-        row |= ideal_step(arguments, case, row["mean_context"])
         found.append(row)
         _print(row)
     return found
-
-
-def ideal_card(arguments: argparse.Namespace) -> tuple[Card, RankModel] | None:
-    """What the ideal engine reckons with, where the GPUs' sums and products are known by now."""
-    device, directories = device_name(arguments.device), (RESULTS, arguments.directory)
-    measured = find_collectives(device, directories)
-    model = rank_model(read_base_model(CONFIGS / arguments.model), arguments.tensor_parallel)
-    card = None if measured is None else rank_card(measured, model)
-    return None if card is None else (card, model)
-
-
-def ideal_step(arguments: argparse.Namespace, case: Case, context: int) -> dict[str, float]:
-    found = ideal_card(arguments)
-    if found is None:
-        return {}
-    card, model = found
-    ranks = [arguments.ranks[n % len(arguments.ranks)] for n in range(case.adapters)]
-    read = case.batch * context * model.kv_bytes + sum(ranks) * model.adapter_bytes_per_rank
-    ideal = card.products[model.name].ms(case.batch, case.batch) + read / card.bytes_per_s * 1e3
-    return {"ideal_ms": ideal}
 
 
 def profiled(engine: Engine, images: RandomImages, cases: Sequence[Case]) -> list[Any]:
@@ -136,10 +109,6 @@ def trace(
     Driver(engine, images, []).evict_all()
     names = ("req_per_s", "out_tok_per_s", "steps", "adapter_loads", "preemptions", "ttft_s")
     metrics = {"adapters": adapters} | {name: metrics[name] for name in names}
-    if found := ideal_card(arguments):
-        pool_bytes = pool_gib(engine, images.layout) * GIB
-        seconds = ideal_seconds(*found, requests, arguments.ranks, pool_bytes=pool_bytes)
-        metrics["ideal_req_per_s"] = len(requests) / seconds
     print(f"trace with {adapters} adapters: {metrics['req_per_s']:.2f} req/s", flush=True)
     return metrics
 
@@ -161,7 +130,7 @@ def measure_all(arguments: argparse.Namespace, base_model: BaseModel) -> dict[st
         return {
             "pool_gib": round(pool_gib(engine, layout), 2),
             "pool_pages": engine.scheduler.pool.total,
-            "steps": steps(arguments, engine, images, fitting),
+            "steps": steps(engine, images, fitting),
             "traces": [trace(arguments, engine, images, n) for n in (0, arguments.adapters)],
             "launches": profiled(engine, images, fitting if arguments.device == "cuda" else ()),
         }

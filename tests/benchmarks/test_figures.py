@@ -63,8 +63,8 @@ def test_the_page_of_several_gpus_holds_what_the_results_say() -> None:
 
 def rank_result(size: int, lora: str | None, rate: float, **config: bool) -> dict[str, Any]:
     """Of steps at two batches, of which the larger has no room for adapters, and two traces."""
-    step = {"batch": 16, "step_ms": 7.0}
-    without_room = {"batch": 64, "adapters": 0, "step_ms": 8.0}
+    step = {"batch": 16, "mean_context": 512, "step_ms": 7.0}
+    without_room = {"batch": 64, "mean_context": 512, "adapters": 0, "step_ms": 8.0}
     return {
         "device": "a GPU",
         "date": "2026-01-02",
@@ -74,17 +74,17 @@ def rank_result(size: int, lora: str | None, rate: float, **config: bool) -> dic
             "tensor_parallel": size,
             "lora": lora,
             "ranks": [8, 16],
+            "adapters": 200,
             "context": 512,
+            "requests": 20,
+            "trace_seed": 42,
             "one_shot_sums": True,
         }
         | config,
         "metrics": {
-            "steps": [
-                step | {"adapters": 0},
-                step | {"adapters": 16, "ideal_ms": 6.0},
-                without_room,
-            ],
-            "traces": [{"req_per_s": 20.0}, {"req_per_s": rate, "ideal_req_per_s": 25.0}],
+            "pool_gib": 100.0,
+            "steps": [step | {"adapters": 0}, step | {"adapters": 16}, without_room],
+            "traces": [{"adapters": 0, "req_per_s": 20.0}, {"adapters": 200, "req_per_s": rate}],
             "launches": [{"batch": 16, "adapters": 16, "collectives_ms": 1.25}],
         },
     }
@@ -94,6 +94,7 @@ def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
     ranks = [
         rank_result(2, "slora", 17.0),
         rank_result(1, None, 9.0),
+        rank_result(2, "silent", 20.0),
         rank_result(2, "replicated", 19.0),
         rank_result(2, "replicated", 20.0, one_shot_sums=False),
     ]
@@ -101,13 +102,34 @@ def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
     collectives = ranks[0] | {"metrics": {"sums": sums}}
     found = {"tensor_parallel": ranks, "collectives": [collectives]}
     text = ranks_text(lambda benchmark: found.get(benchmark, []))
-    assert "| 2 | replicated | 16 | 7.00 | 7.00 | 6.00 | 1.25 | 20.00 | 19.00 | 25.00 |" in text
-    assert "| 2 | replicated | 64 | 8.00 | - | - | - | 20.00 | 19.00 | 25.00 |" in text
+    assert "| 2 | replicated | 16 | 7.00 | - | 7.00 | - | 1.25 |" in text
+    assert "| 2 | replicated | 64 | 8.00 | - | - | - | - |" in text
     assert "| 2 | replicated, sums by NCCL | 16 | 7.00 |" in text
+    assert "| 2 | replicated | 20.00 | - | 19.00 | - | -5.0% |" in text
+    assert "| 1 | one GPU | 20.00 | - | 9.00 | - | - |" in text
     assert "| 8,192 | 10.00 | - |" in text
+    assert "projected" not in text
     assert text.index("| 1 | one GPU") < text.index("| 2 | replicated") < text.index("| 2 | S-LoRA")
     plots = draw_plots(lambda benchmark: found.get(benchmark, []), tmp_path)
     assert plots == ["tensor-parallel.png"]
+
+
+def test_more_gpus_are_projected_at_the_share_of_the_ideal_that_was_measured() -> None:
+    products = {"llama-2-13b": {"body_ms": {"64": 0.1}, "head_ms": {"64": 0.01}}}
+    metrics = {
+        "copy_bytes_per_s": 4e12,
+        "sums": {"nccl_us": {"4096": 5.0, "100000000": 5.0}},
+        "products": {"2": products, "4": products},
+    }
+    collectives = rank_result(2, "replicated", 1.0) | {"metrics": metrics}
+    ranks = [rank_result(2, "replicated", 6.25)]
+    found = {"tensor_parallel": ranks, "collectives": [collectives]}
+    text = ranks_text(lambda benchmark: found.get(benchmark, []))
+    (measured,) = re.findall(r"\| 2 \| replicated \| \S+ \| \S+ \| 6.25 \| (\d+)% \|", text)
+    (row,) = re.findall(r"\| llama-2-13b \| 4 \| \S+ \| \S+ \| 200 \| (\S+) \| (\S+) \|", text)
+    ideal, projected = map(float, row)
+    assert 0 < float(measured) < 100
+    assert projected / ideal == pytest.approx(float(measured) / 100, abs=0.01)
 
 
 def test_what_one_kernel_computes_is_one_part_where_it_was_measured() -> None:
@@ -180,7 +202,7 @@ def test_each_kind_of_result_has_its_plot(tmp_path: Path) -> None:
     ]
     rows[1]["metrics"]["pool_pages"] = split | {"free": [9, 4]}
     case = {"batch": 64, "context": 1024, "adapters": 64, "rank": 16, "step_ms": 7, "ideal_ms": 6}
-    config = {"model": "llama-3-8b", "ranks": [16], "adapters": 200}
+    config = {"model": "llama-3-8b", "ranks": [16], "adapters": 200, "requests": 500}
     found: dict[str, list[dict[str, Any]]] = {
         "engine": rows,
         "step": [{"device": "a GPU", "config": config, "metrics": {"cases": [case]}}],

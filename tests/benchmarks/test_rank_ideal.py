@@ -3,9 +3,8 @@
 import pytest
 
 from benchmarks.building import CONFIGS
-from benchmarks.rank_ideal import rank_card, rank_model
-from benchmarks.roofline import ideal_seconds
-from lorry.client.bench.trace import TraceSpec, make_trace
+from benchmarks.rank_ideal import rank_card, rank_ideal, rank_model
+from lorry.client.bench.trace import TraceSpec
 from lorry.rpc.base_model import read_base_model
 
 MODEL = "llama-2-13b"
@@ -42,11 +41,21 @@ def test_a_rank_reads_its_share_of_the_cache_and_replicated_adapters() -> None:
 
 
 def test_a_trace_ends_sooner_where_sums_cost_nothing() -> None:
-    base_model, trace = read_base_model(CONFIGS / MODEL), make_trace(TraceSpec(requests=20))
-    seconds = []
+    rates = []
     for size in (2, 1):
-        model = rank_model(base_model, size)
-        card = rank_card(RESULT, model)
-        assert card is not None
-        seconds.append(ideal_seconds(card, model, trace, [16], pool_bytes=50e9))
-    assert seconds[0] > seconds[1] > 0
+        ideal = rank_ideal(RESULT, MODEL, size, [16])
+        assert ideal is not None
+        rates.append(ideal.req_per_s(TraceSpec(requests=20), pool_bytes=50e9))
+    assert 0 < rates[0] < rates[1]
+
+
+def test_a_step_reads_the_adapters_of_its_sequences_in_turn() -> None:
+    ideal = rank_ideal(RESULT, MODEL, 2, [8, 64])
+    assert ideal is not None
+    base_ms, three_ms = (ideal.step_ms(ROWS, 512, adapters) for adapters in (0, 3))
+    read_ms = (8 + 64 + 8) * ideal.model.adapter_bytes_per_rank / 4e12 * 1e3
+    assert three_ms - base_ms == pytest.approx(read_ms)
+
+
+def test_sizes_that_were_not_measured_have_no_ideal() -> None:
+    assert rank_ideal(RESULT, MODEL, 8, [16]) is None
