@@ -11,7 +11,7 @@ from benchmarks.figures_gpu import cold_figures, copies_figures, start_figures, 
 from benchmarks.figures_live import cold_tiers_figures, live_figures
 from benchmarks.figures_performance import performance_text
 from benchmarks.figures_plots import draw_plots, drawings
-from benchmarks.figures_ranks import ranks_text
+from benchmarks.figures_ranks import rank_figures, ranks_text
 from benchmarks.figures_reproduction import reproduction_text
 from benchmarks.figures_scheduling import DOCS, draw_scheduling, scheduling_text
 from benchmarks.figures_scheduling import TITLES as STUDIES
@@ -46,7 +46,9 @@ def figures(directory: Path = RESULTS) -> str:
     """README's section between the markers."""
     throughput = [*_plot_of_throughput(directory), *_told(THROUGHPUT, directory)]
     services = [*_told(OF_README, directory)]
-    between = ["Cold adapters, whole services, starts and faults:", ""] if services else []
+    between = (
+        ["Several GPUs, cold adapters, whole services, starts and faults:", ""] if services else []
+    )
     return "\n".join([*throughput, *between, *services]) + "\n"
 
 
@@ -127,6 +129,7 @@ def _soak(rows: list[Result]) -> Iterator[str]:
 
 THROUGHPUT: Parts = {"engine": engine_figures}
 OF_README: Parts = {
+    "tensor_parallel": rank_figures,
     "cold": cold_figures,
     "cold_tiers": cold_tiers_figures,
     "live": live_figures,

@@ -16,7 +16,7 @@ NAMES = {
     "slora": "S-LoRA's",
     "silent": "S-LoRA's, no exchange",
 }
-PROJECTED = "replicated"  # the worker's default
+DEFAULT = "replicated"  # of the worker
 BATCH = 64  # of a projected step
 
 
@@ -28,6 +28,19 @@ def ranks_text(results: Callable[[str], list[Result]]) -> str:
     plot = "![Requests a second by GPUs and how they share LoRA](figures/tensor-parallel.png)"
     tables = (*_models(rows, measured), *_projections(rows, measured), *_sums(measured))
     return "\n".join(["", plot, "", *tables])
+
+
+def rank_figures(rows: list[Result]) -> Iterator[str]:
+    """README's part: each model by its GPUs, as the worker does by default."""
+    by_model = dict[tuple[str, str], list[str]]()
+    for row in sorted(rows, key=_place):
+        config, (_, adapted) = row["config"], row["metrics"]["traces"]
+        if config["lora"] in (None, DEFAULT) and config["one_shot_sums"]:
+            told = f"{adapted['req_per_s']:.1f} on {config['tensor_parallel']}"
+            by_model.setdefault(_model(row), []).append(told)
+    models = (f"{model} {', '.join(of)} {device}" for (model, device), of in by_model.items())
+    yield f"- Requests a second with {rows[0]['config']['adapters']} adapters, by GPUs"
+    yield f"  ([docs/tensor-parallelism.md](docs/tensor-parallelism.md)): {'; '.join(models)}."
 
 
 def rank_panels(rows: Sequence[Result]) -> Iterator[tuple[str, list[tuple[str, float]]]]:
@@ -117,14 +130,14 @@ def _shares(row: Result, measured: Sequence[Result]) -> list[float | None]:
 
 def _projections(rows: Sequence[Result], measured: Sequence[Result]) -> Iterator[str]:
     """More GPUs than were measured, from the runs with most."""
-    runs = [row for row in rows if row["config"]["lora"] == PROJECTED]
+    runs = [row for row in rows if row["config"]["lora"] == DEFAULT]
     lines = [line for row in sorted(runs, key=_place) for line in _projection(row, measured)]
     if not lines:
         return
     yield "### More GPUs, projected"
     yield ""
     yield (
-        f"Adapters {PROJECTED}. Steps are the ideal engine's, of {BATCH} sequences, without and "
+        f"Adapters {DEFAULT}. Steps are the ideal engine's, of {BATCH} sequences, without and "
         f"with {BATCH} adapters; *projected* is its trace at the share of it that the measured "
         "GPUs reach, each with the pool that it had there."
     )
