@@ -35,7 +35,7 @@ def rank_figures(rows: list[Result]) -> Iterator[str]:
     by_model = dict[tuple[str, str], list[str]]()
     for row in sorted(rows, key=_place):
         config, (_, adapted) = row["config"], row["metrics"]["traces"]
-        if config["lora"] in (None, DEFAULT) and config["one_shot_sums"]:
+        if _is_default(row):
             told = f"{adapted['req_per_s']:.1f} on {config['tensor_parallel']}"
             by_model.setdefault(_model(row), []).append(told)
     models = (f"{model} {', '.join(of)} {device}" for (model, device), of in by_model.items())
@@ -130,8 +130,8 @@ def _shares(row: Result, measured: Sequence[Result]) -> list[float | None]:
 
 def _projections(rows: Sequence[Result], measured: Sequence[Result]) -> Iterator[str]:
     """More GPUs than were measured, from the runs with most."""
-    runs = [row for row in rows if row["config"]["lora"] == DEFAULT]
-    lines = [line for row in sorted(runs, key=_place) for line in _projection(row, measured)]
+    most = {_model(row): row for row in sorted(rows, key=_place) if _is_default(row)}
+    lines = [line for row in most.values() for line in _projection(row, measured)]
     if not lines:
         return
     yield "### More GPUs, projected"
@@ -153,7 +153,7 @@ def _projections(rows: Sequence[Result], measured: Sequence[Result]) -> Iterator
 
 def _projection(row: Result, measured: Sequence[Result]) -> Iterator[str]:
     config, share = row["config"], _shares(row, measured)[1]
-    sizes = [int(size) for of in measured for size in of["metrics"].get("products", ())]
+    sizes = [int(size) for of in measured for size in of["metrics"]["products"]]
     for size in sorted({size for size in sizes if size > config["tensor_parallel"]}):
         ideal = _ideal(row, measured, size)
         if ideal is None or share is None:
@@ -170,11 +170,14 @@ def _projection(row: Result, measured: Sequence[Result]) -> Iterator[str]:
 def _ideal(row: Result, measured: Sequence[Result], size: int | None = None) -> RankIdeal | None:
     """Of as many GPUs as the row has, or of `size`."""
     config = row["config"]
-    for of in measured:
-        if of["device"] == row["device"] and "products" in of["metrics"]:
-            gpus = size or config["tensor_parallel"]
-            return rank_ideal(of, config["model"], gpus, config["ranks"])
-    return None
+    of = next((of for of in measured if of["device"] == row["device"]), None)
+    if of is None:
+        return None
+    return rank_ideal(of, config["model"], size or config["tensor_parallel"], config["ranks"])
+
+
+def _is_default(row: Result) -> bool:
+    return row["config"]["lora"] in (None, DEFAULT) and row["config"]["one_shot_sums"]
 
 
 def _spec(row: Result, adapters: int) -> TraceSpec:

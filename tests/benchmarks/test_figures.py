@@ -99,7 +99,7 @@ def test_ranks_are_told_by_model_and_strategy(tmp_path: Path) -> None:
         rank_result(2, "replicated", 20.0, one_shot_sums=False),
     ]
     sums = {"nccl_us": {"4096": 9.0, "8192": 10.0}, "one_shot_us": {"4096": 5.0}}
-    collectives = ranks[0] | {"metrics": {"sums": sums}}
+    collectives = ranks[0] | {"metrics": {"sums": sums, "products": {}}}
     found = {"tensor_parallel": ranks, "collectives": [collectives]}
     text = ranks_text(lambda benchmark: found.get(benchmark, []))
     assert "| 2 | replicated | 16 | 7.00 | - | 7.00 | - | 1.25 |" in text
