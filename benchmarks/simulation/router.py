@@ -51,10 +51,6 @@ class SimulatedRouter:
         self._is_planning = False
         self._planned_s = float("inf")  # when it plans again though nothing happens
 
-    @property
-    def num_active(self) -> int:
-        return len(self._records)
-
     def attach(self, worker: SimulatedWorker) -> None:
         self._workers[worker.name] = worker
         attached = Worker(

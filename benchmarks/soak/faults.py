@@ -1,7 +1,6 @@
 """What is done to the services: adapters change all the time, and processes are killed."""
 
 import asyncio
-import contextlib
 import signal
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from benchmarks.soak.services import Services
 from lorry.client import Client
 from lorry.rpc.errors import AdapterNotFound, LorryError, RemoteError, StoreUnavailable
 from tests.support.processes import Service, ready
+from tests.support.waiting import set_within
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Faults:
 
     async def change_adapters(self, random: Random) -> None:
         async with self.services.client() as client:
-            while not await self._stopped_within(random.uniform(0.1, 1.0)):
+            while not await set_within(self.stopping, random.uniform(0.1, 1.0)):
                 adapter_id = random.choice(CHANGING)
                 try:
                     await self._change(client, random, adapter_id)
@@ -40,7 +40,7 @@ class Faults:
         kinds = [self._kill_worker, self._kill_engine, self._kill_store, self._drain_worker]
         turn = 0
         random.shuffle(kinds)
-        while not await self._stopped_within(random.uniform(*self.interval_s)):
+        while not await set_within(self.stopping, random.uniform(*self.interval_s)):
             await kinds[turn % len(kinds)](random)
             turn += 1
 
@@ -95,8 +95,3 @@ class Faults:
             self.violations.append(f"{what}: it exited with {status}")
         await service.start(service.address)
         await ready(service.address)
-
-    async def _stopped_within(self, timeout_s: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.stopping.wait(), timeout_s)
-        return self.stopping.is_set()

@@ -31,6 +31,7 @@ from lorry.rpc.status import from_rpc
 from lorry.v1 import inference_service_pb2 as pb
 from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.support.command import child_environment
+from tests.support.waiting import set_within
 
 PATIENCE_S = 60.0
 # What a fault may do to any request, though it was right and its adapter is there.
@@ -88,7 +89,7 @@ class Traffic:
 
     async def run_killed(self, random: Random) -> None:
         """Now and then a whole client process, killed while it streams."""
-        while not await self._stopped_within(random.uniform(5, 20)):
+        while not await set_within(self.stopping, random.uniform(5, 20)):
             self.tally.killed += STREAMS_OF_KILLED
             client = await asyncio.create_subprocess_exec(
                 *[sys.executable, "-m", "tests.support.streaming_client"],
@@ -103,11 +104,6 @@ class Traffic:
             with contextlib.suppress(ProcessLookupError):
                 client.kill()
             await client.wait()
-
-    async def _stopped_within(self, timeout_s: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.stopping.wait(), timeout_s)
-        return self.stopping.is_set()
 
     async def _patient(self, client: Client, random: Random) -> None:
         await self._stream("patient", client, random)

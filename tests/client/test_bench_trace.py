@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ from lorry.client.bench.trace import (
     Burst,
     TraceRequest,
     TraceSpec,
-    delayed,
     make_trace,
     merged,
     until,
@@ -65,11 +65,12 @@ def test_tenants_have_their_shares() -> None:
     assert sum(r.tenant == "b" for r in trace) == pytest.approx(3000, rel=0.05)
 
 
-def test_traces_are_cut_delayed_and_merged_by_arrival() -> None:
+def test_traces_are_cut_and_merged_by_arrival() -> None:
     trace = make_trace(TraceSpec(requests=100))
     early = until(trace, 20.0)
     assert 0 < len(early) < 100
-    both = merged(early, delayed(early, 10.0))
+    late = [replace(request, arrival_s=request.arrival_s + 10.0) for request in early]
+    both = merged(late, early)
     assert len(both) == 2 * len(early)
     assert both == sorted(both, key=lambda r: r.arrival_s)
 

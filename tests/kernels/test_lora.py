@@ -1,13 +1,17 @@
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from lorry.kernels.lora import LoraWeights
+from lorry.kernels.lora_expand import DEALT_COLUMNS, lora_expand_add
 from lorry.kernels.lora_plan import LoraSetting, allocate_lora_work, plan_lora
-from lorry.kernels.page_layout import GROUPS, MODULES, PageLayout
+from lorry.kernels.page_layout import GROUPS, MODULES, QKV, PageLayout, TpStrategy
 from tests.support.kernel_cases import (
     DTYPES,
+    LAYER,
     MIXED_ADAPTERS,
     Adapter,
     geometry,
@@ -55,6 +59,36 @@ def test_lora_of_odd_widths_matches_the_reference(device, name, tp_size):
     pool, tables = store_adapters(adapters, layout_of(name, torch.float32, tp_size), device)
     setting = replace(SETTING, shrink_splits=1)
     check_lora([0, 1, 1], pool, tables, setting, groups=(0,))
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_expand_of_dealt_ranks_stays_in_narrow_row_units(device, num_rows):
+    """Of rows of A that lie on two ranks, with settings that allow wider pieces than a row unit."""
+    size, rank = 2, 5
+    layout = PageLayout(
+        geometry=geometry(192, 8, 4, 32, 320),
+        dtype=DTYPES[torch.float16],
+        tp_size=size,
+        tp_strategy=TpStrategy.SLORA,
+    )
+    setting = replace(SETTING, expand_columns=256)
+    widths = layout.local_geometry.group_widths(QKV)
+    assert layout.row_unit < min(setting.expand_columns, DEALT_COLUMNS, widths[0])
+    pool, tables = store_adapters((Adapter(MODULES, rank),), layout, device)
+    work = allocate_lora_work(setting, layout, max_rows=num_rows, device=device)
+    plan_lora(torch.zeros(num_rows, dtype=torch.int32, device=device), tables, work)
+    y_MTR = torch.randn(len(widths), num_rows, rank, device=device).half().float()
+    rows_of_a = layout.a_rows("q_proj", rank)
+    y_NTY = torch.zeros(size, num_rows, len(widths) * rows_of_a, device=device)
+    for module, row in itertools.product(range(len(widths)), range(rank)):
+        y_NTY[row % size, :, module * rows_of_a + row // size] = y_MTR[module, :, row]
+    outputs = [torch.zeros(num_rows, width, dtype=torch.float16, device=device) for width in widths]
+    lora_expand_add(outputs, QKV, pool, tables, LAYER, work, y_NTY)
+    for module, output, y_TR in zip(GROUPS[QKV], outputs, y_MTR, strict=True):
+        weights = LoraWeights(pool, tables, LAYER, module, torch.zeros(1, dtype=torch.int64))
+        scale = tables.scale_SLX[0, LAYER, MODULES.index(module)]
+        expected = weights.expand(y_TR[None], output.shape[1])[0] * scale
+        torch.testing.assert_close(output.float(), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_lora_whose_rows_of_a_lie_in_many_pages_matches_the_reference(device):

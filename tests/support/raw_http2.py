@@ -64,12 +64,6 @@ class RawHttp2:
                 self._news.clear()
                 await self._news.wait()
 
-    async def until_closed(self, *, timeout_s: float = 60.0) -> None:
-        async with asyncio.timeout(timeout_s):
-            while not self.closed:
-                self._news.clear()
-                await self._news.wait()
-
     async def read(self) -> None:
         try:
             while data := await self._reader.read(1 << 16):

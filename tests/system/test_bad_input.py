@@ -50,6 +50,7 @@ from tests.support.command import REPO
 from tests.support.guarded_stack import TENANTS, GuardedStack, method_address, token
 from tests.support.processes import ready
 from tests.support.services import METHODS
+from tests.support.streams import streamed
 
 REVERSE = REPO / "demo" / "adapters" / "reverse"
 CONFIG: dict[str, Any] = json.loads((REVERSE / "adapter_config.json").read_text())
@@ -81,17 +82,12 @@ class Bystander:
 
     async def run(self) -> None:
         while not self._stopping:
-            assert await streamed(self._client) == self._expected
+            assert await streamed(self._client, BYSTANDER) == self._expected
             self.num_streams += 1
 
     def stop(self) -> None:
         """After the stream that runs."""
         self._stopping = True
-
-
-async def streamed(client: Client) -> list[int]:
-    async with client.stream(BYSTANDER, timeout_s=60) as stream:
-        return [token_id async for chunk in stream for token_id in chunk.token_ids]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -113,7 +109,7 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guard
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def bystander(stack: GuardedStack) -> AsyncIterator[asyncio.Task[None]]:
     async with stack.client_of("blue") as client:
-        bystander = Bystander(client, await streamed(client))
+        bystander = Bystander(client, await streamed(client, BYSTANDER))
         running = asyncio.create_task(bystander.run())
         yield running
         bystander.stop()

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -23,6 +23,7 @@ from lorry.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.support.command import REPO, child_environment
 from tests.support.fleet import Fleet, engine_of, resume, suspend
 from tests.support.processes import Service
+from tests.support.streams import outputs, streamed
 
 ADAPTERS = ["reverse", "rot13", "double-letters"]
 NUM_STREAMS = 24
@@ -63,30 +64,7 @@ def request(number: int, **fields: Any) -> Request:
     )
 
 
-async def outputs(
-    fleet: Fleet, disturb: Callable[[], Awaitable[None]] | None = None
-) -> list[list[int]]:
-    """Of all streams, which `disturb` meets in their midst."""
-    async with fleet.client() as client:
-        first_tokens = asyncio.Semaphore(0)
-
-        async def read(number: int) -> list[int]:
-            token_ids = list[int]()
-            async with client.stream(request(number), timeout_s=120) as stream:
-                async for chunk in stream:
-                    if not token_ids:
-                        first_tokens.release()
-                    token_ids += chunk.token_ids
-            return token_ids
-
-        async with asyncio.TaskGroup() as tasks:
-            streams = [tasks.create_task(read(number)) for number in range(NUM_STREAMS)]
-            for _ in streams:
-                await first_tokens.acquire()
-            if disturb is not None:
-                assert not all(stream.done() for stream in streams)
-                await disturb()
-    return [stream.result() for stream in streams]
+REQUESTS = [request(number) for number in range(NUM_STREAMS)]
 
 
 async def drained(service: Service) -> None:
@@ -98,16 +76,15 @@ async def drained(service: Service) -> None:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def undisturbed(fleet: Fleet) -> list[list[int]]:
-    expected = await outputs(fleet)
+    expected = await outputs(fleet.client, REQUESTS)
     assert all(len(token_ids) == NUM_TOKENS for token_ids in expected)
     assert len({tuple(token_ids) for token_ids in expected}) > NUM_STREAMS // 2
     return expected
 
 
 async def serves_again(fleet: Fleet, undisturbed: list[list[int]]) -> None:
-    async with fleet.client() as client, client.stream(request(1), timeout_s=60) as stream:
-        token_ids = [token_id async for chunk in stream for token_id in chunk.token_ids]
-    assert token_ids == undisturbed[1]
+    async with fleet.client() as client:
+        assert await streamed(client, request(1)) == undisturbed[1]
 
 
 @pytest.mark.parametrize("what", ["worker", "engine"])
@@ -120,7 +97,7 @@ async def test_streams_of_a_killed_worker_go_on_elsewhere_with_the_same_tokens(
         killed.append(await fleet.busiest())
         (killed[0] if what == "worker" else engine_of(killed[0])).kill()
 
-    assert await outputs(fleet, disturb) == undisturbed
+    assert await outputs(fleet.client, REQUESTS, disturb) == undisturbed
     assert await killed[0].wait() != 0
     await fleet.restart(killed[0])
 
@@ -137,7 +114,7 @@ async def test_streams_survive_two_workers_after_another(
             await killed[-1].wait()
             await asyncio.sleep(0.2)
 
-    assert await outputs(fleet, disturb) == undisturbed
+    assert await outputs(fleet.client, REQUESTS, disturb) == undisturbed
     for worker in killed:
         await worker.start(worker.address)
     await fleet.all_ready()
@@ -177,7 +154,7 @@ async def test_a_drained_worker_finishes_what_it_runs(
         drained.append(await fleet.busiest())
         drained[0].kill(signal.SIGTERM)
 
-    assert await outputs(fleet, disturb) == undisturbed
+    assert await outputs(fleet.client, REQUESTS, disturb) == undisturbed
     assert await drained[0].wait() == 0
     await fleet.restart(drained[0])
 
@@ -196,7 +173,7 @@ async def test_a_worker_that_hangs_is_noticed(
         else:
             engine_of(worker).suspend()
 
-    assert await outputs(fleet, disturb) == undisturbed
+    assert await outputs(fleet.client, REQUESTS, disturb) == undisturbed
     if what == "worker":
         resume(hanging[0])
         await fleet.all_ready()
@@ -216,7 +193,7 @@ async def test_workers_come_and_go_with_their_name(
             fleet.list(listed)
             await asyncio.sleep(0.3)
 
-    assert await outputs(fleet, disturb) == undisturbed
+    assert await outputs(fleet.client, REQUESTS, disturb) == undisturbed
     await fleet.attached(1)
     fleet.list(fleet.workers)
     await fleet.all_ready()
@@ -253,7 +230,7 @@ async def test_a_client_that_stops_reading_is_given_up_and_delays_nobody(
         stub: Any = InferenceServiceStub(channel)
         call = stub.StreamGenerate(pb.StreamGenerateRequest(spec=spec), timeout=120)
         await call.read()
-        assert await outputs(fleet) == undisturbed
+        assert await outputs(fleet.client, REQUESTS) == undisturbed
         await fleet.idle()
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await read_all(call)
@@ -288,7 +265,7 @@ async def test_sigterm_to_the_router_lets_streams_finish_and_refuses_new_ones(
                 await client.generate(request(0))
         assert refusal.value.retry_after_s is not None
 
-    assert await outputs(fleet, disturb) == undisturbed
+    assert await outputs(fleet.client, REQUESTS, disturb) == undisturbed
     assert await fleet.router.wait() == 0
     await fleet.router.start(fleet.router.address)
     await fleet.all_ready()

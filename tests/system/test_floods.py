@@ -15,7 +15,7 @@ import pytest_asyncio
 from hpack import Encoder, NeverIndexedHeaderTuple
 from hyperframe.frame import ContinuationFrame, HeadersFrame
 
-from lorry.client import Client, Request
+from lorry.client import Request
 from lorry.rpc.channel import bearer
 from lorry.rpc.errors import DuplicateRequest
 from lorry.rpc.identity import Authenticator, Role
@@ -26,6 +26,7 @@ from tests.support.guarded_stack import SERVICE_OF, GuardedStack, token
 from tests.support.processes import ready
 from tests.support.raw_http2 import raw_http2, request_headers
 from tests.support.services import serving_all
+from tests.support.streams import streamed
 
 GENERATE = "/lorry.v1.InferenceService/Generate"
 UNAUTHENTICATED, UNIMPLEMENTED, RESOURCE_EXHAUSTED = "16", "12", "8"
@@ -47,29 +48,24 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guard
         await stack.stop()
 
 
-async def streamed(client: Client) -> list[int]:
-    async with client.stream(BYSTANDER, timeout_s=60) as stream:
-        return [token_id async for chunk in stream for token_id in chunk.token_ids]
-
-
 @contextlib.asynccontextmanager
 async def others_are_served(stack: GuardedStack) -> AsyncIterator[None]:
     """One tenant's stream after another runs in the block, and after it a new client's."""
     async with stack.client_of("blue") as client:
-        expected = await streamed(client)
+        expected = await streamed(client, BYSTANDER)
         streams: list[list[int]] = []
         over = asyncio.Event()
 
         async def run() -> None:
             while not over.is_set():
-                streams.append(await streamed(client))
+                streams.append(await streamed(client, BYSTANDER))
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(run())
             yield
             over.set()
     async with stack.client_of("red") as client:
-        streams.append(await streamed(client))
+        streams.append(await streamed(client, BYSTANDER))
     assert len(streams) > 1
     assert all(token_ids == expected for token_ids in streams)
     for name in SERVICES:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import resource
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lorry.client.retry import RetryPolicy
 from lorry.rpc.errors import LorryError, StoreUnavailable
 from tests.support.command import REPO
 from tests.support.processes import DEMO_MODEL, Service, Stack, ready
+from tests.support.streams import outputs
 
 ADAPTERS = ["reverse", "rot13", "double-letters"]
 NUM_STREAMS = 6
@@ -43,7 +44,7 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def undisturbed(stack: Stack) -> list[list[int]]:
-    expected = await outputs(stack)
+    expected = await outputs(stack.client, REQUESTS)
     assert len({tuple(token_ids) for token_ids in expected}) == NUM_STREAMS
     return expected
 
@@ -63,29 +64,7 @@ def request(number: int, **fields: Any) -> Request:
     )
 
 
-async def outputs(
-    stack: Stack, disturb: Callable[[], Awaitable[None]] | None = None
-) -> list[list[int]]:
-    """Of all streams, which `disturb` meets in their midst."""
-    first_tokens = asyncio.Semaphore(0)
-
-    async def read(client: Client, number: int) -> list[int]:
-        token_ids = list[int]()
-        async with client.stream(request(number), timeout_s=120) as stream:
-            async for chunk in stream:
-                if not token_ids:
-                    first_tokens.release()
-                token_ids += chunk.token_ids
-        return token_ids
-
-    async with stack.client() as client, asyncio.TaskGroup() as group:
-        streams = [group.create_task(read(client, number)) for number in range(NUM_STREAMS)]
-        for _ in streams:
-            await first_tokens.acquire()
-        if disturb is not None:
-            assert not all(stream.done() for stream in streams)
-            await disturb()
-    return [stream.result() for stream in streams]
+REQUESTS = [request(number) for number in range(NUM_STREAMS)]
 
 
 async def kill(service: Service) -> None:
@@ -132,7 +111,7 @@ async def test_a_store_that_goes_under_load_costs_no_stream_and_no_upload(
             statuses.append(await stack.store.wait())
             await stack.store.start(stack.store.address)
 
-    assert await outputs(stack, disturb) == undisturbed
+    assert await outputs(stack.client, REQUESTS, disturb) == undisturbed
     assert statuses == [0 if number is signal.SIGTERM else -signal.SIGKILL]
     await ready(stack.store.address)
     assert await names(stack) >= {*ADAPTERS, *ids}
@@ -156,7 +135,7 @@ async def test_without_a_store_what_is_not_known_is_unavailable_and_the_rest_is_
         with pytest.raises(LorryError) as unreachable:
             await client.adapters.push(demo_adapter("sort-letters"))
         assert unreachable.value.code.name == "UNAVAILABLE"
-    assert await outputs(stack) == undisturbed
+    assert await outputs(stack.client, REQUESTS) == undisturbed
     await stack.store.start(stack.store.address)
     async with stack.client() as client:
         await client.adapters.push(demo_adapter("sort-letters"))
@@ -180,21 +159,21 @@ async def test_services_that_start_without_a_store_serve_the_base_model_until_it
                 await hasty.generate(request(1), timeout_s=60)
     await stack.store.start(stack.store.address)
     await ready(stack.router.address)
-    assert await outputs(stack) == undisturbed
+    assert await outputs(stack.client, REQUESTS) == undisturbed
 
 
 async def test_a_killed_router_leaves_the_worker_free_and_its_next_life_serves(
     stack: Stack, undisturbed: list[list[int]]
 ) -> None:
     with pytest.raises(ExceptionGroup) as failures:
-        await outputs(stack, lambda: kill(stack.router))
+        await outputs(stack.client, REQUESTS, lambda: kill(stack.router))
     for error in failures.value.exceptions:
         assert isinstance(error, LorryError)
         assert error.code.name == "UNAVAILABLE"
     await stack.idle()
     await stack.router.start(stack.router.address)
     await ready(stack.router.address)
-    assert await outputs(stack) == undisturbed
+    assert await outputs(stack.client, REQUESTS) == undisturbed
 
 
 async def test_clients_of_two_routers_go_on_with_the_other_when_one_is_killed(
@@ -235,7 +214,7 @@ async def test_streams_of_an_engine_without_memory_go_on_in_the_workers_next_lif
         await stack.worker.start(stack.worker.address)
         await long
 
-    assert await outputs(stack, disturb) == undisturbed
+    assert await outputs(stack.client, REQUESTS, disturb) == undisturbed
     assert "out of memory" in stack.worker.log.read_text()
 
 

@@ -160,11 +160,7 @@ MANY_BIASES = dict.fromkeys(range(301), 1)
         ({"sampling": {"frequency_penalty": -3, "seed": 1}}, InvalidRequest, FREQUENCY),
         ({"sampling": {"logit_bias": {9999: 1}, "seed": 1}}, InvalidRequest, BIAS),
         ({"sampling": {"logit_bias": {5: 101}, "seed": 1}}, InvalidRequest, BIAS),
-        (
-            {"sampling": {"logit_bias": dict.fromkeys(range(301), 1), "seed": 1}},
-            InvalidRequest,
-            BIAS,
-        ),
+        ({"sampling": {"logit_bias": MANY_BIASES, "seed": 1}}, InvalidRequest, BIAS),
         ({"guided": {"regex": "a"}}, FeatureUnsupported, "guided"),
     ],
 )

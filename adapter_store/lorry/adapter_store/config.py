@@ -7,13 +7,14 @@ import cyclopts
 
 from lorry.adapter_store.backend_url import BackendUrl
 from lorry.adapter_store.limits import Limits, TenantLimits, read_tenant_limits
-from lorry.kernels.page_layout import MAX_RANK, Dtype
+from lorry.kernels.page_layout import Dtype
 from lorry.rpc.base_model import BaseModel
 from lorry.rpc.command import check_positive
 from lorry.rpc.service_config import DTYPES, DtypeName, ServiceConfig
 from lorry.rpc.shared_memory import SHM_DIR
 
 MODEL_DTYPES = {"bfloat16": Dtype.BF16, "float16": Dtype.FP16, "float32": Dtype.FP32}
+LIMITS = Limits()
 BACKEND = f"file://{Path.home()}/.local/share/lorry/adapters"
 
 
@@ -54,19 +55,19 @@ class Config(ServiceConfig):
     builders: int = 2
     """Processes that pack page images, and as many that check uploads at a lower priority."""
 
-    max_weights_bytes: int = 4 << 30
+    max_weights_bytes: int = LIMITS.max_weights_bytes
     """Size of one adapter's safetensors file at most."""
 
-    tenant_uploads: int = 64
+    tenant_uploads: int = LIMITS.tenant.uploads
     """Uploads that a tenant may have under way."""
 
-    tenant_adapters: int = 20_000
+    tenant_adapters: int = LIMITS.tenant.adapters
     """Adapters that a tenant may have."""
 
-    tenant_bytes: int = 1 << 40
+    tenant_bytes: int = LIMITS.tenant.bytes
     """Bytes of all versions and uploads that a tenant may have."""
 
-    tenant_rank: int = MAX_RANK
+    tenant_rank: int = LIMITS.tenant.rank
     """Largest rank of an adapter that a tenant may have."""
 
     limits_file: Path | None = None
@@ -91,10 +92,10 @@ class Config(ServiceConfig):
     hub_timeout_s: float = 600.0
     """Seconds that a download from the hub may take."""
 
-    upload_expiry_s: int = 3600
+    upload_expiry_s: int = LIMITS.upload_expiry_s
     """Seconds without a new chunk after which an upload is forgotten."""
 
-    versions_kept: int = 8
+    versions_kept: int = LIMITS.versions_kept
     """Versions of a name that stay available to roll back to."""
 
     def __post_init__(self) -> None:

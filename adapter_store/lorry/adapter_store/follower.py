@@ -35,8 +35,9 @@ class Follower:
                 self._log.failed(str(error), logging.WARNING, "%s; what is here goes on", error)
                 self._set_reachable(False)
                 await self._backoff.wait()
-            except Exception:
-                log.exception("following other stores failed; it is tried again")
+            except Exception as error:
+                kind, message = repr(error), "following other stores failed; it is tried again"
+                self._log.failed(kind, logging.ERROR, message, traceback_of=error)
                 await self._backoff.wait()
             else:
                 self._set_reachable(True)

@@ -211,6 +211,8 @@ class Store:
             except Exception as error:
                 kind, message = repr(error), "sweeping failed; it is tried again"
                 self._sweep_log.failed(kind, logging.ERROR, message, traceback_of=error)
+            else:
+                self._sweep_log.worked()
 
     async def start_draining(self) -> None:
         """End what would last: watches and leases."""
@@ -264,13 +266,18 @@ async def _at_work(store: Store, *, shared: bool) -> AsyncIterator[None]:
     if shared:
         work.append(store.follower.run())
     background = [asyncio.create_task(each) for each in work]
+    for task in background:
+        task.add_done_callback(_log_failure)
     try:
         yield
     finally:
         for task in background:
             task.cancel()
-        for error in await asyncio.gather(*background, return_exceptions=True):
-            if isinstance(error, Exception):
-                log.error("work of the store's own ended early", exc_info=error)
+        await asyncio.wait(background)
         await store.start_draining()
         await store.close()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("work of the store's own ended early", exc_info=error)

@@ -5,6 +5,7 @@ differs between them (heads, widths, slices) is in the kernels' constants.
 """
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import triton
@@ -14,6 +15,8 @@ from lorry.kernels.invariant_product import ProductSetting
 from lorry.kernels.lora_plan import LoraSetting
 from lorry.kernels.small_parts import SmallSetting
 from lorry.kernels.split_plan import SplitSetting
+
+Setting = TypeVar("Setting", AttentionSetting, SmallSetting, SplitSetting)
 
 # 95 % of copy bandwidth at 1 GiB of KV with 4 programs a multiprocessor and blocks of 32 tokens in
 # 5 stages; with 3 stages, which leaves one buffer, 60 %.
@@ -148,20 +151,17 @@ PRODUCT_FP32 = ProductSetting(
 
 def decode_setting(dtype: torch.dtype, group: int) -> AttentionSetting:
     """For runs of few rows; `group` is the number of query heads of a KV head."""
-    setting = DECODE_FP32 if dtype == torch.float32 else DECODE
-    return replace(setting, block_rows=max(setting.block_rows, triton.next_power_of_2(group)))
+    return _for_group(DECODE_FP32 if dtype == torch.float32 else DECODE, group)
 
 
 def prefill_setting(dtype: torch.dtype, group: int) -> AttentionSetting:
     """For runs of many rows."""
-    setting = PREFILL_FP32 if dtype == torch.float32 else PREFILL
-    return replace(setting, block_rows=max(setting.block_rows, triton.next_power_of_2(group)))
+    return _for_group(PREFILL_FP32 if dtype == torch.float32 else PREFILL, group)
 
 
 def small_setting(dtype: torch.dtype, group: int) -> SmallSetting:
     """For steps of at most `SMALL_ROWS` rows."""
-    setting = SMALL_FP32 if dtype == torch.float32 else SMALL
-    return replace(setting, block_rows=max(setting.block_rows, triton.next_power_of_2(group)))
+    return _for_group(SMALL_FP32 if dtype == torch.float32 else SMALL, group)
 
 
 def lora_setting(dtype: torch.dtype, max_rows: int) -> LoraSetting:
@@ -182,8 +182,7 @@ def invariant_lora_setting(dtype: torch.dtype) -> LoraSetting:
 
 def split_setting(dtype: torch.dtype, group: int) -> SplitSetting:
     """For all steps."""
-    setting = SPLITS_FP32 if dtype == torch.float32 else SPLITS
-    return replace(setting, block_rows=max(setting.block_rows, triton.next_power_of_2(group)))
+    return _for_group(SPLITS_FP32 if dtype == torch.float32 else SPLITS, group)
 
 
 def product_setting(dtype: torch.dtype, outputs: int) -> ProductSetting:
@@ -191,3 +190,8 @@ def product_setting(dtype: torch.dtype, outputs: int) -> ProductSetting:
     if dtype == torch.float32:
         return PRODUCT_FP32
     return next(setting for most, setting in PRODUCTS.items() if outputs <= most)
+
+
+def _for_group(setting: Setting, group: int) -> Setting:
+    """With a row for each query head of a KV head."""
+    return replace(setting, block_rows=max(setting.block_rows, triton.next_power_of_2(group)))

@@ -156,6 +156,7 @@ def lora_expand_add(
     ways = work.ways_G[group]
     splits = y_STY.shape[0] if ways == 1 else 1
     layout, setting = pool.layout, work.setting
+    columns = min(setting.expand_columns, layout.row_unit)
     # A group of fewer modules repeats the first: a stride of 1 would unalign what is selected.
     first, second, third = [*outputs, outputs[0], outputs[0]][: len(GROUPS[0])]
     programs = multiprocessors(first.device) * setting.expand_programs_per_multiprocessor
@@ -188,7 +189,7 @@ def lora_expand_add(
         WAYS=ways,
         TILE_ROWS=setting.tile_rows,
         RANKS=setting.expand_ranks,
-        COLUMNS=min(setting.expand_columns, layout.row_unit if ways == 1 else DEALT_COLUMNS),
+        COLUMNS=columns if ways == 1 else min(columns, DEALT_COLUMNS),
         VECTOR_UNITS=setting.vector_units,
         STAGES=setting.expand_stages,
         HAS_VECTOR_FORM=setting.has_vector_form,

@@ -12,6 +12,7 @@ from lorry.router.catalogue import AdapterVersion, Catalogue, Change
 from lorry.rpc.backoff import Backoff
 from lorry.rpc.errors import AdapterNotFound, LorryError, RevisionCompacted, StoreUnavailable
 from lorry.rpc.names import AdapterName
+from lorry.rpc.repeated_log import RepeatedLog
 from lorry.rpc.status import from_rpc
 from lorry.v1 import adapter_service_pb2 as adapter_pb
 from lorry.v1 import catalogue_service_pb2 as pb
@@ -39,6 +40,7 @@ class Store:
         self._on_synced = on_synced
         self._catalogue = Catalogue()
         self._watching = False  # whether changes arrive as they happen
+        self._watch_log, self._ask_log = RepeatedLog(log), RepeatedLog(log)
         self._asked: dict[AdapterName, asyncio.Task[AdapterVersion]] = {}
 
     @property
@@ -77,7 +79,8 @@ class Store:
                 log.info("the store cannot continue from the last revision: reading everything")
                 self._catalogue.forget_revision()
             except (LorryError, TimeoutError) as error:
-                log.warning("the watch of the catalogue broke: %s", error or "silence")
+                why, message = str(error) or "silence", "the watch of the catalogue broke: %s"
+                self._watch_log.failed(why, logging.WARNING, message, why)
             finally:
                 self._watching = False
             await backoff.wait()
@@ -108,6 +111,7 @@ class Store:
         )
         if response.snapshot_complete and not self._watching:
             self._watching = True
+            self._watch_log.worked()
             log.info(
                 "the catalogue holds %d adapters at revision %d",
                 len(self._catalogue),
@@ -136,10 +140,12 @@ class Store:
             error = from_rpc(failure)
             if isinstance(error, AdapterNotFound):
                 raise adapter_not_found(name) from error
-            log.warning("the store did not answer about %s: %s", name, error)
+            message = "the store did not answer about %s: %s"
+            self._ask_log.failed(error.reason, logging.WARNING, message, name, error)
             raise StoreUnavailable(
                 f"the store cannot be asked about {name}", retry_after_s=1.0, adapter=str(name)
             ) from error
+        self._ask_log.worked()
         return _published(response.adapter)
 
 

@@ -128,7 +128,7 @@ class Config(CallingServiceConfig):
     and B of o and down in each, and communicates nothing more than the base model; `slora` keeps
     no weight twice, and communicates the products with A."""
 
-    one_shot_sums: bool = True
+    one_shot_sums: Annotated[bool, cyclopts.Parameter(negative="--no-one-shot-sums")] = True
     """Whether tensor-parallel processes on GPUs that read each other's memory add small sums in one
     kernel; without, all sums are NCCL's."""
 

@@ -130,7 +130,7 @@ class RouterStream:
         return self._window + self._num_finished
 
     def count_submit(self, seq: int) -> None:
-        """Raises QueueFull beyond the limit, InvalidRequest if `seq` is not the next."""
+        """Raises InvalidRequest if `seq` is not the next."""
         if seq != self._num_submitted + 1:
             raise InvalidRequest.of("submit.seq", f"must be {self._num_submitted + 1}, got {seq}")
         self._num_submitted = seq

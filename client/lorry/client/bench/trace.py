@@ -8,8 +8,8 @@ same under every numpy version.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -102,10 +102,6 @@ def merged(*traces: Iterable[TraceRequest]) -> list[TraceRequest]:
 def until(trace: Iterable[TraceRequest], duration_s: float) -> list[TraceRequest]:
     """Those that arrive within the first `duration_s` seconds."""
     return [request for request in trace if request.arrival_s <= duration_s]
-
-
-def delayed(trace: Iterable[TraceRequest], delay_s: float) -> Iterator[TraceRequest]:
-    return (replace(request, arrival_s=request.arrival_s + delay_s) for request in trace)
 
 
 def _adapters(spec: TraceSpec) -> np.ndarray:

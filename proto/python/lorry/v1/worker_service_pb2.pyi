@@ -119,7 +119,7 @@ class Submit(_message.Message):
     min_tokens: _builtins.int
     """No stop token is drawn before this many output tokens, generated_tokens included."""
     traceparent: _builtins.str
-    """W3C trace context; empty = none."""
+    """W3C trace context; empty = none. Routers leave it empty."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, then what was already output."""
