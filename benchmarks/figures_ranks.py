@@ -170,10 +170,16 @@ def _projection(row: Result, measured: Sequence[Result]) -> Iterator[str]:
 def _ideal(row: Result, measured: Sequence[Result], size: int | None = None) -> RankIdeal | None:
     """Of as many GPUs as the row has, or of `size`."""
     config = row["config"]
-    of = next((of for of in measured if of["device"] == row["device"]), None)
-    if of is None:
+    gpus = size or config["tensor_parallel"]
+    sums = {
+        of["config"]["tensor_parallel"]: of
+        for of in measured
+        if of["device"] == row["device"] and of["metrics"]["sums"]
+    }
+    if not sums:
         return None
-    return rank_ideal(of, config["model"], size or config["tensor_parallel"], config["ranks"])
+    nearest = max((of for of in sums if of <= gpus), default=min(sums))
+    return rank_ideal(sums[nearest], config["model"], gpus, config["ranks"])
 
 
 def _is_default(row: Result) -> bool:

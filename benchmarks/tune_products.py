@@ -44,7 +44,7 @@ Choice = dict[Shape, int]
 class Tuning:
     """The search for one model, or one rank's part of it."""
 
-    def __init__(self, model: str, tensor_parallel: int, rounds: int) -> None:
+    def __init__(self, model: str, tensor_parallel: int, rounds: int, most_rows: int) -> None:
         base_model, self._device = read_base_model(CONFIGS / model), torch.device("cuda")
         geometry = dataclasses.replace(base_model.geometry, layers=LAYERS)
         layout = PageLayout(
@@ -59,8 +59,9 @@ class Tuning:
             Partition(layout),
         )
         self.library, self._head, self._rounds = CublasLt(self._device), weights.head, rounds
-        self._layer = [getattr(weights.layers[0], product).weight_OI for product in PRODUCTS]
-        self._body = Body(weights, layout.local_geometry, max(bucket_sizes(1024)))
+        layer = [getattr(weights.layers[0], product) for product in PRODUCTS]
+        self._layer = [base.weight_OI for base in layer if base.bias_O is None]
+        self._body = Body(weights, layout.local_geometry, most_rows)
 
     def of_layers(self, rows: int) -> tuple[Choice, dict[str, float]]:
         """The fastest algorithms, and the milliseconds with and without them."""
@@ -83,10 +84,11 @@ class Tuning:
     def of_head(self, rows: int) -> Choice:
         """The fastest algorithm of the product with the vocabulary."""
         shape = _shape(rows, self._head)
-        choices = [{shape: number} for number in (FIRST, *self._others(shape))]
+        choices: list[Choice] = [{}, *({shape: number} for number in self._others(shape))]
         times_ms = self._times_ms(self._run_head(rows), choices)
         best = min(range(len(choices)), key=times_ms.__getitem__)
-        return choices[best if times_ms[best] < (1 - LEAST_GAIN) * times_ms[0] else 0]
+        best = best if times_ms[best] < (1 - LEAST_GAIN) * times_ms[0] else 0
+        return {shape: FIRST} | choices[best]
 
     def _run_head(self, rows: int) -> Callable[[Product], object]:
         return lambda multiply: multiply(self._body.x_TH[:rows], self._head)
@@ -124,7 +126,9 @@ def _elapsed_ms(work: Callable[[], object]) -> float:
 
 def update_table(path: Path, gpu: str, version: int, found: Choice) -> None:
     """Replace what the table has of these shapes; it names no first algorithms."""
-    table: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    if path.exists():
+        table = json.loads(path.read_text())
     of_gpu = table.setdefault(f"{gpu}, cublasLt {version}", {})
     for (rows, outputs, inputs), algorithm in found.items():
         by_rows = of_gpu.setdefault(f"{outputs}x{inputs}", {})
@@ -143,7 +147,8 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     """Update the table; milliseconds of the layers' products by model and rows."""
     found, saved = Choice(), dict[str, Any]()
     for model in arguments.model:
-        tuning, by_rows = Tuning(model, arguments.tensor_parallel, arguments.rounds), {}
+        size, most_rows = arguments.tensor_parallel, max(arguments.rows)
+        tuning, by_rows = Tuning(model, size, arguments.rounds, most_rows), {}
         for rows in arguments.rows:
             of_layers, by_rows[str(rows)] = tuning.of_layers(rows)
             of_head = tuning.of_head(rows) if rows <= MOST_SAMPLES else {}

@@ -80,8 +80,8 @@ def test_expand_of_dealt_ranks_stays_in_narrow_row_units(device, num_rows):
     y_MTR = torch.randn(len(widths), num_rows, rank, device=device).half().float()
     rows_of_a = layout.a_rows("q_proj", rank)
     y_NTY = torch.zeros(size, num_rows, len(widths) * rows_of_a, device=device)
-    for module, row in itertools.product(range(len(widths)), range(rank)):
-        y_NTY[row % size, :, module * rows_of_a + row // size] = y_MTR[module, :, row]
+    for number, row in itertools.product(range(len(widths)), range(rank)):
+        y_NTY[row % size, :, number * rows_of_a + row // size] = y_MTR[number, :, row]
     outputs = [torch.zeros(num_rows, width, dtype=torch.float16, device=device) for width in widths]
     lora_expand_add(outputs, QKV, pool, tables, LAYER, work, y_NTY)
     for module, output, y_TR in zip(GROUPS[QKV], outputs, y_MTR, strict=True):

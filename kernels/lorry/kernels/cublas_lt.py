@@ -54,7 +54,10 @@ class _Problem:
 
 
 class CublasLt:
-    """Products of contiguous bf16 tensors of one GPU, summed in float32, one after the other."""
+    """Products of contiguous bf16 tensors of one GPU, one after the other.
+
+    Sums are in float32; an algorithm that splits them may round its parts to bf16, as torch's may.
+    """
 
     def __init__(self, device: torch.device) -> None:
         assert torch.version.cuda is not None, "torch was built without CUDA"

@@ -50,7 +50,7 @@ def fastest_linear(device: torch.device, dtype: torch.dtype) -> Product:
     gpu = torch.cuda.get_device_name(device)
     algorithms = measured_algorithms(gpu, library.version)
     log.info(
-        "%d shapes of products have algorithms measured on %s with cublasLt %d",
+        "the table of products has %d shapes, of all models, for %s with cublasLt %d",
         len(algorithms),
         gpu,
         library.version,
@@ -68,10 +68,10 @@ def measured_algorithms(gpu: str, version: int, path: Path = ALGORITHMS) -> Mapp
 
 
 class FastestLinear:
-    """See `Product`."""
+    """See `Product`. What has a bias, or no entry in `algorithms`, is torch's."""
 
     def __init__(self, library: CublasLt, algorithms: Mapping[Shape, int]) -> None:
-        self._library, self._algorithms = library, algorithms
+        self._library, self._algorithms = library, dict(algorithms)
 
     def __call__(
         self,
@@ -82,15 +82,26 @@ class FastestLinear:
         onto_TO: torch.Tensor | None = None,
     ) -> torch.Tensor:
         outputs, inputs = weight_OI.shape
-        algorithm = self._algorithms.get((len(x_TI), outputs, inputs))
-        is_plain = _is_plain(x_TI) and (onto_TO is None or _is_plain(onto_TO))
-        if algorithm is None or bias_O is not None or not is_plain:
+        algorithm = self._algorithm((len(x_TI), outputs, inputs))
+        if algorithm is None or bias_O is not None or not _are_plain(x_TI, weight_OI, onto_TO):
             return torch_linear(x_TI, weight_OI, bias_O, onto_TO)
         return self._library.product(x_TI, weight_OI, algorithm, onto_TO)
 
+    def _algorithm(self, shape: Shape) -> int | None:
+        """None where there is no entry, or this GPU has fewer algorithms than the measured one."""
+        algorithm = self._algorithms.get(shape)
+        if algorithm is None or algorithm < self._library.count(shape):
+            return algorithm
+        log.warning(
+            "algorithm %d of products of %s is not there: torch's is taken", algorithm, shape
+        )
+        del self._algorithms[shape]
+        return None
 
-def _is_plain(rows_TX: torch.Tensor) -> bool:
-    return rows_TX.is_contiguous() and rows_TX.data_ptr() % ALIGNMENT == 0
+
+def _are_plain(*tensors: torch.Tensor | None) -> bool:
+    there = [tensor for tensor in tensors if tensor is not None]
+    return all(each.is_contiguous() and each.data_ptr() % ALIGNMENT == 0 for each in there)
 
 
 def invariant_linear(
