@@ -28,7 +28,7 @@ from lorry.kernels.pool_view import TORCH_DTYPES
 from lorry.rpc.base_model import BaseModel, read_base_model
 from lorry.rpc.service_config import DTYPES
 from lorry.worker.buckets import bucket_sizes
-from lorry.worker.operations import Product
+from lorry.worker.operations import Product, Projection
 from lorry.worker.products import torch_linear
 from lorry.worker.weights import ModelWeights, RandomWeights, load_weights
 
@@ -40,6 +40,7 @@ BODY_ROWS = [
 ]
 MOST_SAMPLES = 512
 PRODUCTS = ("qkv", "o", "gate_up", "down")  # of a layer, by their names in `LayerWeights`
+ADDED = ("o", "down")
 
 
 def measure(model: str, arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
@@ -64,21 +65,30 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, dict[int, fl
 
 
 class Body:
-    """The products of all layers, on inputs of up to `most` rows that are random numbers."""
+    """The products of all layers, on inputs of up to `most` rows that are random numbers.
 
-    def __init__(self, weights: ModelWeights, geometry: ModelGeometry, most: int) -> None:
+    With `adds`, as a GPU without others computes: those of ADDED are added to a residual.
+    """
+
+    def __init__(
+        self, weights: ModelWeights, geometry: ModelGeometry, most: int, *, adds: bool = False
+    ) -> None:
         self._layers = weights.layers
         like = weights.head
         self.x_TH = _random(most, geometry.hidden, like)
         mixed_TQ = _random(most, geometry.heads * geometry.head_dim, like)
         product_TI = _random(most, geometry.intermediate, like)
+        self._residual_TH = torch.zeros_like(self.x_TH) if adds else None
         self._inputs = {"qkv": self.x_TH, "o": mixed_TQ, "gate_up": self.x_TH, "down": product_TI}
 
     def run(self, rows: int, products: Sequence[str], multiply: Product = torch_linear) -> None:
         inputs = {product: self._inputs[product][:rows] for product in products}
+        residual_TH = None if self._residual_TH is None else self._residual_TH[:rows]
         for layer in self._layers:
             for product, input_TI in inputs.items():
-                multiply(input_TI, *getattr(layer, product))
+                base: Projection = getattr(layer, product)
+                onto_TO = residual_TH if product in ADDED else None
+                multiply(input_TI, base.weight_OI, base.bias_O, onto_TO=onto_TO)
 
 
 def _random(rows: int, width: int, like: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,8 @@ class Tuning:
         self.library, self._head, self._rounds = CublasLt(self._device), weights.head, rounds
         layer = [getattr(weights.layers[0], product) for product in PRODUCTS]
         self._layer = [base.weight_OI for base in layer if base.bias_O is None]
-        self._body = Body(weights, layout.local_geometry, most_rows)
+        adds = tensor_parallel == 1
+        self._body = Body(weights, layout.local_geometry, most_rows, adds=adds)
 
     def of_layers(self, rows: int) -> tuple[Choice, dict[str, float]]:
         """The fastest algorithms, and the milliseconds with and without them."""
