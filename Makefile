@@ -72,8 +72,9 @@ proto: $(READY) ## regenerate proto/python/lorry/v1
 figures: $(READY) ## write README's measurements from benchmarks/results
 	$(BIN)/python -m benchmarks.figures
 
-docs: $(READY) ## write docs/metrics.md from the services' tables of metrics
+docs: $(READY) ## write docs/metrics.md and the errors of docs/faults.md from the services' tables
 	$(BIN)/python -m deploy.metrics_page
+	$(BIN)/python -m deploy.errors_table
 
 baseline: .cache/third_party/google/rpc/status.proto ## at a release only: what buf breaking compares with
 	$(BIN)/buf build proto -o proto/baseline.binpb

@@ -28,10 +28,10 @@ callers must show a certificate to one that shows it too, or with `--insecure`.
 
 Units are seconds, bytes, tokens and pages. No label holds an adapter, a version or any text of a
 peer, so the number of series does not grow with what is served: `code` and `reason` are those of
-the table of errors (empty where there is none), `method` is a method of the protocol, and `worker`
-an address that the router looks for workers at. Objectives alone are counted by tenant, for those
-that the router's tenants file names, and by at most 32 values of the one label of requests that the
-deployment chooses. What one adapter or another tenant does is in the logs.
+the [table of errors](faults.md#errors) (empty where there is none), `method` is a method of the
+protocol, and `worker` an address that the router looks for workers at. Objectives alone are counted
+by tenant, for those that the router's tenants file names, and by at most 32 values of the one label
+of requests that the deployment chooses. What one adapter or another tenant does is in the logs.
 
 The worker's metrics of steps, pages and loads are the engine's and at most a second old. Counters
 begin at zero with their process. Beside these there are the `process_*` metrics of Prometheus's

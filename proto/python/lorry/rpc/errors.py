@@ -1,6 +1,7 @@
 """Failures that may cross a service boundary, and the one table of their codes and reasons.
 
-Each class is a status code and an ErrorInfo reason. What a client can act on beside them is in
+Each class is a status code and an ErrorInfo reason, and the first paragraph of its docstring is
+their meaning in docs/faults.md (`make docs`). What a client can act on beside them is in
 `metadata`, `violations` and `retry_after_s`. `lorry.rpc.status` is how they travel.
 """
 
@@ -24,9 +25,10 @@ class Violation(NamedTuple):
 
 
 class LorryError(Exception):
-    """Base of every error that a client can cause or observe.
+    """The service failed in a way that no other reason names; its log has the cause.
 
-    `metadata` holds the dynamic values of the message, with lowerCamel keys and units in the key.
+    Base of every error that a client can cause or observe. `metadata` holds the dynamic values of
+    the message, with lowerCamel keys and units in the key.
     """
 
     code: ClassVar[grpc.StatusCode] = Code.INTERNAL
@@ -60,10 +62,14 @@ class InvalidRequest(LorryError):
 
 
 class InvalidSampling(InvalidRequest):
+    """A sampling parameter is out of range."""
+
     reason = "INVALID_SAMPLING"
 
 
 class ContextLengthExceeded(InvalidRequest):
+    """Prompt and `max_tokens` together exceed the model's context."""
+
     reason = "CONTEXT_LENGTH_EXCEEDED"
 
 
@@ -80,34 +86,50 @@ class AdapterIncompatible(LorryError):
 
 
 class AdapterNotFound(LorryError):
+    """The tenant has no adapter of this name."""
+
     code, reason = Code.NOT_FOUND, "ADAPTER_NOT_FOUND"
 
 
 class VersionNotFound(LorryError):
+    """The store does not have this version of an adapter."""
+
     code, reason = Code.NOT_FOUND, "VERSION_NOT_FOUND"
 
 
 class UploadNotFound(LorryError):
+    """The tenant has no such upload, or it has expired."""
+
     code, reason = Code.NOT_FOUND, "UPLOAD_NOT_FOUND"
 
 
 class ModelNotFound(LorryError):
+    """`model` names another model than the one that is served."""
+
     code, reason = Code.NOT_FOUND, "MODEL_NOT_FOUND"
 
 
 class AdapterExists(LorryError):
+    """An adapter has this name, and `expected_etag` does not say that it is to be replaced."""
+
     code, reason = Code.ALREADY_EXISTS, "ADAPTER_EXISTS"
 
 
 class DuplicateRequest(LorryError):
+    """`request_id` is that of an active request of the tenant."""
+
     code, reason = Code.ALREADY_EXISTS, "DUPLICATE_REQUEST"
 
 
 class AdapterInUse(LorryError):
+    """The version is pinned or running, so the worker cannot give it up."""
+
     code, reason = Code.FAILED_PRECONDITION, "ADAPTER_IN_USE"
 
 
 class LayoutUnsupported(LorryError):
+    """The worker asks for a page layout that the store does not know or computes differently."""
+
     code, reason = Code.FAILED_PRECONDITION, "LAYOUT_UNSUPPORTED"
 
 
@@ -118,7 +140,7 @@ class ModelMismatch(LorryError):
 
 
 class OffsetMismatch(LorryError):
-    """An upload does not continue where the store's bytes end."""
+    """An upload does not continue where the store's bytes end, at metadata `receivedBytes`."""
 
     code, reason = Code.OUT_OF_RANGE, "OFFSET_MISMATCH"
 
@@ -128,12 +150,14 @@ class OffsetMismatch(LorryError):
 
 
 class RevisionCompacted(LorryError):
-    """The watcher must list again."""
+    """Changes since the watcher's revision are not kept: it must list again."""
 
     code, reason = Code.OUT_OF_RANGE, "REVISION_COMPACTED"
 
 
 class EtagMismatch(LorryError):
+    """The adapter's etag is not the one that the request names, but metadata `etag`."""
+
     code, reason = Code.ABORTED, "ETAG_MISMATCH"
 
 
@@ -156,6 +180,8 @@ class Superseded(LorryError):
 
 
 class DigestMismatch(LorryError):
+    """Bytes that were sent or stored are damaged: their digest or checksum differs."""
+
     code, reason = Code.DATA_LOSS, "DIGEST_MISMATCH"
 
     @classmethod
@@ -167,10 +193,14 @@ class DigestMismatch(LorryError):
 
 
 class QueueFull(LorryError):
+    """Too much waits or is under way to take one more."""
+
     code, reason = Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"
 
 
 class TenantLimit(LorryError):
+    """The tenant has reached a limit of its own: of what waits, of a rate or of its adapters."""
+
     code, reason = Code.RESOURCE_EXHAUSTED, "TENANT_LIMIT"
 
 
@@ -182,46 +212,63 @@ class SloUnattainable(LorryError):
 
 
 class StoreFull(LorryError):
+    """The store's disk, Redis or memory has no room, or it has as many pins as it may."""
+
     code, reason = Code.RESOURCE_EXHAUSTED, "STORE_FULL"
 
 
 class PoolTooSmall(LorryError):
-    """The request can never fit into the worker's pool, or a pin not beside what is pinned."""
+    """The worker's pool can never hold the request beside its pins, or has no room for a pin beside
+    what is in use."""
 
     code, reason = Code.RESOURCE_EXHAUSTED, "POOL_TOO_SMALL"
 
 
 class SlowReader(LorryError):
-    """The peer left too much unread."""
+    """The peer left too much unread, or read nothing for too long."""
 
     code, reason = Code.RESOURCE_EXHAUSTED, "SLOW_READER"
 
 
 class DeadlineExpired(LorryError):
+    """A deadline passed, or what the service waited for did not come in time."""
+
     code, reason = Code.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"
 
 
 class NoWorker(LorryError):
+    """No worker is ready to serve the request."""
+
     code, reason = Code.UNAVAILABLE, "NO_WORKER"
 
 
 class Draining(LorryError):
+    """The service is shutting down and takes nothing more."""
+
     code, reason = Code.UNAVAILABLE, "DRAINING"
 
 
 class StoreUnavailable(LorryError):
+    """The adapter store, its Redis or the hub cannot be used for the time being."""
+
     code, reason = Code.UNAVAILABLE, "STORE_UNAVAILABLE"
 
 
 class Unauthenticated(LorryError):
+    """The caller shows no token or certificate that is known."""
+
     code, reason = Code.UNAUTHENTICATED, "UNAUTHENTICATED"
 
 
 class PermissionDenied(LorryError):
+    """The caller's role may not call the method, or the store may not import this from the hub."""
+
     code, reason = Code.PERMISSION_DENIED, "PERMISSION_DENIED"
 
 
 class FeatureUnsupported(LorryError):
+    """The protocol has what is asked for, but the service cannot do it."""
+
     code, reason = Code.UNIMPLEMENTED, "FEATURE_UNSUPPORTED"
 
 
