@@ -7,6 +7,7 @@ to two runs of the engine: without adapters and with one. The others show how we
 of one commit and one machine; newer runs leave what was simulated with them as it is.
 """
 
+import argparse
 import functools
 import json
 from dataclasses import dataclass, replace
@@ -101,6 +102,7 @@ def engine_results() -> dict[int, dict[str, Any]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rows = compare()
     for row in rows:
         print(
