@@ -23,6 +23,21 @@ def test_an_unsupported_model_ends_the_start_by_name(service: str, tmp_path: Pat
     config = json.loads((model / "config.json").read_text())
     config["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
     (model / "config.json").write_text(json.dumps(config))
+    assert refused(service, model).endswith(
+        "config.json: rope_scaling.rope_type 'dynamic' is not supported"
+    )
+
+
+@pytest.mark.parametrize("service", REQUIRED)
+def test_a_model_that_is_not_there_is_named_as_the_option(service: str, tmp_path: Path) -> None:
+    model = tmp_path / "none"
+    assert refused(service, model).endswith(
+        f": --model {model}: must be a directory with a config.json (No such file or directory)"
+    )
+
+
+def refused(service: str, model: Path) -> str:
+    """The last line of a service that does not start."""
     command = [sys.executable, "-m", f"lorry.{service}", "--model", str(model)]
     done = subprocess.run(
         [*command, "--address", "127.0.0.1:0", *REQUIRED[service]],
@@ -32,7 +47,5 @@ def test_an_unsupported_model_ends_the_start_by_name(service: str, tmp_path: Pat
         timeout=60,
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith(
-        "config.json: rope_scaling.rope_type 'dynamic' is not supported"
-    )
     assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorry.kernels.page_layout import ModelGeometry
-from lorry.rpc.model_config import CONFIG_FILE, ModelConfig, read_json_object
+from lorry.rpc.model_config import CONFIG_FILE, ModelConfig, UnsupportedModel, read_json_object
 from lorry.rpc.model_families import (
     DecoderOptions,
     read_family,
@@ -45,8 +45,15 @@ class BaseModel:
 
 
 def read_base_model(directory: Path) -> BaseModel:
-    """Read a model directory; raises UnsupportedModel that names the file, field or tensor."""
-    fields = read_json_object(directory / CONFIG_FILE)
+    """Read the directory of `--model`; raises UnsupportedModel naming a file, field or tensor."""
+    path = directory / CONFIG_FILE
+    try:
+        path.stat()
+    except OSError as error:
+        raise UnsupportedModel(
+            f"--model {directory}: must be a directory with a {CONFIG_FILE} ({error.strerror})"
+        ) from error
+    fields = read_json_object(path)
     architecture, family = read_family(fields)
     config = ModelConfig(fields).over({"model_type": family.model_type, **family.defaults})
     config.require("model_type", (family.model_type,))

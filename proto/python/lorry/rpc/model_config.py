@@ -65,7 +65,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Raises UnsupportedModel that names the file."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UnsupportedModel(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UnsupportedModel(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise UnsupportedModel(f"{path}: must hold a JSON object")
