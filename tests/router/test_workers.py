@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lorry.router import worker_link, worker_messages
 from lorry.router.request import Request
 from lorry.rpc.errors import Draining, NoWorker, StoreUnavailable, WorkerLost
 from lorry.rpc.status import to_status
@@ -180,8 +181,29 @@ async def test_a_message_that_does_not_fit_together_costs_its_worker_alone(
         assert len(good.hellos) == 1
         stack.check_idle()
     [record] = [r for r in caplog.records if "cannot be taken" in r.getMessage()]
-    assert f"worker {bad.address}: what it sent cannot be taken: ValueError" in record.getMessage()
+    expected = f"worker {bad.address}: what was sent on its stream cannot be taken: ValueError"
+    assert expected in record.getMessage()
     assert record.exc_info is not None
+
+
+async def test_a_submit_that_cannot_be_written_ends_the_stream_at_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A defect, since what is submitted was checked before."""
+    failures = [ValueError("out of range")]
+
+    def to_submit(*arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return worker_messages.to_submit(*arguments)
+
+    monkeypatch.setattr(worker_link, "to_submit", to_submit)
+    async with router_stack(model, worker_silence_s=60, worker_wait_s=60) as stack:
+        stack.worker.reply = lambda submit: OK
+        assert (await stack.stream(SPEC)).text == "ok"
+        assert len(stack.worker.hellos) == 2
+        stack.check_idle()
+    assert "cannot be taken: ValueError out of range" in caplog.text
 
 
 async def test_requests_that_a_worker_gives_back_are_looked_at_together(

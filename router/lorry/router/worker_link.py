@@ -125,7 +125,7 @@ class WorkerLink:
                     self._log(from_rpc(failure))
                 except LorryError as error:
                     self._log(error)
-                except Exception as error:  # of a message that does not fit together
+                except Exception as error:  # of a message that does not fit together, or a defect
                     self._log_unexpected(error)
                 await backoff.wait()
 
@@ -140,7 +140,7 @@ class WorkerLink:
 
     def _log_unexpected(self, error: Exception) -> None:
         kind = type(error).__name__
-        message = "worker %s: what it sent cannot be taken: %s %s"
+        message = "worker %s: what was sent on its stream cannot be taken: %s %s"
         self._failures.failed(
             kind, logging.ERROR, message, self._address, kind, error, traceback_of=error
         )
@@ -151,8 +151,14 @@ class WorkerLink:
         call = WorkerServiceStub(channel).Attach()
         # Given an iterator, gRPC would go on waiting for its next command after the stream's end.
         writer = asyncio.create_task(self._write(call, self._outbox))
+
+        def stop_reading(writer: asyncio.Task[None]) -> None:
+            if self._worker is not None and not writer.cancelled() and writer.exception():
+                silence.reschedule(self._loop.time())
+
         try:
             async with asyncio.timeout(self._silence_s) as silence:
+                writer.add_done_callback(stop_reading)
                 worker = self._welcomed(await call.read())
                 attached()
                 self._failures.worked()
@@ -171,6 +177,8 @@ class WorkerLink:
             writer.cancel()
             call.cancel()
             await asyncio.wait([writer])
+            if not writer.cancelled():
+                writer.result()
 
     def _welcomed(self, response: object) -> Worker:
         if not isinstance(response, pb.AttachResponse):
