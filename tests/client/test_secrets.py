@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -113,6 +114,37 @@ def test_a_revoked_token_is_gone_and_the_others_stay(directory: Path) -> None:
     assert not (directory / "infer" / "token").exists()
     with pytest.raises(ValueError, match="no token 'infer'"):
         lorry("tokens", "revoke", directory, "infer")
+
+
+@pytest.mark.parametrize(
+    ("command", "refusal"),
+    [
+        (["certs", "renew"], "secrets holds no authority; `lorry certs make` makes one"),
+        (["certs", "list"], "secrets holds no authority; `lorry certs make` makes one"),
+        (["certs", "revoke", "router"], "no directory .*secrets"),
+        (["tokens", "revoke", "router"], "no directory .*secrets"),
+        (["tokens", "list"], "no directory .*secrets"),
+    ],
+)
+def test_a_directory_that_is_not_there_is_named_and_not_made(
+    directory: Path, command: list[str], refusal: str
+) -> None:
+    with pytest.raises(ValueError, match=refusal):
+        lorry(*command[:2], directory, *command[2:])
+    assert not directory.exists()
+
+
+def test_a_copy_without_the_authority_is_listed_but_not_renewed(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lorry("certs", "make", directory, "router")
+    shutil.rmtree(directory / "authority")
+    capsys.readouterr()
+    lorry("certs", "list", directory)
+    assert capsys.readouterr().out.splitlines()[1].startswith("router ")
+    with pytest.raises(ValueError, match="holds no authority"):
+        lorry("certs", "renew", directory, "--every")
+    assert not (directory / "authority").exists()
 
 
 def test_tokens_are_listed_without_what_is_secret(

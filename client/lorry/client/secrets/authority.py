@@ -34,7 +34,7 @@ class Authority:
     def at(cls, directory: Path) -> "Authority":
         """The one in the directory, made if there is none; raises ValueError if it is damaged."""
         paths = (directory / CERTIFICATE, directory / KEY)
-        if not any(path.exists() for path in paths):
+        if not cls.is_in(directory):
             made = cls.make()
             write(paths[1], key_text(made.key), mode=PRIVATE)
             write(paths[0], made.text, mode=PUBLIC)
@@ -48,6 +48,11 @@ class Authority:
         if key.public_key() != certificate.public_key():
             raise ValueError(f"{paths[1]} is not the key of {paths[0]}")
         return cls(certificate, key)
+
+    @staticmethod
+    def is_in(directory: Path) -> bool:
+        """Whether there is one, or what is left of it."""
+        return any((directory / name).exists() for name in (CERTIFICATE, KEY))
 
     @classmethod
     def make(cls) -> "Authority":

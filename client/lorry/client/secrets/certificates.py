@@ -59,7 +59,10 @@ class CertificateEntry:
 
 
 def list_certificates(directory: SecretsDirectory) -> list[CertificateEntry]:
-    """Raises ValueError naming a file that is no certificate."""
+    """Raises ValueError naming a file that is no certificate, or if nothing was ever made here.
+
+    Copies of the directory for services have certificates and no authority.
+    """
     entries = []
     for name in directory.names:
         path = directory.of(name) / CERTIFICATE
@@ -69,6 +72,8 @@ def list_certificates(directory: SecretsDirectory) -> list[CertificateEntry]:
             except ValueError as error:
                 raise ValueError(f"{path} is no certificate: {error}") from error
             entries.append(CertificateEntry(name, certificate))
+    if not entries:
+        _check_authority(directory)
     return entries
 
 
@@ -91,14 +96,18 @@ def make_certificate(
     """Make or replace the certificate of `name`, and let it call as `role`, if it is given one."""
     check_id(tenant, field="tenant")
     directory.of(name)
-    with directory.changing():
+    with directory.changing(make=True):
         _issue(directory, name, hosts, lifetime, mode=PUBLIC if world_readable else PRIVATE)
         callers = [] if role is None else [_caller(name, tenant, role)]
         _set_callers(directory, name, callers)
 
 
 def renew_certificates(directory: SecretsDirectory, *, every: bool = False) -> list[str]:
-    """Issue anew, for as long as before, what has little of its life left; returns their names."""
+    """Issue anew, for as long as before, what has little of its life left; returns their names.
+
+    Raises ValueError if there is no authority: another one would sign what no service trusts.
+    """
+    _check_authority(directory)
     now = datetime.now(UTC)
     with directory.changing():
         due = [entry for entry in list_certificates(directory) if every or entry.is_due_at(now)]
@@ -125,10 +134,15 @@ def caller_name(name: str) -> str:
     return f"URI:{SPIFFE_PREFIX}{name}"
 
 
+def _check_authority(directory: SecretsDirectory) -> None:
+    if not Authority.is_in(directory.authority):
+        raise ValueError(f"{directory.path} holds no authority; `lorry certs make` makes one")
+
+
 def _issue(
     directory: SecretsDirectory, name: str, hosts: Sequence[str], lifetime: timedelta, *, mode: int
 ) -> None:
-    authority = Authority.at(directory.path / "authority")
+    authority = Authority.at(directory.authority)
     certificate, key = authority.issue(name, hosts=hosts, lifetime=lifetime)
     part = directory.of(name)
     write(part / AUTHORITY_CERTIFICATE, authority.text, mode=PUBLIC)

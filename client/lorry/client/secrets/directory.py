@@ -27,6 +27,7 @@ RESERVED = ("authority", "callers")  # no names of services and clients
 class SecretsDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.authority = path / "authority"
         self.tokens = path / "callers" / "tokens.json"
         self.certificates = path / "callers" / "certificates.json"
 
@@ -42,10 +43,17 @@ class SecretsDirectory:
         parts = self.path.iterdir() if self.path.is_dir() else ()
         return sorted(part.name for part in parts if part.is_dir() and part.name not in RESERVED)
 
+    def check_exists(self) -> None:
+        """Raise ValueError if there is no such directory."""
+        if not self.path.is_dir():
+            raise ValueError(f"there is no directory {self.path}")
+
     @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
-        """Only one command changes the directory at a time; it is made if there is none."""
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def changing(self, *, make: bool = False) -> Iterator[None]:
+        """Only one command changes the directory at a time; `make` makes it if there is none."""
+        if make:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.check_exists()
         directory = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(directory, fcntl.LOCK_EX)

@@ -47,6 +47,8 @@ class TokenEntry:
 
 
 def list_tokens(directory: SecretsDirectory) -> list[TokenEntry]:
+    """Raises ValueError if there is no such directory, or its file is damaged."""
+    directory.check_exists()
     return [TokenEntry.read(entry) for entry in read_entries(directory.tokens, KEY)]
 
 
@@ -59,7 +61,7 @@ def make_token(
     """
     check_id(tenant, field="tenant")
     path = directory.of(name) / FILE_NAME
-    with directory.changing():
+    with directory.changing(make=True):
         entries = list_tokens(directory)
         for entry in entries:
             if entry.name == name:
