@@ -1,7 +1,9 @@
 import asyncio
 import hashlib
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -140,6 +142,32 @@ def test_options_that_are_not_given_are_left_to_the_router() -> None:
     assert not spec.response.HasField("top_logprobs")
     assert not spec.response.HasField("prompt_logprobs")
     assert not spec.slo.HasField("ttft")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"max_tokens": -1}, "max_tokens must be 0 to 4294967295, got -1"),
+        ({"min_tokens": -1}, "min_tokens must be 0 to 4294967295, got -1"),
+        ({"top_k": -5}, "top_k must be 0 to 4294967295, got -5"),
+        ({"top_logprobs": -1}, "top_logprobs must be 0 to 4294967295, got -1"),
+        ({"stop_token_ids": [7, -1]}, "each id of stop_token_ids must be 0 to 4294967295, got -1"),
+        (
+            {"logit_bias": {2**32: 1.0}},
+            "each id of logit_bias must be 0 to 4294967295, got 4294967296",
+        ),
+        ({"seed": -1}, "seed must be 0 to 18446744073709551615, got -1"),
+        ({"slo_ttft_s": -1.0}, "slo_ttft_s must be positive and finite, got -1.0"),
+        ({"slo_ttft_s": math.nan}, "slo_ttft_s must be positive and finite, got nan"),
+        ({"slo_tpot_s": math.inf}, "slo_tpot_s must be positive and finite, got inf"),
+    ],
+    ids=str,
+)
+def test_an_option_that_cannot_be_sent_is_named_with_its_value(
+    options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Request(prompt="a", **options)
 
 
 def test_an_slo_is_sent_as_durations() -> None:

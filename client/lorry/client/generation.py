@@ -1,12 +1,15 @@
 """What a client asks to be generated and what it gets, and their translation to messages."""
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from lorry.rpc.durations import to_duration, to_seconds
 from lorry.v1 import common_pb2, inference_service_pb2
+
+MAX_UINT32, MAX_UINT64 = 2**32 - 1, 2**64 - 1
 
 
 class FinishReason(enum.Enum):
@@ -22,7 +25,10 @@ class ChatMessage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One generation. A field that is None takes the server's default."""
+    """One generation. A field that is None takes the server's default.
+
+    Raises ValueError naming a field and its value that no message can hold.
+    """
 
     prompt: str | Sequence[int] | Sequence[ChatMessage]  # text, token ids or a chat
     adapter: str = ""  # an id, adapters/ID or tenants/ID/adapters/ID; empty = the base model
@@ -47,6 +53,16 @@ class Request:
     slo_ttft_s: float | None = None  # seconds to the first token that are asked for
     slo_tpot_s: float | None = None  # seconds per output token
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "min_tokens", "top_k", "top_logprobs", "prompt_logprobs"):
+            _check_unsigned(name, getattr(self, name), MAX_UINT32)
+        for name in ("stop_token_ids", "logit_bias"):
+            for token_id in getattr(self, name):
+                _check_unsigned(f"each id of {name}", token_id, MAX_UINT32)
+        _check_unsigned("seed", self.seed, MAX_UINT64)
+        for name in ("slo_ttft_s", "slo_tpot_s"):
+            _check_seconds(name, getattr(self, name))
 
     def to_proto(self) -> inference_service_pb2.GenerationSpec:
         spec = inference_service_pb2.GenerationSpec(
@@ -195,6 +211,16 @@ def _logprobs(token_ids: Sequence[int], message: common_pb2.Logprobs) -> tuple[T
         TokenLogprobs(token_id, logprob, tuple(islice(top, count)))
         for token_id, logprob, count in zip(token_ids, message.logprobs, counts, strict=True)
     )
+
+
+def _check_unsigned(name: str, value: int | None, most: int) -> None:
+    if value is not None and not 0 <= value <= most:
+        raise ValueError(f"{name} must be 0 to {most}, got {value}")
+
+
+def _check_seconds(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _set_prompt(
