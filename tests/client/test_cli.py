@@ -229,6 +229,28 @@ async def test_what_cannot_be_pushed_is_named_before_anything_is_sent(
     assert services.adapters.script.calls == 0
 
 
+@pytest.mark.parametrize(
+    ("file", "options", "problem"),
+    [
+        ("my_sql.safetensors", [], "got 'my_sql'; --name gives it another"),
+        ("my_sql.safetensors", ["--config", "c.json"], "got 'my_sql'; --name gives it another"),
+        ("adapter_model.bin", [], "adapter_model.bin is no .safetensors file"),
+        ("adapter_model.bin", ["--name", "sql"], "adapter_model.bin is no .safetensors file"),
+        ("README.md", [], "README.md is no .safetensors file"),
+        ("sql.safetensors", [], "sql.safetensors has no adapter_config.json beside it"),
+    ],
+    ids=str,
+)
+async def test_a_file_that_cannot_be_pushed_is_refused_with_what_to_give(
+    services: Services, tmp_path: Path, file: str, options: list[str], problem: str
+) -> None:
+    (tmp_path / file).write_bytes(b"weights")
+    result = await services.lorry("adapters", "push", str(tmp_path / file), *options)
+    assert result.status == 1
+    assert problem in result.stderr
+    assert services.adapters.script.calls == 0
+
+
 async def test_an_adapter_is_described_and_rolled_back(
     services: Services, adapter_directory: str
 ) -> None:

@@ -10,7 +10,7 @@ from lorry.client.adapter import Adapter
 from lorry.client.adapters import Adapters
 from lorry.client.upload import Progress
 from lorry.client.weights import AdapterFiles, default_id
-from lorry.rpc.errors import LorryError
+from lorry.rpc.errors import InvalidRequest, LorryError
 from lorry.rpc.names import check_id
 
 PARALLEL = 4
@@ -37,14 +37,19 @@ class Outcome:
 
 def plan_pushes(paths: Sequence[Path]) -> list[Push]:
     """One push for each path, named after it; raises ValueError before anything is sent."""
-    pushes = [
-        Push(path=path, adapter_id=check_id(default_id(path), field=f"name of {path}"))
-        for path in paths
-    ]
+    pushes = [Push(path=path, adapter_id=name_of(path)) for path in paths]
     for adapter_id, count in Counter(push.adapter_id for push in pushes).items():
         if count > 1:
             raise ValueError(f"{count} of the paths would be pushed as {adapter_id!r}")
     return pushes
+
+
+def name_of(path: Path) -> str:
+    """The id that a path gives; raises ValueError if it gives none."""
+    try:
+        return check_id(default_id(path), field=f"name of {path}")
+    except InvalidRequest as error:
+        raise ValueError(f"{error}; --name gives it another") from error
 
 
 async def push_all(

@@ -12,6 +12,7 @@ from lorry.rpc.protocol import MAX_CHUNK_BYTES
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 SUFFIX = ".safetensors"
+WHAT_TO_PUSH = "push what peft's save_pretrained wrote with safe_serialization"
 
 
 class Piece(NamedTuple):
@@ -40,14 +41,14 @@ class AdapterFiles:
 
     @classmethod
     def _read(cls, path: Path, config: Path | None) -> "AdapterFiles":
+        _check_format(path)
         weights = path if path.is_file() else path / WEIGHTS_NAME
+        if path.is_file() and config is None and not (path.parent / CONFIG_NAME).is_file():
+            raise ValueError(f"{path} has no {CONFIG_NAME} beside it; give its config (--config)")
         config = config or weights.parent / CONFIG_NAME
         for needed in (config, weights):
             if not needed.is_file():
-                raise ValueError(
-                    f"{needed.parent} holds no {needed.name}; push what peft's save_pretrained "
-                    "wrote with safe_serialization"
-                )
+                raise ValueError(f"{needed.parent} holds no {needed.name}; {WHAT_TO_PUSH}")
         with weights.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
             return cls(
@@ -71,8 +72,17 @@ class AdapterFiles:
 
 
 def default_id(path: Path) -> str:
-    """The id under which a directory or a safetensors file is pushed unless another is given."""
+    """The id under which a directory or a safetensors file is pushed unless another is given.
+
+    Raises ValueError for another file.
+    """
+    _check_format(path)
     path = path.resolve()
     if path.name == WEIGHTS_NAME:
         return path.parent.name
     return path.stem if path.suffix == SUFFIX else path.name
+
+
+def _check_format(path: Path) -> None:
+    if path.is_file() and path.suffix != SUFFIX:
+        raise ValueError(f"{path} is no {SUFFIX} file; {WHAT_TO_PUSH}")

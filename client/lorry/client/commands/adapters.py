@@ -11,8 +11,7 @@ from lorry.client.commands import backends, store_admin
 from lorry.client.commands.connection import DEFAULT, Connection
 from lorry.client.commands.push_bars import PushBars
 from lorry.client.console import make_console, make_table, show_bytes
-from lorry.client.push import PARALLEL, Push, plan_pushes, push_all
-from lorry.client.weights import default_id
+from lorry.client.push import PARALLEL, Push, name_of, plan_pushes, push_all
 from lorry.rpc.names import check_id
 
 app = App(name="adapters", help="Manage the adapters of the store.")
@@ -82,7 +81,7 @@ def _pushes(paths: tuple[Path, ...], name: str | None, config: Path | None) -> l
     if len(paths) != 1:
         raise ValueError(f"--name and --config are for one path, got {len(paths)}")
     (path,) = paths
-    adapter_id = check_id(name or default_id(path), field="name")
+    adapter_id = name_of(path) if name is None else check_id(name, field="name")
     return [Push(path=path, adapter_id=adapter_id, config=config)]
 
 
