@@ -267,7 +267,7 @@ async def test_an_adapter_is_described_and_rolled_back(
     assert adapter.version.hex() == oldest[0]
     assert (adapter.description, dict(adapter.labels)) == ("the old one", {"team": "b"})
     unclear = await services.lorry("adapters", "update", "reverse", "--version", "")
-    assert "2 versions" in unclear.stderr
+    assert "2 versions; `lorry adapters versions reverse` lists them all" in unclear.stderr
 
 
 async def test_a_pipe_gets_the_longest_name_uncut(

@@ -176,7 +176,7 @@ async def update(
         raise ValueError("give at least one of --label, --description and --version")
     async with connection.client() as client:
         if version is not None:
-            version = _one_of(await client.adapters.versions(name), version)
+            version = _one_of(name, await client.adapters.versions(name), version)
         adapter = await client.adapters.update(
             name,
             labels=None if label is None else _labels(label),
@@ -214,11 +214,14 @@ def _labels(assignments: tuple[str, ...]) -> dict[str, str]:
     return dict(assignment.split("=", 1) for assignment in assignments)
 
 
-def _one_of(versions: Sequence[AdapterVersion], beginning: str) -> str:
+def _one_of(name: str, versions: Sequence[AdapterVersion], beginning: str) -> str:
     """The version that begins so."""
     matches = [each.version for each in versions if each.version.startswith(beginning)]
     if len(matches) != 1:
-        raise ValueError(f"--version {beginning!r} is the beginning of {len(matches)} versions")
+        raise ValueError(
+            f"--version {beginning!r} is the beginning of {len(matches)} versions; "
+            f"`lorry adapters versions {name}` lists them all"
+        )
     return matches[0]
 
 
