@@ -75,6 +75,14 @@ async def test_generate_prints_the_answer(services: Services) -> None:
     assert (spec.adapter, spec.stopping.max_tokens) == ("adapters/x", 5)
 
 
+async def test_an_error_in_mid_stream_begins_a_line(tmp_path: Path) -> None:
+    async with serving_scripted(inference=ScriptedInference(break_after=2)) as address:
+        environment = child_environment(XDG_RUNTIME_DIR=str(tmp_path), LORRY_ROUTER=address)
+        result = await lorry("generate", "one two three", environment=environment)
+    assert (result.status, result.stdout) == (1, "onetwo\n")
+    assert result.stderr.startswith("lorry: ")
+
+
 async def test_generate_is_greedy_unless_asked_otherwise(services: Services) -> None:
     await services.lorry("generate", "a")
     await services.lorry("generate", "a", "--temperature", "0.5", "--seed", "7")

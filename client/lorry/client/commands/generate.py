@@ -9,9 +9,11 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 from rich.table import Table
 
+from lorry.client.client import GenerationStream
 from lorry.client.commands.connection import DEFAULT, Connection
 from lorry.client.console import make_console, make_table
 from lorry.client.generation import ChatMessage, Completion, Request, TokenLogprobs
+from lorry.rpc.errors import LorryError
 
 SAMPLING = Group.create_ordered("Sampling")
 Many = Annotated[tuple[str, ...], Parameter(negative="")]
@@ -137,17 +139,29 @@ async def generate(
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     request = answer.request(text, sampling)
-    reported: list[TokenLogprobs] = []
     async with connection.client() as client, client.stream(request) as stream:
-        async for chunk in stream:
-            print(chunk.text, end="", flush=True)
-            reported += chunk.logprobs
-    print()
+        reported = await _print_all(stream)
     for title, rows in (("prompt", stream.prompt_logprobs), ("token", reported)):
         if rows:
             make_console(stderr=True).print(_logprob_table(title, rows))
     if answer.stats and stream.completion is not None:
         make_console(stderr=True).print(_summary(stream.completion), style="dim")
+
+
+async def _print_all(stream: GenerationStream) -> list[TokenLogprobs]:
+    """Print the text as it comes and return its logprobs; what follows begins a line."""
+    reported, last = list[TokenLogprobs](), ""
+    try:
+        async for chunk in stream:
+            print(chunk.text, end="", flush=True)
+            reported += chunk.logprobs
+            last = chunk.text[-1:] or last
+    except LorryError:
+        if last not in ("", "\n"):
+            print(flush=True)
+        raise
+    print()
+    return reported
 
 
 def _parse_biases(texts: Sequence[str]) -> dict[int, float]:
