@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lorry.client.cli import app
-from lorry.rpc.errors import AdapterNotFound, NoWorker, QueueFull
+from lorry.client.console import explain
+from lorry.rpc.errors import AdapterNotFound, NoWorker, PermissionDenied, QueueFull
 from tests.support.command import Result, child_environment, lorry
 from tests.support.scripted import ScriptedAdapters, ScriptedInference, serving_scripted
 
@@ -157,6 +158,13 @@ async def test_a_failure_is_one_line_with_the_next_step(
     (line,) = result.stderr.splitlines()
     assert str(error) in line
     assert next_step in line
+
+
+def test_another_role_is_proposed_only_where_the_role_is_refused() -> None:
+    of_role = PermissionDenied("the caller's role may not call it", method="/lorry.v1.S/M")
+    of_settings = PermissionDenied("my-org/sql matches no pattern (--hub-allow)")
+    assert explain(of_role).endswith(" (use a token of a role that may do this)")
+    assert explain(of_settings) == str(of_settings)
 
 
 async def test_no_service_is_one_line_that_names_lorry_up(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorry.client.local.process import ServiceFailed
-from lorry.rpc.errors import LorryError, RemoteError
+from lorry.rpc.errors import LorryError, PermissionDenied, RemoteError
 
 PIPED_WIDTH = 200  # columns; a pipe has none of its own, and names must not be cut
 
@@ -62,6 +62,8 @@ def _next_step(error: Exception) -> str:
     if not isinstance(error, LorryError):
         return ""
     step = NEXT_STEPS.get(error.reason)
+    if isinstance(error, PermissionDenied) and "method" not in error.metadata:
+        step = None  # it is not the role: the service's settings refuse this to everyone
     if is_unreachable(error):
         step = "`lorry up` starts the services here; --router and --store name others"
     if step is None and error.retry_after_s is not None:
