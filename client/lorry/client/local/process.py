@@ -139,6 +139,12 @@ class ServiceProcess:
         await self._process.wait()
         self.move_to(State.EXITED)
 
+    def terminate(self) -> None:
+        """Ask the child to drain."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+
     def kill(self) -> None:
         """End the child and everything that it started, now."""
         if self._process is not None:

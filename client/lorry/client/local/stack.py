@@ -12,6 +12,7 @@ from lorry.client.endpoints import Endpoints
 from lorry.client.local.process import ServiceProcess, State
 
 LOOK_AGAIN_S = 0.05
+STORE_GRACE_S = 2.0  # of a store when all services are killed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +64,13 @@ class LocalStack:
             await service.stop(grace_s=self._options.grace_s)
 
     def kill(self) -> None:
-        for service in self.services:
+        """End all now, but leave the store a moment to delete its page images from shared memory,
+        which nothing else does."""
+        for service in self.services[1:]:
             service.kill()
+        for store in self.services[:1]:
+            store.terminate()
+            asyncio.get_running_loop().call_later(STORE_GRACE_S, store.kill)
 
     async def _start_all(self) -> Endpoints:
         options = self._options
