@@ -344,6 +344,15 @@ def test_a_missing_extra_is_named() -> None:
     assert "Traceback" not in result.stderr
 
 
+async def test_a_service_that_speaks_no_tls_is_one_line(services: Services, tmp_path: Path) -> None:
+    app(["certs", "make", str(tmp_path / "secrets"), "client"])
+    tls = str(tmp_path / "secrets" / "client")
+    result = await services.lorry("generate", "a", "--tls", tls, "--timeout-s", "2")
+    assert result.status == 1
+    assert result.stderr.startswith("lorry: no connection")
+    assert result.stderr.count("\n") == 1
+
+
 async def test_a_reader_that_goes_away_ends_the_command_quietly(services: Services) -> None:
     process = await asyncio.create_subprocess_shell(
         f"{sys.executable} -m lorry.client.main generate '{'word ' * 20_000}' | head -c 8",

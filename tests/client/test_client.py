@@ -156,6 +156,7 @@ def test_options_that_are_not_given_are_left_to_the_router() -> None:
             {"logit_bias": {2**32: 1.0}},
             "each id of logit_bias must be 0 to 4294967295, got 4294967296",
         ),
+        ({"prompt": [5, -1]}, "each id of prompt must be 0 to 4294967295, got -1"),
         ({"seed": -1}, "seed must be 0 to 18446744073709551615, got -1"),
         ({"slo_ttft_s": -1.0}, "slo_ttft_s must be positive and finite, got -1.0"),
         ({"slo_ttft_s": math.nan}, "slo_ttft_s must be positive and finite, got nan"),
@@ -167,7 +168,7 @@ def test_an_option_that_cannot_be_sent_is_named_with_its_value(
     options: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem):
-        Request(prompt="a", **options)
+        Request(**{"prompt": "a"} | options)
 
 
 def test_an_slo_is_sent_as_durations() -> None:

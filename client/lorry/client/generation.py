@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -57,9 +57,10 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "min_tokens", "top_k", "top_logprobs", "prompt_logprobs"):
             _check_unsigned(name, getattr(self, name), MAX_UINT32)
-        for name in ("stop_token_ids", "logit_bias"):
-            for token_id in getattr(self, name):
-                _check_unsigned(f"each id of {name}", token_id, MAX_UINT32)
+        if not isinstance(self.prompt, str):
+            _check_ids("prompt", [part for part in self.prompt if isinstance(part, int)])
+        _check_ids("stop_token_ids", self.stop_token_ids)
+        _check_ids("logit_bias", self.logit_bias)
         _check_unsigned("seed", self.seed, MAX_UINT64)
         for name in ("slo_ttft_s", "slo_tpot_s"):
             _check_seconds(name, getattr(self, name))
@@ -216,6 +217,11 @@ def _logprobs(token_ids: Sequence[int], message: common_pb2.Logprobs) -> tuple[T
 def _check_unsigned(name: str, value: int | None, most: int) -> None:
     if value is not None and not 0 <= value <= most:
         raise ValueError(f"{name} must be 0 to {most}, got {value}")
+
+
+def _check_ids(name: str, token_ids: Collection[int]) -> None:
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+        _check_unsigned(f"each id of {name}", token_id, MAX_UINT32)
 
 
 def _check_seconds(name: str, value: float | None) -> None:
