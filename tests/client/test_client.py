@@ -147,20 +147,29 @@ def test_options_that_are_not_given_are_left_to_the_router() -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"max_tokens": -1}, "max_tokens must be 0 to 4294967295, got -1"),
-        ({"min_tokens": -1}, "min_tokens must be 0 to 4294967295, got -1"),
-        ({"top_k": -5}, "top_k must be 0 to 4294967295, got -5"),
-        ({"top_logprobs": -1}, "top_logprobs must be 0 to 4294967295, got -1"),
-        ({"stop_token_ids": [7, -1]}, "each id of stop_token_ids must be 0 to 4294967295, got -1"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens must be 0 to 4294967295, got -1"),
+        ({"prompt": "a", "min_tokens": -1}, "min_tokens must be 0 to 4294967295, got -1"),
+        ({"prompt": "a", "top_k": -5}, "top_k must be 0 to 4294967295, got -5"),
+        ({"prompt": "a", "top_logprobs": -1}, "top_logprobs must be 0 to 4294967295, got -1"),
         (
-            {"logit_bias": {2**32: 1.0}},
+            {"prompt": "a", "stop_token_ids": [7, -1]},
+            "each id of stop_token_ids must be 0 to 4294967295, got -1",
+        ),
+        (
+            {"prompt": "a", "logit_bias": {2**32: 1.0}},
             "each id of logit_bias must be 0 to 4294967295, got 4294967296",
         ),
         ({"prompt": [5, -1]}, "each id of prompt must be 0 to 4294967295, got -1"),
-        ({"seed": -1}, "seed must be 0 to 18446744073709551615, got -1"),
-        ({"slo_ttft_s": -1.0}, "slo_ttft_s must be positive and finite, got -1.0"),
-        ({"slo_ttft_s": math.nan}, "slo_ttft_s must be positive and finite, got nan"),
-        ({"slo_tpot_s": math.inf}, "slo_tpot_s must be positive and finite, got inf"),
+        ({"prompt": "a", "seed": -1}, "seed must be 0 to 18446744073709551615, got -1"),
+        ({"prompt": "a", "slo_ttft_s": -1.0}, "slo_ttft_s must be positive and finite, got -1.0"),
+        (
+            {"prompt": "a", "slo_ttft_s": math.nan},
+            "slo_ttft_s must be positive and finite, got nan",
+        ),
+        (
+            {"prompt": "a", "slo_tpot_s": math.inf},
+            "slo_tpot_s must be positive and finite, got inf",
+        ),
     ],
     ids=str,
 )
@@ -168,7 +177,7 @@ def test_an_option_that_cannot_be_sent_is_named_with_its_value(
     options: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem):
-        Request(**{"prompt": "a"} | options)
+        Request(**options)
 
 
 def test_an_slo_is_sent_as_durations() -> None:
