@@ -46,9 +46,8 @@ def figures(directory: Path = RESULTS) -> str:
     """README's section between the markers."""
     throughput = [*_plot_of_throughput(directory), *_told(THROUGHPUT, directory)]
     services = [*_told(OF_README, directory)]
-    between = (
-        ["Several GPUs, cold adapters, whole services, starts and faults:", ""] if services else []
-    )
+    title = "Several GPUs, cold adapters, whole services, starts and faults:"
+    between = [title, ""] if services else []
     return "\n".join([*throughput, *between, *services]) + "\n"
 
 

@@ -50,17 +50,15 @@ def draw_plots(
     directory.mkdir(parents=True, exist_ok=True)
     plots = drawings(results)
     for name, panels in plots.items():
-        figure = _figure(panels, 8.0 if name == "step-floor.png" else 3.4)
-        figure.savefig(directory / name, dpi=110, metadata={"Software": None})
+        _figure(panels).savefig(directory / name, dpi=110, metadata={"Software": None})
     return list(plots)
 
 
-def _figure(panels: Sequence[tuple[str, Drawing]], height: float) -> Figure:
-    """A row of up to three panels, or rows of two."""
+def _figure(panels: Sequence[tuple[str, Drawing]]) -> Figure:
+    """A row of up to three panels, or rows of two, as high as the names at their sides need."""
     columns = len(panels) if len(panels) <= 3 else 2
     rows = math.ceil(len(panels) / columns)
-    size = min(13.0, 2.0 + 4.6 * columns), 0.4 + height * rows
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (title, draw) in zip(places, panels, strict=False):
         draw(axes)
@@ -69,6 +67,8 @@ def _figure(panels: Sequence[tuple[str, Drawing]], height: float) -> Figure:
         axes.grid(alpha=0.25)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
+    height = max(3.4, 0.18 * max(len(axes.get_yticks()) for axes in figure.axes))
+    figure.set_size_inches(min(13.0, 2.0 + 4.6 * columns), 0.4 + height * rows)
     return figure
 
 
