@@ -77,8 +77,7 @@ class Tuning:
             together |= one
         finalists = [{}, together, *faster[-1:]]
         times_ms = self._times_ms(run, finalists)
-        best = min(range(len(finalists)), key=times_ms.__getitem__)
-        best = best if times_ms[best] < (1 - LEAST_GAIN) * times_ms[0] else 0
+        best = _fastest(times_ms)
         found = dict.fromkeys(shapes, FIRST) | finalists[best]
         return found, {"first_ms": round(times_ms[0], 4), "chosen_ms": round(times_ms[best], 4)}
 
@@ -86,10 +85,7 @@ class Tuning:
         """The fastest algorithm of the product with the vocabulary."""
         shape = _shape(rows, self._head)
         choices: list[Choice] = [{}, *({shape: number} for number in self._others(shape))]
-        times_ms = self._times_ms(self._run_head(rows), choices)
-        best = min(range(len(choices)), key=times_ms.__getitem__)
-        best = best if times_ms[best] < (1 - LEAST_GAIN) * times_ms[0] else 0
-        return {shape: FIRST} | choices[best]
+        return {shape: FIRST} | choices[_fastest(self._times_ms(self._run_head(rows), choices))]
 
     def _run_head(self, rows: int) -> Callable[[Product], object]:
         return lambda multiply: multiply(self._body.x_TH[:rows], self._head)
@@ -109,6 +105,12 @@ class Tuning:
                 if number:
                     times_ms[place].append(elapsed_ms)
         return [median(values) for values in times_ms]
+
+
+def _fastest(times_ms: Sequence[float]) -> int:
+    """The place of the least time; the first unless another gains enough."""
+    best = min(range(len(times_ms)), key=times_ms.__getitem__)
+    return best if times_ms[best] < (1 - LEAST_GAIN) * times_ms[0] else 0
 
 
 def _shape(rows: int, weight_OI: torch.Tensor) -> Shape:
