@@ -6,7 +6,7 @@ their meaning in docs/faults.md (`make docs`). What a client can act on beside t
 """
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import grpc
 
@@ -31,8 +31,8 @@ class LorryError(Exception):
     the message, with lowerCamel keys and units in the key.
     """
 
-    code: ClassVar[grpc.StatusCode] = Code.INTERNAL
-    reason: ClassVar[str] = "ENGINE_FAILURE"
+    code: grpc.StatusCode = Code.INTERNAL
+    reason: str = "ENGINE_FAILURE"
 
     def __init__(
         self,
@@ -277,8 +277,7 @@ class RemoteError(LorryError):
 
     def __init__(self, message: str, *, status_code: grpc.StatusCode, status_reason: str) -> None:
         super().__init__(message)
-        self.code = status_code  # type: ignore[misc]  # of this one alone
-        self.reason = status_reason  # type: ignore[misc]  # as above
+        self.code, self.reason = status_code, status_reason
 
 
 def _descendants(cls: type[LorryError]) -> Iterator[type[LorryError]]:
