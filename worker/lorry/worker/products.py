@@ -93,7 +93,10 @@ class FastestLinear:
         if algorithm is None or algorithm < self._library.count(shape):
             return algorithm
         log.warning(
-            "algorithm %d of products of %s is not there: torch's is taken", algorithm, shape
+            "algorithm %d of products of %s is not there: torch's is taken; "
+            "`python -m benchmarks.tune_products` measures those that are",
+            algorithm,
+            shape,
         )
         del self._algorithms[shape]
         return None
