@@ -132,6 +132,26 @@ def test_more_gpus_are_projected_at_the_share_of_the_ideal_that_was_measured() -
     assert projected / ideal == pytest.approx(float(measured) / 100, abs=0.01)
 
 
+def test_the_ideal_of_several_gpus_is_by_the_sums_of_as_many() -> None:
+    products = {"llama-2-13b": {"body_ms": {"64": 0.1}, "head_ms": {"64": 0.01}}}
+
+    def collectives(size: int, sum_us: float | None) -> dict[str, Any]:
+        sums = {} if sum_us is None else {"nccl_us": {"4096": sum_us, "100000000": sum_us}}
+        metrics = {"copy_bytes_per_s": 4e12, "sums": sums, "products": {"4": products}}
+        return rank_result(size, "replicated", 1.0) | {"metrics": metrics}
+
+    def ideals(*measured: dict[str, Any]) -> list[str]:
+        found = {
+            "tensor_parallel": [rank_result(4, "replicated", 1.0)],
+            "collectives": list(measured),
+        }
+        text = ranks_text(lambda benchmark: found.get(benchmark, []))
+        return re.findall(r"\| 4 \| replicated \| 16 \| 7.00 \| (\S+) \| 7.00 \| (\S+) \|", text)
+
+    alone, two, four = collectives(1, None), collectives(2, 5.0), collectives(4, 50.0)
+    assert ideals(alone, two, four) == ideals(four) != ideals(two)
+
+
 def test_what_one_kernel_computes_is_one_part_where_it_was_measured() -> None:
     kernels = results("kernels")[0]
     kernels["metrics"].pop("fused", None)

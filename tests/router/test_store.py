@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -178,6 +179,27 @@ async def test_while_the_watch_is_broken_known_names_are_asked_too() -> None:
         assert await store.resolve(A) == TWO
         fake.failing = True
         assert await store.resolve(A) == ONE, "the copy is better than nothing"
+
+
+async def test_a_store_that_stays_away_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="lorry.router.store")
+    fake = FakeStore()
+    async with watching(fake) as store:
+        fake.failing = fake.refusing = True
+        fake.end_watches()
+        await until(lambda: len(levels(caplog, "the watch of the catalogue broke")) == 4)
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable):
+                await store.resolve(A)
+    ended, refused, *again = levels(caplog, "the watch of the catalogue broke")
+    assert (ended, refused) == (logging.WARNING, logging.WARNING)
+    assert set(again) == {logging.DEBUG}
+    assert levels(caplog, "the store did not answer") == [logging.WARNING, *[logging.DEBUG] * 2]
+
+
+def levels(caplog: pytest.LogCaptureFixture, beginning: str) -> list[int]:
+    """Of the messages that begin so."""
+    return [r.levelno for r in caplog.records if r.getMessage().startswith(beginning)]
 
 
 # Through the whole router
