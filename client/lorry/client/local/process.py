@@ -128,7 +128,7 @@ class ServiceProcess:
         try:
             if self._process.returncode is None:
                 self.move_to(State.STOPPING)
-                self._process.terminate()
+                self.terminate()
                 async with asyncio.timeout(grace_s):
                     await self._process.wait()
         except TimeoutError:
@@ -141,9 +141,11 @@ class ServiceProcess:
 
     def terminate(self) -> None:
         """Ask the child to drain."""
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
+            # asyncio's own looks first whether the child has ended, and its watcher then does not
+            # learn how.
             with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
+                os.kill(self._process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """End the child and everything that it started, now."""
